@@ -81,16 +81,20 @@ class Cache:
     """Bytes by kind and key, on disk, bounded, safe under concurrent processes.
 
     `kind` is a short plain word and names the subfolder; `key` is any text that determines the data completely.
+    A limit of 0 turns the cache off.
     """
 
     def __init__(self, root: Path, limit_bytes: int) -> None:
         self.root = root
         self.limit_bytes = limit_bytes
         self._written_bytes = limit_bytes  # the first write looks at what other processes left
+        self._has_warned = False
 
     def get(self, kind: str, key: str) -> bytes | None:
         """The data stored under a key, or None."""
         path = self._path(kind, key)
+        if self.limit_bytes == 0:
+            return None
         try:
             raw = path.read_bytes()
         except OSError:
@@ -117,7 +121,9 @@ class Cache:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, (_header(key, data), data), durable=False)  # CHECKED finds what a crash tore
         except OSError as error:
-            events.warn("cache", f"cannot store an entry under {self.root}: {error.strerror or error}")
+            if not self._has_warned:
+                events.warn("cache", f"cannot store entries under {self.root}: {error.strerror or error}")
+            self._has_warned = True
             return False
         self._written_bytes += n_bytes
         if self._written_bytes * 16 > self.limit_bytes:
