@@ -12,11 +12,13 @@ Every extent and stride is a Dim in elements; those of taps other than the chann
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
-from vivace.base.dims import Dim
+from vivace.base.dims import Dim, linear, substitute, symbols
 from vivace.base.dtypes import DType
-from vivace.loops.kernel import Buffer, Expr
+from vivace.loops.kernel import Binary, Buffer, Cast, Expr, Index, Inside, Load, Reduce, Select, Unary, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,3 +81,108 @@ class Depthwise:
     out: Buffer
     epilogue: Expr | None = None
     extra: tuple[Buffer, ...] = ()
+
+
+def merge_axes(c: Contraction) -> Contraction:
+    """The same contraction with as few axes as possible: extent-1 axes dropped, neighbours that step evenly joined.
+
+    Before/After: rows (oh: 56 by 56*64, ow: 56 by 64) -> rows (ow: 3136 by 64), where A, out and every load of the epilogue allow it.
+    """
+    batch, epilogue = _drop_ones(c.batch, c.epilogue)
+    rows, epilogue = _drop_ones(c.rows, epilogue)
+    taps = tuple(t for t in c.taps if t.extent != 1)
+    if c.packing.kind != "panels":  # packed taps lie densely in their order, whatever their strides say
+        taps = _join_all(taps, lambda o, i: o.a == i.a * i.extent and o.b == i.b * i.extent)
+    else:
+        taps = _join_all(taps, lambda o, i: o.a == i.a * i.extent)
+    while (pair := next((p for p in pairwise(rows) if _joins(*p, epilogue)), None)) is not None:
+        outer, _ = pair
+        epilogue = None if epilogue is None else substitute_expr(epilogue, {outer.name: 0})
+        rows = _join(rows, pair)
+    return replace(c, batch=batch, rows=rows, taps=taps, epilogue=epilogue)
+
+
+def _drop_ones(axes: tuple[Axis, ...], epilogue: Expr | None) -> tuple[tuple[Axis, ...], Expr | None]:
+    ones: dict[str, Dim] = {x.name: 0 for x in axes if x.extent == 1}
+    if epilogue is not None and ones:
+        epilogue = substitute_expr(epilogue, ones)
+    return tuple(x for x in axes if x.extent != 1), epilogue
+
+
+def _join(axes: tuple[Axis, ...], pair: tuple[Axis, Axis]) -> tuple[Axis, ...]:
+    outer, inner = pair
+    at = axes.index(outer)
+    return (*axes[:at], replace(inner, extent=outer.extent * inner.extent), *axes[at + 2 :])
+
+
+def _join_all(axes: tuple[Axis, ...], may: Callable[[Axis, Axis], bool]) -> tuple[Axis, ...]:
+    while (pair := next((p for p in pairwise(axes) if may(*p)), None)) is not None:
+        axes = _join(axes, pair)
+    return axes
+
+
+def _joins(outer: Axis, inner: Axis, epilogue: Expr | None) -> bool:
+    """Whether address(outer, inner) == address(0, outer * extent + inner) in A, out and all loads of the epilogue."""
+    if outer.a != inner.a * inner.extent or outer.out != inner.out * inner.extent:
+        return False
+    names = {outer.name, inner.name}
+    for e in walk(epilogue) if epilogue is not None else ():
+        match e:
+            case Index(dim=d) if any(s.name in names for s in symbols(d)):
+                return False
+            case Load(buffer=buffer, index=index, inside=inside):
+                if any(s.name in names for i in inside for s in symbols(i.dim)):
+                    return False
+                address = sum((i * s for i, s in zip(index, buffer.strides)), 0)
+                o, i = linear(address, outer.name), linear(address, inner.name)
+                if o is None or i is None or o[0] != i[0] * inner.extent:
+                    return False
+    return True
+
+
+def substitute_expr(e: Expr, env: Mapping[str, Dim]) -> Expr:
+    """`e` with the symbols of every dim in it replaced."""
+    match e:
+        case Index(dim=d):
+            return replace(e, dim=substitute(d, env))
+        case Load(index=index, inside=inside):
+            return replace(
+                e,
+                index=tuple(substitute(i, env) for i in index),
+                inside=tuple(Inside(substitute(i.dim, env), substitute(i.lo, env), substitute(i.hi, env)) for i in inside),
+            )
+        case Unary(x=x) | Cast(x=x) | Reduce(x=x):
+            return replace(e, x=substitute_expr(x, env))
+        case Binary(a=a, b=b):
+            return replace(e, a=substitute_expr(a, env), b=substitute_expr(b, env))
+        case Select(cond=cond, a=a, b=b):
+            return Select(substitute_expr(cond, env), substitute_expr(a, env), substitute_expr(b, env))
+        case _:
+            return e
+
+
+def contraction_dims(c: Contraction | Depthwise) -> tuple[str, ...]:
+    """Names of the run-time dims, sorted: every symbol in an extent, stride or epilogue that is not an axis of the contraction."""
+    batch = c.batch if isinstance(c, Contraction) else ()
+    axes = (*batch, *c.rows, *c.taps)
+    lane_name, width = ("n", c.n) if isinstance(c, Contraction) else ("c", c.channels)
+    dims: list[Dim] = [width]
+    for x in axes:
+        dims += [x.extent, x.a, x.b, x.out]
+    for e in walk(c.epilogue) if c.epilogue is not None else ():
+        match e:
+            case Index(dim=d):
+                dims.append(d)
+            case Load(buffer=buffer, index=index, inside=inside):
+                dims += [*index, *buffer.strides]
+                for i in inside:
+                    dims += [i.dim, i.lo, i.hi]
+            case Reduce(extent=extent):
+                dims.append(extent)
+    names = {s.name for d in dims for s in symbols(d)}
+    return tuple(sorted(names - {x.name for x in axes} - {lane_name}))
+
+
+def contraction_params(c: Contraction | Depthwise) -> tuple[Buffer, ...]:
+    """The buffers in calling order: A, B, the epilogue's, out. A buffer that stands twice is passed once."""
+    return tuple(dict.fromkeys((c.a, c.b, *c.extra, c.out)))

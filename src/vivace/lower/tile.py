@@ -1,0 +1,145 @@
+"""How a contraction is cut for one instruction set: registers, row tiles, blocks. Data only; the code is made in `targets`.
+
+A *tile* is `rows x nv` vector accumulators held in registers while the taps run. Rows come from the last row axis, or, where that is
+short and of known extent (7x7 images), from the last two. A *split* cuts an axis exactly into segments, so that no result is computed
+twice: a kernel may then add to what it overwrites. A *unit* of parallel work is a block of tiles times a block of panels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vivace.base.dims import Dim
+from vivace.base.machine import Isa, Machine, host
+from vivace.loops.contraction import Axis, Contraction, merge_axes
+
+Segment = tuple[Dim, int]  # count, size
+
+# One unit should cost a thread some tens of microseconds, and a step should offer each of a few threads several units to even out.
+_UNIT_FLOPS = 2_000_000
+_UNITS_WANTED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """The plan of one contraction kernel.
+
+    `outer` and `inner` split the last two row axes (a missing axis is `((1, 1),)`); a tile takes one piece of each. `tiles_per_unit`
+    and `panels_per_unit` make the unit; `rows_outer` tells which of the two block numbers varies slowest over the units.
+    """
+
+    nv: int
+    lanes: int
+    outer: tuple[Segment, ...]
+    inner: tuple[Segment, ...]
+    unroll: int
+    tiles_per_unit: int
+    panels_per_unit: int
+    rows_outer: bool
+    pack_a: bool
+
+
+def max_rows(nv: int, isa: Isa) -> int:
+    """Rows of accumulators that leave registers for `nv` vectors of B, one broadcast and, without FMA, a product."""
+    spare = isa.n_vector_registers - nv - (1 if isa.has_fma else 2)
+    return max(1, min(spare // nv, 14))
+
+
+def panel_lanes(n: Dim, isa: Isa) -> int:
+    """Columns per panel of packed B."""
+    width = isa.n_f32_lanes
+    if not isinstance(n, int):
+        return 2 * width
+    vectors = -(-n // width)
+    if vectors <= 1:
+        return width
+    if vectors % 2 and vectors % 3 == 0:
+        return 3 * width
+    return 2 * width
+
+
+def split_axis(extent: Dim, most: int) -> tuple[Segment, ...]:
+    """Segments of at most `most` that cover `extent` exactly, evenly where it is known."""
+    if not isinstance(extent, int):
+        segments: list[Segment] = [(extent // most, most)]
+        rest, size = extent % most, 1 << ((most - 1).bit_length() - 1)
+        while size:
+            if size < most:
+                segments.append((rest // size, size))
+                rest = rest % size
+            size >>= 1
+        return tuple(segments)
+    if extent == 0:
+        return ((0, 1),)
+    fewest = -(-extent // most)
+    for pieces in range(fewest, fewest + max(2, fewest // 3)):
+        if extent % pieces == 0 and extent // pieces * 4 >= most * 3:
+            return ((pieces, extent // pieces),)
+    size = -(-extent // fewest)
+    n_small = size * fewest - extent
+    return ((fewest - n_small, size), (n_small, size - 1)) if n_small else ((fewest, size),)
+
+
+def pieces(split: tuple[Segment, ...]) -> Dim:
+    """How many pieces a split has."""
+    total: Dim = 0
+    for count, _ in split:
+        total = total + count
+    return total
+
+
+def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None) -> Tile:
+    """The plan of a contraction (merged or not) for an instruction set and the caches of a machine."""
+    machine = machine or host()
+    c = merge_axes(c)
+    lanes = c.packing.lanes or panel_lanes(c.n, isa)
+    nv = lanes // isa.n_f32_lanes
+    outer, inner = _split_rows(c.rows, max_rows(nv, isa))
+    channel = c.taps[-1].extent if c.taps else 1
+    unroll = next((u for u in (4, 3, 2, 5) if isinstance(channel, int) and channel % u == 0), 4)
+    k = _known([t.extent for t in c.taps])
+    n = _known([c.n])
+    rows = _known([r.extent for r in c.rows])
+    n_tiles = max(1, _known([r.extent for r in c.rows[:-2]]) * _known([pieces(outer)]) * _known([pieces(inner)]))
+    n_panels = max(1, -(-n // lanes))
+    n_batch = max(1, _known([b.extent for b in c.batch]))
+    tiles_per_unit, panels_per_unit = n_tiles, n_panels
+    flops = 2 * rows * n * k
+    wanted = max(1, min(_UNITS_WANTED, flops * n_batch // _UNIT_FLOPS) // n_batch)
+    a_bytes, b_bytes = rows * c_channel(c) * 4, n * k * 4
+    half_l2 = machine.cache_bytes(2) // 2
+    if a_bytes > half_l2:
+        tiles_per_unit = max(1, n_tiles * half_l2 // a_bytes)
+    if b_bytes > a_bytes:
+        panels_per_unit = max(1, -(-n_panels // max(1, wanted // -(-n_tiles // tiles_per_unit))))
+    if (have := -(-n_tiles // tiles_per_unit) * -(-n_panels // panels_per_unit)) < wanted:
+        tiles_per_unit = max(1, -(-tiles_per_unit // -(-wanted // have)))
+    return Tile(nv, lanes, outer, inner, unroll, tiles_per_unit, panels_per_unit, b_bytes <= a_bytes, pack_a=False)
+
+
+def c_channel(c: Contraction) -> int:
+    """The innermost tap's extent, or a guess."""
+    return _known([c.taps[-1].extent]) if c.taps else 1
+
+
+def _known(dims: list[Dim], guess: int = 64) -> int:
+    total = 1
+    for d in dims:
+        total *= d if isinstance(d, int) else guess
+    return total
+
+
+def _split_rows(rows: tuple[Axis, ...], most: int) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+    if not rows:
+        return ((1, 1),), ((1, 1),)
+    last = rows[-1]
+    if len(rows) == 1:
+        return ((1, 1),), split_axis(last.extent, most)
+    above = rows[-2]
+    static = all(isinstance(d, int) for d in (last.extent, last.a, last.out, above.a, above.out))
+    if not static or not isinstance(last.extent, int) or last.extent * 2 > most or last.extent == 0:
+        return ((above.extent, 1),), split_axis(last.extent, most)
+    height = most // last.extent
+    if isinstance(above.extent, int):
+        return split_axis(above.extent, height), ((1, last.extent),)
+    return ((above.extent // height, height), (above.extent % height, 1)), ((1, last.extent),)
