@@ -10,6 +10,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import vivace
 
@@ -81,6 +82,28 @@ def test_the_doors_know_every_dependency(repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     names = {match[0] for text in project["dependencies"] if (match := re.match(r"[\w-]+", text))}
     assert names - DOORS.keys() == {"numpy", "ml_dtypes"}
+
+
+def test_every_dependency_is_pinned_within_its_bounds(repository: Path) -> None:
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    lines = (repository / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().replace("_", "-").split("==") for line in lines if line and not line.startswith("#"))
+    wanted = [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
+    for requirement in map(Requirement, wanted):
+        if requirement.name != project["name"]:
+            pin = pins.get(requirement.name.lower().replace("_", "-"))
+            assert pin is not None and requirement.specifier.contains(pin), f"{requirement} is pinned to {pin}"
+
+
+def test_links_between_pages_lead_somewhere(repository: Path) -> None:
+    broken = [
+        f"{page.relative_to(repository)}: {target}"
+        for page in tracked_files(repository)
+        if page.suffix == ".md"
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8"))
+        if "://" not in target and not (page.parent / target).exists()
+    ]
+    assert broken == []
 
 
 def test_the_public_surface(repository: Path) -> None:

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, cast, overload
 
 from vivace.base.errors import InputError
 from vivace.base.machine import ISAS
@@ -64,7 +64,7 @@ class Knob(Generic[T]):
         _check_names()
         scoped = _scoped.get({})
         if self.name in scoped:
-            return scoped[self.name]  # type: ignore[no-any-return]
+            return cast(T, scoped[self.name])
         text = os.environ.get(self.variable)
         return self.default() if text is None or text == "" else self.read(text)
 
