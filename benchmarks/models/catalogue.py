@@ -1,36 +1,17 @@
-"""The real models that tests, benchmarks and the demo use, and how each becomes an ONNX file in the cache.
+"""The real models that tests, benchmarks and the demo use: where each comes from, what it needs, which inputs to try.
 
-A record says where a model comes from, what it needs and which inputs to try. `materialise` returns the path of its file:
-
-* kind "wheel": the ONNX file is a member of a wheel; it is read out of the zip and its SHA-256 must be the recorded one;
-* kind "train": trained here by scikit-learn in seconds (extra `tabular`);
-* kind "export": converted or randomly initialised by PyTorch (extra `torch`).
-
-Converted files differ in their bytes between versions of the converters, so they carry no fixed digest. A side file `NAME.json` keeps
-the size, the digest and the recipe number of what was written; a file that does not fit it, or an older recipe, is made again.
+A model without an extra is an ONNX file inside a wheel (`member`). The others are trained or exported once, see
+`materialise.py`.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 
 from benchmarks.models import inputs as generators
-from benchmarks.models import sources, train_tabular
-from benchmarks.models.fetch import (
-    Member,
-    ModelUnavailable,
-    Wheel,
-    cache_dir,
-    read_member,
-    sha256_of,
-    write_atomically,
-)
+from benchmarks.models import sources
+from benchmarks.models.fetch import Member, Wheel
 
 
 class Extra(StrEnum):
@@ -51,7 +32,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """One model. `cases[0]` is the one that benchmarks time; `member` is the ONNX file itself for models that need no extra."""
+    """One model. `cases[0]` is what benchmarks time; `member` is the ONNX file itself where no extra is needed."""
 
     name: str
     kind: str
@@ -71,7 +52,9 @@ class Model:
     def case(self, name: str) -> Case:
         found = next((case for case in self.cases if case.name == name), None)
         if found is None:
-            raise KeyError(f"{self.name} has no case {name!r}; its cases: {', '.join(case.name for case in self.cases)}")
+            raise KeyError(
+                f"{self.name} has no case {name!r}; its cases: {', '.join(case.name for case in self.cases)}"
+            )
         return found
 
 
@@ -91,72 +74,162 @@ _SMOLLM2_CASES = (
 
 MODELS: tuple[Model, ...] = (
     Model(
-        "ppocrv4-det", "text detector (DBNet)", "Apache-2.0", (sources.RAPIDOCR,), generators.detector,
-        _shapes((1, 3, 640, 480), (1, 3, 320, 320), (2, 3, 320, 480)), Extra.NONE, sources.PPOCR_DET,
+        "ppocrv4-det",
+        "text detector (DBNet)",
+        "Apache-2.0",
+        (sources.RAPIDOCR,),
+        generators.detector,
+        _shapes((1, 3, 640, 480), (1, 3, 320, 320), (2, 3, 320, 480)),
+        Extra.NONE,
+        sources.PPOCR_DET,
     ),
     Model(
-        "ppocrv4-rec", "text recogniser (CNN, transformer, CTC)", "Apache-2.0", (sources.RAPIDOCR,), generators.recogniser,
-        _shapes((1, 3, 48, 320), (1, 3, 48, 160), (3, 3, 48, 320)), Extra.NONE, sources.PPOCR_REC,
+        "ppocrv4-rec",
+        "text recogniser (CNN, transformer, CTC)",
+        "Apache-2.0",
+        (sources.RAPIDOCR,),
+        generators.recogniser,
+        _shapes((1, 3, 48, 320), (1, 3, 48, 160), (3, 3, 48, 320)),
+        Extra.NONE,
+        sources.PPOCR_REC,
     ),
     Model(
-        "ppocr-cls", "text angle classifier (MobileNetV3)", "Apache-2.0", (sources.RAPIDOCR,), generators.angle_classifier,
-        _shapes((1, 3, 48, 192), (3, 3, 48, 192)), Extra.NONE, sources.PPOCR_CLS,
+        "ppocr-cls",
+        "text angle classifier (MobileNetV3)",
+        "Apache-2.0",
+        (sources.RAPIDOCR,),
+        generators.angle_classifier,
+        _shapes((1, 3, 48, 192), (3, 3, 48, 192)),
+        Extra.NONE,
+        sources.PPOCR_CLS,
     ),
     Model(
-        "silero-vad", "voice activity (convolutions, LSTM, nested If)", "MIT", (sources.SILERO,), generators.silero,
-        _SILERO_CASES, Extra.NONE, sources.SILERO_VAD,
+        "silero-vad",
+        "voice activity (convolutions, LSTM, nested If)",
+        "MIT",
+        (sources.SILERO,),
+        generators.silero,
+        _SILERO_CASES,
+        Extra.NONE,
+        sources.SILERO_VAD,
     ),
     Model(
-        "silero-vad-ifless", "the same, branches flattened by Where", "MIT", (sources.SILERO,), generators.silero,
-        _SILERO_CASES, Extra.NONE, sources.SILERO_VAD_IFLESS, variant_of="silero-vad",
+        "silero-vad-ifless",
+        "the same, branches flattened by Where",
+        "MIT",
+        (sources.SILERO,),
+        generators.silero,
+        _SILERO_CASES,
+        Extra.NONE,
+        sources.SILERO_VAD_IFLESS,
+        variant_of="silero-vad",
     ),
     Model(
-        "silero-vad-16k", "the same, 16 kHz only, opset 15", "MIT", (sources.SILERO,), generators.silero,
-        _SILERO_CASES[:2], Extra.NONE, sources.SILERO_VAD_16K, variant_of="silero-vad",
+        "silero-vad-16k",
+        "the same, 16 kHz only, opset 15",
+        "MIT",
+        (sources.SILERO,),
+        generators.silero,
+        _SILERO_CASES[:2],
+        Extra.NONE,
+        sources.SILERO_VAD_16K,
+        variant_of="silero-vad",
     ),
     Model(
-        "magika", "file type from bytes", "Apache-2.0", (sources.MAGIKA,), generators.magika,
-        _shapes((1, 2048), (6, 2048)), Extra.NONE, sources.MAGIKA_V3_3,
+        "magika",
+        "file type from bytes",
+        "Apache-2.0",
+        (sources.MAGIKA,),
+        generators.magika,
+        _shapes((1, 2048), (6, 2048)),
+        Extra.NONE,
+        sources.MAGIKA_V3_3,
     ),
     Model(
-        "basic-pitch", "notes in sound (CQT in the graph, CNN)", "Apache-2.0", (sources.BASIC_PITCH,), generators.basic_pitch,
-        _shapes((1, 43844, 1), (2, 43844, 1)), Extra.NONE, sources.BASIC_PITCH_NMP,
+        "basic-pitch",
+        "notes in sound (CQT in the graph, CNN)",
+        "Apache-2.0",
+        (sources.BASIC_PITCH,),
+        generators.basic_pitch,
+        _shapes((1, 43844, 1), (2, 43844, 1)),
+        Extra.NONE,
+        sources.BASIC_PITCH_NMP,
     ),
     Model(
-        "tabular-forest", "random forest on digits (ai.onnx.ml)", "BSD-3-Clause (scikit-learn)", (), generators.digits,
-        _shapes((1, 64), (32, 64)), Extra.TABULAR,
+        "tabular-forest",
+        "random forest on digits (ai.onnx.ml)",
+        "BSD-3-Clause (scikit-learn)",
+        (),
+        generators.digits,
+        _shapes((1, 64), (32, 64)),
+        Extra.TABULAR,
     ),
     Model(
-        "tabular-mlp", "scaler and perceptron on digits", "BSD-3-Clause (scikit-learn)", (), generators.digits,
-        _shapes((1, 64), (32, 64)), Extra.TABULAR,
+        "tabular-mlp",
+        "scaler and perceptron on digits",
+        "BSD-3-Clause (scikit-learn)",
+        (),
+        generators.digits,
+        _shapes((1, 64), (32, 64)),
+        Extra.TABULAR,
     ),
     Model("resnet50", "CNN, 1000 classes", _RANDOM, (), generators.photographs, _IMAGES),
-    Model("resnet50-bn", "the same, BatchNormalization kept", _RANDOM, (), generators.photographs, _IMAGES, variant_of="resnet50"),
+    Model(
+        "resnet50-bn",
+        "the same, BatchNormalization kept",
+        _RANDOM,
+        (),
+        generators.photographs,
+        _IMAGES,
+        variant_of="resnet50",
+    ),
     Model("mobilenetv2", "depthwise CNN, 1000 classes", _RANDOM, (), generators.photographs, _IMAGES),
     Model(
-        "mobilenetv2-bn", "the same, BatchNormalization kept", _RANDOM, (), generators.photographs, _IMAGES, variant_of="mobilenetv2"
+        "mobilenetv2-bn",
+        "the same, BatchNormalization kept",
+        _RANDOM,
+        (),
+        generators.photographs,
+        _IMAGES,
+        variant_of="mobilenetv2",
     ),
     Model("minilm-l6", "sentence encoder (all-MiniLM-L6-v2)", "MIT", (sources.MINILM,), generators.sentences, _TOKENS),
     Model(
-        "efficientnet-lite0", "depthwise CNN, 1000 classes", "Apache-2.0",
-        (sources.EFFICIENTNET_WHEEL, sources.EFFICIENTNET_CODE), generators.photographs_lite, _IMAGES,
+        "efficientnet-lite0",
+        "depthwise CNN, 1000 classes",
+        "Apache-2.0",
+        (sources.EFFICIENTNET_WHEEL, sources.EFFICIENTNET_CODE),
+        generators.photographs_lite,
+        _IMAGES,
     ),
     Model(
-        "efficientnet-lite0-ts", "the same by the TorchScript exporter", "Apache-2.0",
-        (sources.EFFICIENTNET_WHEEL, sources.EFFICIENTNET_CODE), generators.photographs_lite, _IMAGES,
+        "efficientnet-lite0-ts",
+        "the same by the TorchScript exporter",
+        "Apache-2.0",
+        (sources.EFFICIENTNET_WHEEL, sources.EFFICIENTNET_CODE),
+        generators.photographs_lite,
+        _IMAGES,
         variant_of="efficientnet-lite0",
     ),
     Model("bert-base", "transformer encoder", _RANDOM, (), generators.sentences, _TOKENS),
     Model("vit-b", "vision transformer, 1000 classes", _RANDOM, (), generators.photographs, _IMAGES),
     Model(
-        "smollm2-135m", "decoder with key/value cache (SmolLM2-135M-Instruct)", "Apache-2.0",
-        (sources.SMOLLM2_WHEEL,), generators.decoder, _SMOLLM2_CASES,
+        "smollm2-135m",
+        "decoder with key/value cache (SmolLM2-135M-Instruct)",
+        "Apache-2.0",
+        (sources.SMOLLM2_WHEEL,),
+        generators.decoder,
+        _SMOLLM2_CASES,
     ),
     Model(
-        "whisper-tiny-en-encoder", "speech encoder", "MIT", (sources.WHISPER_WHEEL,), generators.whisper,
+        "whisper-tiny-en-encoder",
+        "speech encoder",
+        "MIT",
+        (sources.WHISPER_WHEEL,),
+        generators.whisper,
         _shapes((1, 80, 3000), (2, 80, 3000)),
     ),
-)  # fmt: skip
+)
 
 BY_NAME: dict[str, Model] = {model.name: model for model in MODELS}
 
@@ -172,75 +245,10 @@ def find(name: str) -> Model:
 
 
 def inputs(name: str, case: str | None = None, seed: int = 0) -> generators.Inputs:
-    """Arrays for one case of a model, the main one unless named: real or realistic values, the same for the same arguments.
+    """Arrays for one case of a model, the main one unless named: realistic values, the same for the same arguments.
 
     Raises: KeyError for an unknown model or case; ModelUnavailable when something that makes the inputs is missing.
     """
     model = find(name)
     chosen = model.case(case) if case is not None else model.cases[0]
     return model.generate(chosen.shape, seed)
-
-
-def is_ready(name: str) -> bool:
-    """Whether `materialise` would return at once."""
-    model = find(name)
-    path = cache_dir() / model.file_name
-    if model.member is not None:
-        return path.exists() and sha256_of(path) == model.member.sha256
-    return path.exists() and _side_file_fits(path, model)
-
-
-def can_make(name: str) -> bool:
-    """Whether this environment has what making the model needs (a package index apart)."""
-    needed = {Extra.NONE: (), Extra.TABULAR: ("sklearn", "skl2onnx"), Extra.TORCH: ("torch", "transformers", "onnxscript")}
-    return all(importlib.util.find_spec(module) is not None for module in needed[find(name).extra])
-
-
-def materialise(name: str, again: bool = False) -> Path:
-    """The path of the model's ONNX file, made first where the cache lacks it (or always, with `again`).
-
-    Raises: KeyError for an unknown name; ModelUnavailable when it cannot be made here, with what to install.
-    Cost: a download of 1 to 90 MB and, for the largest export, two minutes and 4 GB of memory.
-    """
-    model = find(name)
-    path = cache_dir() / model.file_name
-    if not again and is_ready(name):
-        return path
-    if model.member is not None:
-        content = read_member(model.member)
-        return write_atomically(path, lambda unfinished: _write(unfinished, content))
-    make = _maker(model)
-    write_atomically(path, make)
-    record = {"recipe": model.recipe, "size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
-    side_text = json.dumps(record, indent=1) + "\n"
-    write_atomically(_side_file(path), lambda unfinished: _write(unfinished, side_text.encode()))
-    return path
-
-
-def _maker(model: Model) -> Callable[[Path], None]:
-    if model.extra is Extra.TABULAR:
-        return {"tabular-forest": train_tabular.train_forest, "tabular-mlp": train_tabular.train_mlp}[model.name]
-    if not can_make(model.name):
-        raise ModelUnavailable(
-            f"{model.name} is not in the cache, and making it needs PyTorch; install the extra: pip install 'vivace[torch]' "
-            f"(only to make it: the finished file needs nothing), then: python -m benchmarks.models get {model.name}"
-        )
-    exporters = importlib.import_module("benchmarks.models.export_torch").EXPORTERS
-    maker: Callable[[Path], None] = exporters[model.name]
-    return maker
-
-
-def _side_file(path: Path) -> Path:
-    return path.with_suffix(".json")
-
-
-def _side_file_fits(path: Path, model: Model) -> bool:
-    try:
-        record = json.loads(_side_file(path).read_text())
-    except (OSError, ValueError):
-        return False
-    return record.get("recipe") == model.recipe and record.get("size_bytes") == path.stat().st_size
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.write_bytes(content)

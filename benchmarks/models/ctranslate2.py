@@ -1,8 +1,9 @@
 """Reads the weights of a CTranslate2 `model.bin` (versions 3 to 6) as NumPy arrays, without the library.
 
-Layout, little-endian: u32 version, string spec, u32 revision, u32 count, then per variable: string name, u8 rank, u32 dims[rank],
-u8 data type, u32 bytes, data; then u32 count of aliases, each two strings. A string is u16 length (with its final NUL) and bytes.
-Every length is checked against the file's size, so a damaged file is refused and never read past its end.
+Layout, little-endian: u32 version, string spec, u32 revision, u32 count, then per variable: string name, u8 rank,
+u32 dims[rank], u8 data type, u32 bytes, data; then u32 count of aliases, each two strings. A string is u16 length
+(with its final NUL) and bytes. Every length is checked against the file's size, so a damaged file is refused and
+never read past its end.
 
 Source: CTranslate2's python/ctranslate2/specs/model_spec.py (`_serialize`).
 """
@@ -27,7 +28,9 @@ class _Cursor:
     def take(self, n_bytes: int) -> bytes:
         end = self.at + n_bytes
         if end > len(self.data):
-            raise ValueError(f"{self.path}: truncated at byte {self.at} (needs {n_bytes} more, has {len(self.data) - self.at})")
+            raise ValueError(
+                f"{self.path}: truncated at byte {self.at} (needs {n_bytes} more, has {len(self.data) - self.at})"
+            )
         taken = self.data[self.at : end]
         self.at = end
         return taken

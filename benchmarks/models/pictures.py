@@ -1,4 +1,5 @@
-"""Pictures as network inputs: rendered pages and lines of text, and labelled photographs. Needs Pillow (the `demo` extra).
+"""Pictures as network inputs: rendered pages and lines of text, and labelled photographs. Needs Pillow (the `demo`
+extra).
 
 All arrays are float32 NCHW. Everything is seeded; the pixels may differ in the last bits between versions of Pillow.
 """
@@ -11,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
-
 from benchmarks.models import sources
 from benchmarks.models.fetch import ModelUnavailable, read_member, unpack_member
 from benchmarks.models.passages import PASSAGE, SENTENCES
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from PIL import Image, ImageFont
@@ -24,7 +24,14 @@ FloatArray = NDArray[np.float32]
 
 INK = (30, 30, 40)
 LINE_HEIGHT = 48
-LINES = (*SENTENCES, "Invoice No. 20418", "TOTAL: 1,284.50 EUR", "open 9 am to 5 pm", "Section 7: Real Models", "vivace!")
+LINES = (
+    *SENTENCES,
+    "Invoice No. 20418",
+    "TOTAL: 1,284.50 EUR",
+    "open 9 am to 5 pm",
+    "Section 7: Real Models",
+    "vivace!",
+)
 IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
 
@@ -33,7 +40,9 @@ def _need_pillow() -> None:
     try:
         import PIL.Image  # noqa: F401
     except ImportError as missing:
-        raise ModelUnavailable("drawing text and reading photographs needs Pillow; install it: pip install pillow") from missing
+        raise ModelUnavailable(
+            "drawing text and reading photographs needs Pillow; install it: pip install pillow"
+        ) from missing
 
 
 @lru_cache(maxsize=16)
@@ -68,7 +77,9 @@ def text_page(height: int, width: int, seed: int) -> Image.Image:
             line += f" {word}"
         draw.text((int(0.06 * width), top), line, font=face, fill=INK)
         top += int(size * rng.uniform(1.5, 2.2))
-    turned = page.rotate(float(rng.uniform(-1.5, 1.5)), resample=Image.Resampling.BILINEAR, fillcolor=page.getpixel((0, 0)))
+    turned = page.rotate(
+        float(rng.uniform(-1.5, 1.5)), resample=Image.Resampling.BILINEAR, fillcolor=page.getpixel((0, 0))
+    )
     return _with_noise(turned, rng)
 
 
@@ -99,7 +110,7 @@ def page_batch(shape: tuple[int, ...], seed: int) -> FloatArray:
 
 
 def line_batch(shape: tuple[int, ...], seed: int, turn_every_second: bool = False) -> FloatArray:
-    """Lines of text, `f32[N,3,48,W]`: narrower ones are padded with zeros on the right, wider ones squeezed, as RapidOCR does."""
+    """Lines of text, `f32[N,3,48,W]`: narrow ones padded with zeros on the right, wide ones squeezed."""
     n, channels, height, width = shape
     batch = np.zeros((n, channels, height, width), np.float32)
     for i in range(n):

@@ -1,4 +1,6 @@
-"""Synthesised sound as network input: speech-like syllables, played notes, and Whisper's log-mel features, with NumPy only."""
+"""Synthesised sound as network input: speech-like syllables, played notes, and Whisper's log-mel features, with
+NumPy only.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ WHISPER_HOP = 160
 
 
 def speech(n_samples: int, rate_hz: int, seed: int) -> FloatArray:
-    """Voiced syllables of 120 to 300 ms with falling pitch, formants and pauses, over faint noise; amplitude below 1."""
+    """Voiced syllables of 120 to 300 ms with falling pitch, formants and pauses, over faint noise."""
     rng = np.random.default_rng(seed)
     sound = rng.normal(0, 0.003, n_samples)
     at = 0
@@ -52,7 +54,9 @@ def notes(n_samples: int, rate_hz: int, seed: int) -> FloatArray:
         for semitone in rng.choice(scale, size=rng.integers(1, 4), replace=False):
             note_hz = 220.0 * 2 ** (semitone / 12)
             for harmonic in range(1, 7):
-                sound[start:] += np.exp(-3 * harmonic**0.5 * seconds) / harmonic * np.sin(2 * np.pi * harmonic * note_hz * seconds)
+                sound[start:] += (
+                    np.exp(-3 * harmonic**0.5 * seconds) / harmonic * np.sin(2 * np.pi * harmonic * note_hz * seconds)
+                )
     return (0.7 * sound / np.abs(sound).max()).astype(np.float32)
 
 
@@ -76,11 +80,13 @@ def whisper_features(shape: tuple[int, ...], seed: int) -> FloatArray:
 def log_mel(sound: FloatArray, n_mels: int) -> FloatArray:
     """Whisper's features of 30 s of sound (padded with silence).
 
-    Source: openai/whisper `audio.py`, `log_mel_spectrogram`: Hann window of 25 ms every 10 ms, mel bands, log10, 8 decades, scaled.
+    Source: openai/whisper `audio.py`, `log_mel_spectrogram` (25 ms windows every 10 ms, 8 decades kept).
     """
     padded = np.zeros(WHISPER_SAMPLES)
     padded[: len(sound)] = sound[:WHISPER_SAMPLES]
-    framed = np.lib.stride_tricks.sliding_window_view(np.pad(padded, WHISPER_FFT // 2, mode="reflect"), WHISPER_FFT)[::WHISPER_HOP]
+    framed = np.lib.stride_tricks.sliding_window_view(np.pad(padded, WHISPER_FFT // 2, mode="reflect"), WHISPER_FFT)[
+        ::WHISPER_HOP
+    ]
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WHISPER_FFT) / WHISPER_FFT)
     power = np.abs(np.fft.rfft(framed[:-1] * window)) ** 2
     decades = np.log10(np.maximum(power @ _mel_bands(n_mels).T, 1e-10)).T

