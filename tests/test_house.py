@@ -88,7 +88,8 @@ def test_every_dependency_is_pinned_within_its_bounds(repository: Path) -> None:
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
     lines = (repository / "constraints.txt").read_text().splitlines()
     pins = dict(line.lower().replace("_", "-").split("==") for line in lines if line and not line.startswith("#"))
-    wanted = [*project["dependencies"], *(text for extra in project["optional-dependencies"].values() for text in extra)]
+    extras = project["optional-dependencies"].values()
+    wanted = [*project["dependencies"], *(text for extra in extras for text in extra)]
     for requirement in map(Requirement, wanted):
         if requirement.name != project["name"]:
             pin = pins.get(requirement.name.lower().replace("_", "-"))
@@ -104,6 +105,17 @@ def test_links_between_pages_lead_somewhere(repository: Path) -> None:
         if "://" not in target and not (page.parent / target).exists()
     ]
     assert broken == []
+
+
+def test_pages_name_files_that_exist(repository: Path) -> None:
+    stale = [
+        f"{page.relative_to(repository)}: {name}"
+        for page in tracked_files(repository)
+        if page.suffix == ".md" and page.name != "CHANGELOG.md"
+        for name in re.findall(r"`((?:src|tests|docs|benchmarks)/[\w./-]+)`", page.read_text(encoding="utf-8"))
+        if not (repository / name).exists()
+    ]
+    assert stale == []
 
 
 def test_the_public_surface(repository: Path) -> None:
