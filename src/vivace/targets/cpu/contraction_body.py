@@ -85,6 +85,7 @@ def accumulate(
     def steps(ap: str, bp: str, acc: list[list[str]], n: int) -> tuple[str, str, list[list[str]]]:
         for u in range(n):
             acc = one_step(ap, bp, acc, u)
+            acc[-1] = t.pin(kind, acc[-1])
         return t.at(ap, t.mul(step_a, n)), t.at(bp, t.mul(step_b, n)), acc
 
     def run(times: Int, ap: str, bp: str, acc: list[list[str]], n: int) -> tuple[str, str, list[list[str]]]:

@@ -138,6 +138,19 @@ class Text:
             return pointer
         return self.op(f"getelementptr i8, ptr {pointer}, i64 {offset_bytes}")
 
+    def pin(self, kind: str, values: list[str]) -> list[str]:
+        """The same values, computed before any load that follows in the text.
+
+        No instruction comes of it: it keeps LLVM's scheduler from moving loads up across steps, which spills accumulators.
+        """
+        kinds, n = ", ".join([kind] * len(values)), len(values)
+        constraints = ",".join(["=x" if "16" not in kind else "=v"] * n + [str(i) for i in range(n)] + ["~{memory}"])
+        inputs = ", ".join(f"{kind} {v}" for v in values)
+        if n == 1:
+            return [self.op(f'call {kind} asm sideeffect "", "{constraints}"({inputs})')]
+        pinned = self.op(f'call {{{kinds}}} asm sideeffect "", "{constraints}"({inputs})')
+        return [self.op(f"extractvalue {{{kinds}}} {pinned}, {i}") for i in range(n)]
+
     # control
 
     @contextmanager
