@@ -1,0 +1,211 @@
+"""A program with its machine code, ready to run: `Executable` is shared and constant, `Context` holds all that one run changes.
+
+    executable = Executable(steps, n_inputs=1, n_outputs=1, arena_bytes=..., scratch_bytes=..., n_threads=2, keep=(library, weights))
+    context = executable.context()
+    context.bind({"N": 4})                      # new dims: rewrites words, makes memory grow; well under 1 ms
+    context.run([x_address], [y_address])       # one native call
+
+Rules:
+* ONE RUN: a context runs once at a time; a second `run` or `bind` meanwhile is an error. Several contexts of one executable run at once.
+* ADDRESSES: inputs and outputs are addresses of memory that fits the bound dims; nothing is checked here.
+* STEADY: `run` allocates nothing and calls no Python but the program's own `Call` steps.
+
+Not handled: shapes of inputs, dtypes, layouts (the session's), stopping a run from outside.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vivace.base.dims import Dim, Expr
+from vivace.base.errors import InternalError
+from vivace.runtime.buffer import Buffer
+from vivace.runtime.pool import pool
+from vivace.targets.cpu.program import Header, Record, Ring, Status
+from vivace.targets.cpu.steps import Call, Layout, Step, Words, dims_function, encode
+from vivace.targets.cpu.threads import MAX_THREADS
+
+_Trampoline = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Units [begin, end) of a step, run by one thread. `start_ns` is on the clock of `time.perf_counter_ns`."""
+
+    step: int
+    thread: int
+    start_ns: int
+    duration_ns: int
+    begin: int
+    end: int
+
+
+class Executable:
+    """Steps encoded for this process."""
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        *,
+        n_inputs: int = 0,
+        n_outputs: int = 0,
+        arena_bytes: Dim = 0,
+        scratch_bytes: Dim = 0,
+        n_threads: int = 1,
+        keep: object = None,
+    ) -> None:
+        self.steps = tuple(steps)
+        self.n_inputs = n_inputs
+        self.n_outputs = n_outputs
+        self.n_threads = max(1, min(n_threads, MAX_THREADS))
+        self.keep = keep
+        self.layout: Layout = encode(self.steps, n_inputs)
+        self.sizes: Callable[[Mapping[str, int]], list[int]] = dims_function([arena_bytes, scratch_bytes])
+        self.is_static = not self.layout.dims.size and not isinstance(arena_bytes, Expr) and not isinstance(scratch_bytes, Expr)
+
+    def context(self) -> Context:
+        """New memory for runs. Without symbolic dims it is bound already."""
+        return Context(self)
+
+
+class Context:
+    """The memory of one run at a time."""
+
+    def __init__(self, executable: Executable) -> None:
+        self.executable = executable
+        self._pool = pool()
+        self._run = self._pool.native.run
+        self._lock = threading.Lock()
+        layout = executable.layout
+        self._memory = Buffer(8 * len(layout.words))
+        self._words: Words = self._memory.view(np.int64, (len(layout.words),))
+        self._base = self._memory.address
+        self._io = (ctypes.c_int64 * (executable.n_inputs + executable.n_outputs))()
+        self._io_address = ctypes.addressof(self._io)
+        self._arena = Buffer(0)
+        self._scratch = Buffer(0)
+        self._ring: Buffer | None = None
+        self._failure: BaseException | None = None
+        self._trampolines = [self._trampoline(call) for call in layout.calls]
+        self._write_header()
+        self.dims: dict[str, int] | None = None
+        if executable.is_static:
+            self.bind({})
+
+    @property
+    def arena(self) -> Buffer:
+        """The arena, for reading intermediate values in tests and tools."""
+        return self._arena
+
+    def bind(self, dims: Mapping[str, int]) -> None:
+        """Makes the context ready for these dims; does nothing when it is."""
+        if self.dims is not None and self.dims == dims:
+            return
+        with _Exclusive(self._lock):
+            self.dims = None
+            arena_bytes, scratch_bytes = self.executable.sizes(dims)
+            if arena_bytes > self._arena.n_bytes:
+                self._arena.release()
+                self._arena = Buffer(arena_bytes)
+            stride = -(-scratch_bytes // 64) * 64 + 64  # one line between threads
+            if stride * self.executable.n_threads > self._scratch.n_bytes:
+                self._scratch.release()
+                self._scratch = Buffer(stride * self.executable.n_threads)
+            layout = self.executable.layout
+            layout.fill(self._words, self._base, self._arena.address, dims)
+            for (position, *_), trampoline in zip(layout.calls, self._trampolines, strict=True):
+                self._words[position] = ctypes.cast(trampoline, ctypes.c_void_p).value or 0
+            self._words[Header.SCRATCH] = self._scratch.address
+            self._words[Header.SCRATCH_STRIDE] = stride
+            self.dims = dict(dims)
+
+    def run(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
+        """Runs the program once on the memory at these addresses.
+
+        Raises: whatever a `Call` step raised; InternalError when the context is in use or not bound.
+        """
+        if not self._lock.acquire(False):
+            raise InternalError("the context is in use by another run", hint="a context per concurrent run")
+        try:
+            if self.dims is None:
+                raise InternalError("the context is not bound to dims", expected="bind before run")
+            self._io[:] = [*inputs, *outputs]
+            status = self._run(self._base, self._io_address)
+            while status:
+                if status != Status.NEEDS_WORKERS:
+                    self._raise_failure()
+                self._words[Header.N_THREADS] = self._pool.ensure(self.executable.n_threads)
+                status = self._run(self._base, self._io_address)
+        finally:
+            self._lock.release()
+
+    def record(self, n_chunks: int) -> None:
+        """From now on keep the times of the last `n_chunks` chunks; 0 stops."""
+        with _Exclusive(self._lock):
+            self._ring = Buffer(8 * (Ring.RECORDS + Record.SIZE * n_chunks)) if n_chunks else None
+            self._words[Header.RING] = self._ring.address if self._ring else 0
+            if self._ring:
+                self._ring.view(np.int64, (Ring.RECORDS,))[Ring.CAPACITY] = n_chunks
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The recorded chunks, oldest first; they are forgotten."""
+        if self._ring is None:
+            return
+        head = self._ring.view(np.int64, (Ring.RECORDS,))
+        n, capacity = int(head[Ring.CURSOR]), int(head[Ring.CAPACITY])
+        table = self._ring.view(np.int64, (capacity, Record.SIZE), 8 * Ring.RECORDS)
+        rows = [table[i % capacity].tolist() for i in range(max(0, n - capacity), n)]
+        head[Ring.CURSOR] = 0
+        clock = self._pool.clock()
+        for part, thread, start, stop, begin, end in rows:
+            start_ns, stop_ns = clock(start), clock(stop)
+            yield Chunk(self.executable.layout.step_of_part[part - self._base], thread, start_ns, stop_ns - start_ns, begin, end)
+
+    def _write_header(self) -> None:
+        layout, words = self.executable.layout, self._words
+        words[Header.TEAM_CELL] = self._pool.cell_address
+        words[Header.N_THREADS] = self.executable.n_threads
+        words[Header.PROGRAM] = self._base + 8 * layout.program
+        words[Header.PATCHES] = self._base + 8 * layout.patches
+        words[Header.N_PATCHES] = layout.n_patches
+
+    def _trampoline(self, call: tuple[int, int, int, int]) -> Callable[[int], int]:
+        _, step, position, n_args = call
+        function = self.executable.steps[step]
+        assert isinstance(function, Call)
+        args = self._words[position : position + n_args]
+
+        def enter(_: int) -> int:
+            try:
+                function.function(args.tolist())
+            except BaseException as e:
+                self._failure = e
+                return 1
+            return 0
+
+        return _Trampoline(enter)
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is None:
+            raise InternalError("the program ended with an unknown status")
+        raise failure
+
+
+class _Exclusive:
+    """Holds a lock, or is an error at once where it is taken (rule ONE RUN)."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(False):
+            raise InternalError("the context is in use by another run", hint="a context per concurrent run")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()

@@ -1,0 +1,158 @@
+"""The threads of the process: one team that all engines share.
+
+Workers are plain native threads: they hold no Python state, never take the GIL, and sleep in the kernel when there is nothing to do.
+They are made when a run first wants them and stay for the life of the process; at its exit they just end with it.
+
+Rules:
+* GROW: the team has as many workers as the largest run ever wanted, less the caller, who works too.
+* INHERIT: a worker has the affinity of the thread that first needed it, and takes no signals.
+* FORK: a child of `fork` has no workers. It gets a fresh team, and makes workers when it first needs them.
+* FOREVER: team memory and machine code are never freed, because a thread may be just leaving them.
+
+Not handled: shrinking; NUMA; a change of the process's affinity after the workers were made (`taskset -p` does not reach them).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+
+from vivace.base.errors import InternalError
+from vivace.base.events import warn
+from vivace.base.machine import isa
+from vivace.runtime.buffer import Buffer
+from vivace.targets.cpu import jit
+from vivace.targets.cpu.program import program_text
+from vivace.targets.cpu.threads import MAX_THREADS, SPIN_NS, Team
+
+_FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
+
+
+class Native:
+    """The compiled program interpreter."""
+
+    def __init__(self) -> None:
+        library = jit.load([jit.compile_text(program_text(), isa("sse"), name="program")])
+        _immortal(library)
+        self.worker_address = library.address("vivace_worker")
+        self.run = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)(library.address("vivace_run"))
+        self.cycles = ctypes.CFUNCTYPE(ctypes.c_int64)(library.address("vivace_cycles"))
+
+
+class Pool:
+    """The team's memory, its workers, and the clock that its times are in."""
+
+    def __init__(self) -> None:
+        self.native = Native()
+        self._libc = ctypes.CDLL(None)
+        self._origin = self._sample()
+        self._cell = Buffer(8)
+        _immortal(self._cell)
+        self._lock = threading.Lock()
+        self._start_team()
+
+    @property
+    def cell_address(self) -> int:
+        """Where native code finds the address of the current team."""
+        return self._cell.address
+
+    @property
+    def n_workers(self) -> int:
+        return int(self._team.view("int64", (Team.SIZE // 8,))[Team.N_WORKERS // 8])
+
+    def ensure(self, n_threads: int) -> int:
+        """Makes workers until a run of `n_threads` has them, and returns how many threads a run can have."""
+        wanted = min(n_threads, MAX_THREADS) - 1
+        with self._lock:
+            words = self._team.view("int64", (Team.SIZE // 8,))
+            while self.n_workers < wanted:
+                if not self._start_worker(self.n_workers + 1):
+                    warn("threads", f"the system allows only {self.n_workers} worker threads; {wanted} were wanted")
+                    break
+                words[Team.N_WORKERS // 8] += 1
+            return min(n_threads, self.n_workers + 1)
+
+    def clock(self) -> Callable[[int], int]:
+        """The function from times of `vivace_cycles` to the clock of `time.perf_counter_ns`."""
+        c0, t0 = self._origin
+        c1, t1 = self._sample()
+        ns_per_cycle = (t1 - t0) / max(1, c1 - c0)
+        return lambda cycles: t0 + round((cycles - c0) * ns_per_cycle)
+
+    def restart_in_child(self) -> None:
+        """Rule FORK."""
+        self._lock = threading.Lock()
+        self._start_team()
+
+    def _start_team(self) -> None:
+        self._team = Buffer(Team.SIZE)
+        _immortal(self._team)
+        words = self._team.view("int64", (Team.SIZE // 8,))
+        has_futex = sys.platform == "linux" and platform.machine() in _FUTEX_NUMBERS
+        words[Team.SYSCALL // 8] = _symbol(self._libc, "syscall") if has_futex else 0
+        words[Team.FUTEX // 8] = _FUTEX_NUMBERS.get(platform.machine(), 0)
+        words[Team.USLEEP // 8] = _symbol(self._libc, "usleep")
+        words[Team.SPIN_CYCLES // 8] = self._cycles(SPIN_NS)
+        self._cell.view("int64", (1,))[0] = self._team.address
+
+    def _start_worker(self, number: int) -> bool:
+        slot = Buffer(16)
+        _immortal(slot)
+        slot.view("int64", (2,))[:] = self._team.address, number
+        thread = ctypes.c_ulong()
+        # A new thread inherits the mask: signals stay with the threads that Python knows (rule INHERIT).
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            failed = self._libc.pthread_create(
+                ctypes.byref(thread), None, ctypes.c_void_p(self.native.worker_address), ctypes.c_void_p(slot.address)
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if failed:
+            return False
+        self._libc.pthread_detach(thread)
+        if hasattr(self._libc, "pthread_setname_np"):
+            self._libc.pthread_setname_np(thread, f"vivace-{number}".encode())
+        return True
+
+    def _sample(self) -> tuple[int, int]:
+        return self.native.cycles(), time.perf_counter_ns()
+
+    def _cycles(self, ns: int) -> int:
+        c0, t0 = self._origin
+        c1, t1 = self._sample()
+        while t1 - t0 < 200_000:  # long enough for 1 % with a clock call of 0.1 us on either side
+            c1, t1 = self._sample()
+        return max(1, (c1 - c0) * ns // (t1 - t0))
+
+
+_kept_for_ever: list[object] = []
+
+
+def _immortal(thing: object) -> None:
+    """Keeps an object until the process is gone, also through the shutdown of the interpreter (rule FOREVER)."""
+    _kept_for_ever.append(thing)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _symbol(library: ctypes.CDLL, name: str) -> int:
+    address = ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+    if address is None:
+        raise InternalError(f"the C library has no {name}")
+    return address
+
+
+@cache
+def pool() -> Pool:
+    """The pool of this process."""
+    made = Pool()
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=made.restart_in_child)
+    return made

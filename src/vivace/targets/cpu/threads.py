@@ -1,0 +1,354 @@
+"""How the threads of a process share one program run: the native text of waiting, claiming and waking.
+
+There is one *team* per process: a block of memory that is never freed, and worker threads that serve it for ever. At any
+moment at most one run owns the team. In that run one thread is the *leader*: it alone moves through the program
+(`vivace.targets.cpu.program`), runs serial steps itself, and publishes a parallel step for everybody. Whoever completes
+the last grain of a published step becomes the next leader. So nothing waits for a thread that holds no work: a worker
+which sleeps, or whose core was taken, misses steps and joins again at the one that is current when it returns.
+
+Rules:
+* WORD: `claim` holds the number of the published step (high 32 bits) and its grains not yet claimed (low 32 bits). Grains are taken by
+  compare-and-swap of the whole word, so a thread that read an old step can never take work of a new one.
+* ALIVE: before a claim succeeds, a thread reads the team's memory only; the context of the run is alive until all claimed grains
+  are done. So contexts can be freed as soon as `run` returns.
+* GUIDED: a claim takes `remaining / (2 * threads)` grains, at least one: few atomics at the start of a step, small pieces at its end.
+* PARK: a thread that finds nothing spins for `spin_cycles`, then sleeps in a futex on its own gate. Spinning longer than a step's
+  hand-over buys nothing, and it holds a core that the kernel could give to a descheduled member of the team.
+* HANDOFF: a published step without parts is a message to the caller's thread (number 0): "you lead from here". The end of the program and
+  host callbacks belong to it.
+* FLOAT: every thread computes with the default rounding and with denormals, whatever the calling thread had set.
+
+Not handled: more than 64 threads (one bit each in the parked mask). Without a futex (not Linux) parked threads poll once in 100 us.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+MAX_THREADS = 64
+
+# The longest that a hand-over between running threads takes here is about 1 us; 15 us also bridges the serial steps of small models.
+SPIN_NS = 15_000
+
+
+class Team(IntEnum):
+    """Byte offsets in the team's memory. Words written by different threads at the same time are on different cache lines."""
+
+    CLAIM = 0
+    # The published step; written by the leader while nothing can be claimed.
+    MEMBERS = 64  # bit i: thread i may claim
+    TOTAL = 72
+    PARTS = 80
+    N_PARTS = 88
+    CONTEXT = 96
+    DIVISOR = 104
+    AT = 112  # where the program goes on
+    N_THREADS = 120
+    PENDING = 128  # grains not yet done
+    PARKED = 192  # bit i: thread i sleeps, or is about to
+    OWNER = 256
+    SOLO = 320  # runs that found the team busy and go on alone
+    # Set once, read often.
+    N_WORKERS = 384
+    SPIN_CYCLES = 392
+    SYSCALL = 400  # libc's syscall, or 0 where there is no futex
+    FUTEX = 408  # its number
+    USLEEP = 416
+    GATES = 448  # one cache line per thread
+    SIZE = 448 + 64 * MAX_THREADS
+
+
+def threads_text(cycle_counter: str = "llvm.readcyclecounter") -> str:
+    """LLVM functions `wait`, `wake`, `publish`, `serve` and the worker's entry `vivace_worker`.
+
+    They call `execute` and `lead` of `program_text`.
+    """
+    t = Team
+    return f"""
+declare i64 @{cycle_counter}()
+declare i64 @llvm.cttz.i64(i64, i1)
+declare i64 @llvm.umax.i64(i64, i64)
+declare i64 @llvm.umin.i64(i64, i64)
+
+define i64 @vivace_cycles() {{
+  %t = call i64 @{cycle_counter}()
+  ret i64 %t
+}}
+
+; Whether thread %id may claim something now. Reads may be stale: the claim itself decides (rule WORD).
+define internal i1 @has_work(ptr %team, i64 %id) alwaysinline {{
+  %claim = getelementptr i8, ptr %team, i64 {t.CLAIM}
+  %word = load atomic i64, ptr %claim acquire, align 8
+  %remaining = and i64 %word, 4294967295
+  %some = icmp ne i64 %remaining, 0
+  br i1 %some, label %ask, label %no
+ask:
+  %members.p = getelementptr i8, ptr %team, i64 {t.MEMBERS}
+  %members = load atomic i64, ptr %members.p monotonic, align 8
+  %shifted = lshr i64 %members, %id
+  %mine = trunc i64 %shifted to i1
+  ret i1 %mine
+no:
+  ret i1 false
+}}
+
+; Returns when thread %id may have work: spins, then sleeps (rule PARK).
+define internal void @wait(ptr %team, i64 %id) noinline {{
+entry:
+  %bit = shl i64 1, %id
+  %others = xor i64 %bit, -1
+  %gate.at = mul i64 %id, 64
+  %gates = getelementptr i8, ptr %team, i64 {t.GATES}
+  %gate = getelementptr i8, ptr %gates, i64 %gate.at
+  %parked = getelementptr i8, ptr %team, i64 {t.PARKED}
+  %spin.p = getelementptr i8, ptr %team, i64 {t.SPIN_CYCLES}
+  %spin.cycles = load i64, ptr %spin.p
+  br label %start
+start:
+  %t0 = call i64 @{cycle_counter}()
+  br label %round
+round:
+  br label %look
+look:
+  %i = phi i64 [0, %round], [%i.next, %pause]
+  %ready = call i1 @has_work(ptr %team, i64 %id)
+  br i1 %ready, label %done, label %pause
+pause:
+  call void @llvm.x86.sse2.pause()
+  %i.next = add i64 %i, 1
+  %again = icmp ult i64 %i.next, 8
+  br i1 %again, label %look, label %clock
+clock:
+  %t1 = call i64 @{cycle_counter}()
+  %passed = sub i64 %t1, %t0
+  %enough = icmp uge i64 %passed, %spin.cycles
+  br i1 %enough, label %park, label %round
+park:
+  store atomic i32 1, ptr %gate seq_cst, align 4
+  %seen = atomicrmw or ptr %parked, i64 %bit seq_cst
+  %late = call i1 @has_work(ptr %team, i64 %id)
+  br i1 %late, label %leave, label %sleep
+sleep:
+  call void @sleep(ptr %team, ptr %gate)
+  %g = load atomic i32, ptr %gate acquire, align 4
+  %opened = icmp eq i32 %g, 0
+  br i1 %opened, label %start, label %interrupted
+interrupted:
+  %seen2 = atomicrmw and ptr %parked, i64 %others seq_cst
+  br label %start
+leave:
+  %seen3 = atomicrmw and ptr %parked, i64 %others seq_cst
+  store atomic i32 0, ptr %gate monotonic, align 4
+  br label %done
+done:
+  ret void
+}}
+
+; Sleeps while the gate holds 1; may return early.
+define internal void @sleep(ptr %team, ptr %gate) {{
+  %syscall.p = getelementptr i8, ptr %team, i64 {t.SYSCALL}
+  %syscall = load ptr, ptr %syscall.p
+  %none = icmp eq ptr %syscall, null
+  br i1 %none, label %poll, label %futex
+futex:
+  %futex.p = getelementptr i8, ptr %team, i64 {t.FUTEX}
+  %number = load i64, ptr %futex.p
+  %r = call i64 (i64, ...) %syscall(i64 %number, ptr %gate, i64 128, i64 1, ptr null, ptr null, i64 0)
+  ret void
+poll:
+  %usleep.p = getelementptr i8, ptr %team, i64 {t.USLEEP}
+  %usleep = load ptr, ptr %usleep.p
+  %r2 = call i32 %usleep(i32 100)
+  ret void
+}}
+
+; Opens the gates of the sleeping threads among %members.
+define internal void @wake(ptr %team, i64 %members) {{
+entry:
+  %parked = getelementptr i8, ptr %team, i64 {t.PARKED}
+  %asleep = load atomic i64, ptr %parked seq_cst, align 8
+  %chosen = and i64 %asleep, %members
+  %any = icmp ne i64 %chosen, 0
+  br i1 %any, label %take, label %done
+take:
+  %keep = xor i64 %chosen, -1
+  %before = atomicrmw and ptr %parked, i64 %keep seq_cst
+  %mine = and i64 %before, %chosen
+  %gates = getelementptr i8, ptr %team, i64 {t.GATES}
+  %syscall.p = getelementptr i8, ptr %team, i64 {t.SYSCALL}
+  %syscall = load ptr, ptr %syscall.p
+  %futex.p = getelementptr i8, ptr %team, i64 {t.FUTEX}
+  %number = load i64, ptr %futex.p
+  %polled = icmp eq ptr %syscall, null
+  br label %next
+next:
+  %left = phi i64 [%mine, %take], [%rest, %opened]
+  %more = icmp ne i64 %left, 0
+  br i1 %more, label %open, label %done
+open:
+  %i = call i64 @llvm.cttz.i64(i64 %left, i1 true)
+  %less = sub i64 %left, 1
+  %rest = and i64 %left, %less
+  %gate.at = mul i64 %i, 64
+  %gate = getelementptr i8, ptr %gates, i64 %gate.at
+  store atomic i32 0, ptr %gate release, align 4
+  br i1 %polled, label %opened, label %futex
+futex:
+  %r = call i64 (i64, ...) %syscall(i64 %number, ptr %gate, i64 129, i64 1, ptr null, ptr null, i64 0)
+  br label %opened
+opened:
+  br label %next
+done:
+  ret void
+}}
+
+; Makes %total grains of %parts claimable by %members; the program goes on at %at when they are done.
+; Only the leader calls this, and it leads no more afterwards. Without parts it is a message (rule HANDOFF).
+define internal void @publish(ptr %team, ptr %ctx, ptr %at, ptr %parts, i64 %n_parts, i64 %total, i64 %members, i64 %divisor) {{
+  %members.p = getelementptr i8, ptr %team, i64 {t.MEMBERS}
+  store atomic i64 %members, ptr %members.p monotonic, align 8
+  %total.p = getelementptr i8, ptr %team, i64 {t.TOTAL}
+  store atomic i64 %total, ptr %total.p monotonic, align 8
+  %parts.p = getelementptr i8, ptr %team, i64 {t.PARTS}
+  store atomic ptr %parts, ptr %parts.p monotonic, align 8
+  %n_parts.p = getelementptr i8, ptr %team, i64 {t.N_PARTS}
+  store atomic i64 %n_parts, ptr %n_parts.p monotonic, align 8
+  %ctx.p = getelementptr i8, ptr %team, i64 {t.CONTEXT}
+  store atomic ptr %ctx, ptr %ctx.p monotonic, align 8
+  %divisor.p = getelementptr i8, ptr %team, i64 {t.DIVISOR}
+  store atomic i64 %divisor, ptr %divisor.p monotonic, align 8
+  %at.p = getelementptr i8, ptr %team, i64 {t.AT}
+  store atomic ptr %at, ptr %at.p monotonic, align 8
+  %pending.p = getelementptr i8, ptr %team, i64 {t.PENDING}
+  store atomic i64 %total, ptr %pending.p monotonic, align 8
+  %claim = getelementptr i8, ptr %team, i64 {t.CLAIM}
+  %old = load atomic i64, ptr %claim monotonic, align 8
+  %number = lshr i64 %old, 32
+  %number.next = add i64 %number, 1
+  %high = shl i64 %number.next, 32
+  %word = or i64 %high, %total
+  %swapped = atomicrmw xchg ptr %claim, i64 %word seq_cst
+  call void @wake(ptr %team, i64 %members)
+  ret void
+}}
+
+; Claims and runs grains of the published step until none is left. Returns where to lead on, or null for everybody but the last.
+define internal ptr @serve(ptr %team, i64 %id) {{
+entry:
+  %claim = getelementptr i8, ptr %team, i64 {t.CLAIM}
+  br label %retry
+retry:
+  %done.0 = phi i64 [0, %entry], [%done.0, %contended], [%done.2, %chunk.done]
+  %word = load atomic i64, ptr %claim acquire, align 8
+  %remaining = and i64 %word, 4294967295
+  %none = icmp eq i64 %remaining, 0
+  br i1 %none, label %settle, label %ask
+ask:
+  %members.p = getelementptr i8, ptr %team, i64 {t.MEMBERS}
+  %members = load atomic i64, ptr %members.p monotonic, align 8
+  %shifted = lshr i64 %members, %id
+  %mine = trunc i64 %shifted to i1
+  br i1 %mine, label %size, label %settle
+size:
+  %divisor.p = getelementptr i8, ptr %team, i64 {t.DIVISOR}
+  %divisor = load atomic i64, ptr %divisor.p monotonic, align 8
+  %divisor.1 = call i64 @llvm.umax.i64(i64 %divisor, i64 1)
+  %share = udiv i64 %remaining, %divisor.1
+  %chunk = call i64 @llvm.umax.i64(i64 %share, i64 1)
+  %total.p = getelementptr i8, ptr %team, i64 {t.TOTAL}
+  %total = load atomic i64, ptr %total.p monotonic, align 8
+  %parts.p = getelementptr i8, ptr %team, i64 {t.PARTS}
+  %parts = load atomic ptr, ptr %parts.p monotonic, align 8
+  %n_parts.p = getelementptr i8, ptr %team, i64 {t.N_PARTS}
+  %n_parts = load atomic i64, ptr %n_parts.p monotonic, align 8
+  %ctx.p = getelementptr i8, ptr %team, i64 {t.CONTEXT}
+  %ctx = load atomic ptr, ptr %ctx.p monotonic, align 8
+  %at.p = getelementptr i8, ptr %team, i64 {t.AT}
+  %at = load atomic ptr, ptr %at.p monotonic, align 8
+  %word.next = sub i64 %word, %chunk
+  %swap = cmpxchg ptr %claim, i64 %word, i64 %word.next acq_rel monotonic
+  %won = extractvalue {{i64, i1}} %swap, 1
+  br i1 %won, label %claimed, label %contended
+contended:
+  call void @llvm.x86.sse2.pause()
+  br label %retry
+claimed:
+  %message = icmp eq i64 %n_parts, 0
+  br i1 %message, label %lead, label %work
+work:
+  %first = sub i64 %total, %remaining
+  %last = add i64 %first, %chunk
+  br label %part
+part:
+  %from = phi i64 [%first, %work], [%from.next, %part.next]
+  %p = phi ptr [%parts, %work], [%p.next, %part.next]
+  %begins = phi i64 [0, %work], [%ends, %part.next]
+  %ends.p = getelementptr i8, ptr %p, i64 32
+  %ends = load i64, ptr %ends.p
+  %to = call i64 @llvm.umin.i64(i64 %ends, i64 %last)
+  %nothing = icmp uge i64 %from, %to
+  br i1 %nothing, label %part.skip, label %part.run
+part.run:
+  %units.p = getelementptr i8, ptr %p, i64 16
+  %units = load i64, ptr %units.p
+  %grain.p = getelementptr i8, ptr %p, i64 24
+  %grain = load i64, ptr %grain.p
+  %from.grain = sub i64 %from, %begins
+  %to.grain = sub i64 %to, %begins
+  %from.unit = mul i64 %from.grain, %grain
+  %to.unit.0 = mul i64 %to.grain, %grain
+  %to.unit = call i64 @llvm.umin.i64(i64 %to.unit.0, i64 %units)
+  call void @execute(ptr %ctx, ptr %p, i64 %from.unit, i64 %to.unit, i64 %id)
+  br label %part.skip
+part.skip:
+  %p.next = getelementptr i8, ptr %p, i64 40
+  %from.next = call i64 @llvm.umax.i64(i64 %from, i64 %to)
+  %finished = icmp uge i64 %from.next, %last
+  br i1 %finished, label %chunk.done, label %part.next
+part.next:
+  br label %part
+chunk.done:
+  %done.2 = add i64 %done.0, %chunk
+  br label %retry
+settle:
+  %idle = icmp eq i64 %done.0, 0
+  br i1 %idle, label %no, label %count
+count:
+  %pending.p = getelementptr i8, ptr %team, i64 {t.PENDING}
+  %before = atomicrmw sub ptr %pending.p, i64 %done.0 acq_rel
+  %is.last = icmp eq i64 %before, %done.0
+  br i1 %is.last, label %last.one, label %no
+last.one:
+  %at2.p = getelementptr i8, ptr %team, i64 {t.AT}
+  %at2 = load atomic ptr, ptr %at2.p monotonic, align 8
+  ret ptr %at2
+lead:
+  ret ptr %at
+no:
+  ret ptr null
+}}
+
+; The life of a worker thread; %slot holds the team's address and the thread's number.
+define ptr @vivace_worker(ptr %slot) {{
+entry:
+  %team = load ptr, ptr %slot
+  %id.p = getelementptr i8, ptr %slot, i64 8
+  %id = load i64, ptr %id.p
+  call void @set_float_mode()
+  br label %waiting
+waiting:
+  call void @wait(ptr %team, i64 %id)
+  br label %serving
+serving:
+  %at = call ptr @serve(ptr %team, i64 %id)
+  %follower = icmp eq ptr %at, null
+  br i1 %follower, label %waiting, label %leading
+leading:
+  %ctx.p = getelementptr i8, ptr %team, i64 {t.CONTEXT}
+  %ctx = load atomic ptr, ptr %ctx.p monotonic, align 8
+  %n.p = getelementptr i8, ptr %team, i64 {t.N_THREADS}
+  %n = load atomic i64, ptr %n.p monotonic, align 8
+  %ended = call i1 @lead(ptr %team, ptr %ctx, ptr %at, i64 %id, i64 %n)
+  br label %serving
+}}
+"""
