@@ -7,6 +7,7 @@ twice: a kernel may then add to what it overwrites. A *unit* of parallel work is
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from vivace.base.dims import Dim
@@ -25,7 +26,7 @@ class Tile:
     """The plan of one contraction kernel.
 
     `outer` and `inner` split the last two row axes (a missing axis is `((1, 1),)`); a tile takes one piece of each. `tiles_per_unit`
-    and `panels_per_unit` make the unit; `rows_outer` tells which of the two block numbers varies slowest over the units.
+    and `panels_per_unit` make the unit; `rows_outer` tells which of the two block numbers varies slowest over the units. `stage_a` copies a block's rows of A to scratch, an odd number of cache lines apart.
     """
 
     nv: int
@@ -36,7 +37,7 @@ class Tile:
     tiles_per_unit: int
     panels_per_unit: int
     rows_outer: bool
-    pack_a: bool
+    stage_a: bool
 
 
 def max_rows(nv: int, isa: Isa) -> int:
@@ -104,6 +105,9 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None) -> Til
     n_panels = max(1, -(-n // lanes))
     n_batch = max(1, _known([b.extent for b in c.batch]))
     tiles_per_unit, panels_per_unit = n_tiles, n_panels
+    stage_a = len(c.taps) == 1 and n_panels > 1 and collides(c.rows, outer, inner, machine)
+    if len(c.taps) > 1 and collides(c.rows, outer, inner, machine):
+        outer, inner = _split_rows(c.rows, max(1, max_rows(nv, isa) // 2))
     flops = 2 * rows * n * k
     wanted = max(1, min(_UNITS_WANTED, flops * n_batch // _UNIT_FLOPS) // n_batch)
     a_bytes, b_bytes = rows * c_channel(c) * 4, n * k * 4
@@ -114,7 +118,31 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None) -> Til
         panels_per_unit = max(1, -(-n_panels // max(1, wanted // -(-n_tiles // tiles_per_unit))))
     if (have := -(-n_tiles // tiles_per_unit) * -(-n_panels // panels_per_unit)) < wanted:
         tiles_per_unit = max(1, -(-tiles_per_unit // -(-wanted // have)))
-    return Tile(nv, lanes, outer, inner, unroll, tiles_per_unit, panels_per_unit, b_bytes <= a_bytes, pack_a=False)
+    tiles_per_unit = -(-n_tiles // -(-n_tiles // tiles_per_unit))
+    panels_per_unit = -(-n_panels // -(-n_panels // panels_per_unit))
+    rows_outer = stage_a or b_bytes <= a_bytes
+    return Tile(nv, lanes, outer, inner, unroll, tiles_per_unit, panels_per_unit, rows_outer, stage_a)
+
+
+def collides(rows: tuple[Axis, ...], outer: tuple[Segment, ...], inner: tuple[Segment, ...], machine: Machine) -> bool:
+    """Whether the rows of one tile fall into so few sets of the first-level cache that they evict each other, step after step."""
+    steps = [(r.a, split[0][1]) for r, split in zip(reversed(rows), (inner, outer))]
+    if not all(isinstance(a, int) for a, _ in steps):
+        return False
+    offsets = [0]
+    for a, count in steps:
+        offsets = [o + i * int(a) * 4 for o in offsets for i in range(count)]
+    level = machine.data_cache(1)
+    ways = level.n_ways if level and level.n_ways else 8
+    n_sets = max(1, machine.cache_bytes(1) // machine.line_bytes // ways)
+    sets = Counter(o // machine.line_bytes % n_sets for o in offsets)
+    return max(sets.values()) >= ways  # one way is B's, which streams through every set
+
+
+def staged_stride(k: Dim) -> Dim:
+    """Elements between staged rows of A: an odd number of cache lines, so that neighbours fall into different sets."""
+    lines = (k + 15) // 16
+    return (lines + 1 - lines % 2) * 16
 
 
 def c_channel(c: Contraction) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from vivace.base.dims import Dim
 from vivace.base.machine import Isa
 from vivace.loops.contraction import Axis
 from vivace.targets.cpu.contraction_text import Int, Text
@@ -85,7 +84,7 @@ def accumulate(
     def steps(ap: str, bp: str, acc: list[list[str]], n: int) -> tuple[str, str, list[list[str]]]:
         for u in range(n):
             acc = one_step(ap, bp, acc, u)
-            acc[-1] = t.pin(kind, acc[-1])
+            acc = _grid(t.pin(kind, _flat(acc)), shape.vectors)
         return t.at(ap, t.mul(step_a, n)), t.at(bp, t.mul(step_b, n)), acc
 
     def run(times: Int, ap: str, bp: str, acc: list[list[str]], n: int) -> tuple[str, str, list[list[str]]]:
@@ -179,8 +178,26 @@ def store(t: Text, isa: Isa, value: str, pointer: str, mask: str | None) -> None
     t.put(f"call void @llvm.masked.store.v{w}f32.p0({kind} {value}, ptr {pointer}, i32 4, <{w} x i1> {mask})")
 
 
-def extent_product(taps: tuple[Axis, ...]) -> Dim:
-    total: Dim = 1
-    for x in taps:
-        total = total * x.extent
-    return total
+def load(t: Text, isa: Isa, pointer: str, mask: str | None) -> str:
+    """A vector of memory; lanes outside the mask are 0 and not touched."""
+    kind, w = vector_type(isa), isa.n_f32_lanes
+    if mask is None:
+        return t.op(f"load {kind}, ptr {pointer}, align 4")
+    t.declare(f"llvm.masked.load.v{w}f32.p0", f"{kind} @llvm.masked.load.v{w}f32.p0(ptr, i32, <{w} x i1>, {kind})")
+    return t.op(
+        f"call {kind} @llvm.masked.load.v{w}f32.p0(ptr {pointer}, i32 4, <{w} x i1> {mask}, {kind} zeroinitializer)"
+    )
+
+
+def copy_row(t: Text, isa: Isa, source: str, to: str, count: Int) -> None:
+    """Copies `count` neighbouring f32."""
+    w, kind = isa.n_f32_lanes, vector_type(isa)
+    whole = t.mul(t.divmod(count, w)[0], w)
+    with t.loop(0, whole, w) as i:
+        offset = t.mul(i, F32_BYTES)
+        t.put(f"store {kind} {t.op(f'load {kind}, ptr {t.at(source, offset)}, align 4')}, ptr {t.at(to, offset)}, align 4")
+    if whole == count:
+        return
+    with t.loop(whole, count) as i:
+        offset = t.mul(i, F32_BYTES)
+        t.put(f"store float {t.op(f'load float, ptr {t.at(source, offset)}, align 4')}, ptr {t.at(to, offset)}, align 4")
