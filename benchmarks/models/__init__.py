@@ -4,7 +4,7 @@ seed)`.
 
 from benchmarks.models.catalogue import BY_NAME, MODELS, Case, Extra, Model, find, inputs
 from benchmarks.models.fetch import ModelUnavailable, cache_dir
-from benchmarks.models.materialise import can_make, is_ready, materialise
+from benchmarks.models.making import can_make, is_ready, materialise
 
 __all__ = [
     "BY_NAME",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from benchmarks.models.catalogue import MODELS, Extra, Model, find
 from benchmarks.models.fetch import ModelUnavailable, cache_dir
-from benchmarks.models.materialise import can_make, is_ready, materialise
+from benchmarks.models.making import can_make, is_ready, materialise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("list", help="what there is, what it needs, and what is in the cache")
     getter = verbs.add_parser("get", help="make models that the cache lacks")
     getter.add_argument("names", nargs="*", metavar="NAME")
-    getter.add_argument("--all", action="store_true", help="every model; needs the extras torch and tabular")
+    getter.add_argument("--all", action="store_true", help="every model; needs the extra torch")
     getter.add_argument(
         "--light", action="store_true", help="every model that this environment can make without PyTorch"
     )

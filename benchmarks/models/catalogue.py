@@ -1,7 +1,7 @@
 """The real models that tests, benchmarks and the demo use: where each comes from, what it needs, which inputs to try.
 
 A model without an extra is an ONNX file inside a wheel (`member`). The others are trained or exported once, see
-`materialise.py`.
+`making.py`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from benchmarks.models.fetch import Member, Wheel
 
 
 class Extra(StrEnum):
-    """What must be installed beside the core to make the model; once made, it needs nothing."""
+    """What making a model needs beside the core: nothing, scikit-learn with skl2onnx, or the extra `torch`."""
 
     NONE = "none"
-    TABULAR = "tabular"
+    TABULAR = "sklearn"
     TORCH = "torch"
 
 

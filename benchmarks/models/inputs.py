@@ -164,9 +164,8 @@ def _cache_after(tokens: NDArray[np.int64]) -> Inputs:
     path = cache_dir() / "inputs" / f"smollm2-135m-{n}x{n_past}-{zlib.crc32(tokens.tobytes()):08x}.npz"
     if not path.exists():
         present = _run_decoder(_decoder_step(tokens, _empty_cache(n)))
-        write_atomically(
-            path, lambda unfinished: np.savez(unfinished, **dict(zip(_cache_names(), present, strict=True)))
-        )
+        cache = dict(zip(_cache_names(), present, strict=True))
+        write_atomically(path, lambda unfinished: np.savez(unfinished, allow_pickle=False, **cache))
     with np.load(path, allow_pickle=False) as stored:
         return {name: stored[name] for name in _cache_names()}
 

@@ -24,6 +24,8 @@ FloatArray = NDArray[np.float32]
 
 INK = (30, 30, 40)
 LINE_HEIGHT = 48
+LINE_FONT_SIZE = 34
+LINE_MARGIN = 8
 LINES = (
     *SENTENCES,
     "Invoice No. 20418",
@@ -66,16 +68,13 @@ def text_page(height: int, width: int, seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
     page = Image.new("RGB", (width, height), tuple(int(c) for c in rng.integers(225, 255, 3)))
     draw = ImageDraw.Draw(page)
-    words = iter(np.roll(np.array(PASSAGE.split()), -int(rng.integers(0, 40))).tolist() * 4)
+    words = np.roll(np.array(PASSAGE.split()), -int(rng.integers(0, 40))).tolist() * 4
     top = int(rng.integers(12, 30))
     while top < height - 40:
         size = int(rng.choice([18, 22, 28, 36]))
-        face, line = font(size), next(words)
-        for word in words:
-            if draw.textlength(f"{line} {word}", font=face) > 0.82 * width:
-                break
-            line += f" {word}"
-        draw.text((int(0.06 * width), top), line, font=face, fill=INK)
+        line = fitting_words(" ".join(words[:20]), size, int(0.82 * width))
+        words = words[len(line.split()) :]
+        draw.text((int(0.06 * width), top), line, font=font(size), fill=INK)
         top += int(size * rng.uniform(1.5, 2.2))
     turned = page.rotate(
         float(rng.uniform(-1.5, 1.5)), resample=Image.Resampling.BILINEAR, fillcolor=page.getpixel((0, 0))
@@ -89,10 +88,12 @@ def text_line(text: str, seed: int, upside_down: bool = False) -> Image.Image:
     from PIL import Image, ImageDraw
 
     rng = np.random.default_rng(seed)
-    face = font(34)
+    face = font(LINE_FONT_SIZE)
     left, top, right, bottom = face.getbbox(text)
-    line = Image.new("RGB", (int(right - left) + 16, LINE_HEIGHT), tuple(int(c) for c in rng.integers(215, 255, 3)))
-    ImageDraw.Draw(line).text((8 - left, (LINE_HEIGHT - bottom - top) / 2), text, font=face, fill=INK)
+    line = Image.new(
+        "RGB", (int(right - left) + 2 * LINE_MARGIN, LINE_HEIGHT), tuple(int(c) for c in rng.integers(215, 255, 3))
+    )
+    ImageDraw.Draw(line).text((LINE_MARGIN - left, (LINE_HEIGHT - bottom - top) / 2), text, font=face, fill=INK)
     return _with_noise(line.rotate(180) if upside_down else line, rng)
 
 
@@ -110,14 +111,23 @@ def page_batch(shape: tuple[int, ...], seed: int) -> FloatArray:
 
 
 def line_batch(shape: tuple[int, ...], seed: int, turn_every_second: bool = False) -> FloatArray:
-    """Lines of text, `f32[N,3,48,W]`: narrow ones padded with zeros on the right, wide ones squeezed."""
+    """Lines of text, `f32[N,3,48,W]`: as many words as fit, zeros on the right where they are narrower."""
     n, channels, height, width = shape
     batch = np.zeros((n, channels, height, width), np.float32)
     for i in range(n):
-        line = text_line(LINES[(seed + i) % len(LINES)], seed + i, upside_down=turn_every_second and i % 2 == 1)
+        text = fitting_words(LINES[(seed + i) % len(LINES)], LINE_FONT_SIZE, width - 2 * LINE_MARGIN)
+        line = text_line(text, seed + i, upside_down=turn_every_second and i % 2 == 1)
         kept = min(line.width, width)
         batch[i, :, :, :kept] = _to_chw(line.resize((kept, height)))
     return batch
+
+
+def fitting_words(text: str, size: int, width: int) -> str:
+    """The first words of `text` that fit into `width` pixels in this size of type; one word at least."""
+    words = text.split()
+    while len(words) > 1 and font(size).getlength(" ".join(words)) > width:
+        words.pop()
+    return " ".join(words)
 
 
 def _to_chw(picture: Image.Image) -> FloatArray:
@@ -132,7 +142,8 @@ def photographs() -> list[tuple[int, bytes]]:
 
 def photograph_batch(shape: tuple[int, ...], seed: int) -> FloatArray:
     """Photographs for a classifier: shorter side to 256, centre crop, ImageNet mean and deviation; RGB."""
-    return (_crops(shape, seed) / 255 - IMAGENET_MEAN[:, None, None]) / IMAGENET_STD[:, None, None]
+    scaled = _crops(shape, seed) / np.float32(255)
+    return (scaled - IMAGENET_MEAN[:, None, None]) / IMAGENET_STD[:, None, None]
 
 
 def photograph_batch_lite(shape: tuple[int, ...], seed: int) -> FloatArray:

@@ -27,7 +27,7 @@ def speech(n_samples: int, rate_hz: int, seed: int) -> FloatArray:
         syllable = _syllable(length, rate_hz, rng)[: n_samples - at]
         sound[at : at + len(syllable)] += syllable
         at += length + int(rate_hz * rng.choice([0.02, 0.05, 0.25]))
-    return (0.6 * sound / np.abs(sound).max()).astype(np.float32)
+    return _scaled_to(0.6, sound)
 
 
 def _syllable(n_samples: int, rate_hz: int, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -57,7 +57,11 @@ def notes(n_samples: int, rate_hz: int, seed: int) -> FloatArray:
                 sound[start:] += (
                     np.exp(-3 * harmonic**0.5 * seconds) / harmonic * np.sin(2 * np.pi * harmonic * note_hz * seconds)
                 )
-    return (0.7 * sound / np.abs(sound).max()).astype(np.float32)
+    return _scaled_to(0.7, sound)
+
+
+def _scaled_to(peak: float, sound: NDArray[np.float64]) -> FloatArray:
+    return np.asarray(peak / np.abs(sound).max() * sound, np.float32)
 
 
 def speech_windows(shape: tuple[int, ...], rate_hz: int, seed: int) -> FloatArray:
@@ -84,13 +88,12 @@ def log_mel(sound: FloatArray, n_mels: int) -> FloatArray:
     """
     padded = np.zeros(WHISPER_SAMPLES)
     padded[: len(sound)] = sound[:WHISPER_SAMPLES]
-    framed = np.lib.stride_tricks.sliding_window_view(np.pad(padded, WHISPER_FFT // 2, mode="reflect"), WHISPER_FFT)[
-        ::WHISPER_HOP
-    ]
+    mirrored = np.pad(padded, WHISPER_FFT // 2, mode="reflect")
+    framed = np.lib.stride_tricks.sliding_window_view(mirrored, WHISPER_FFT)[::WHISPER_HOP]
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(WHISPER_FFT) / WHISPER_FFT)
     power = np.abs(np.fft.rfft(framed[:-1] * window)) ** 2
     decades = np.log10(np.maximum(power @ _mel_bands(n_mels).T, 1e-10)).T
-    return ((np.maximum(decades, decades.max() - 8) + 4) / 4).astype(np.float32)
+    return np.asarray((np.maximum(decades, decades.max() - 8) + 4) / 4, np.float32)
 
 
 def _mel_bands(n_mels: int) -> NDArray[np.float64]:
@@ -101,4 +104,5 @@ def _mel_bands(n_mels: int) -> NDArray[np.float64]:
     edges_hz = np.where(mels < 15, mels * 200 / 3, 1000 * np.exp((mels - 15) * np.log(6.4) / 27))
     low, centre, high = edges_hz[:-2, None], edges_hz[1:-1, None], edges_hz[2:, None]
     rising, falling = (bins_hz - low) / (centre - low), (high - bins_hz) / (high - centre)
-    return np.maximum(0, np.minimum(rising, falling)) * 2 / (high - low)
+    bands: NDArray[np.float64] = np.maximum(0, np.minimum(rising, falling)) * 2 / (high - low)
+    return bands

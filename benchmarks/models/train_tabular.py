@@ -1,4 +1,4 @@
-"""Trains the two tabular models on scikit-learn's digits and converts them with skl2onnx; needs the `tabular` extra.
+"""Trains the two tabular models on scikit-learn's digits and converts them; needs scikit-learn and skl2onnx.
 
 Digits: 1797 pictures of 8x8 pixels with values 0 to 16 and ten labels. The last 360 are not trained on and become
 the real inputs of the models (`tabular-digits.npy` in the cache). Training is seeded, so the same versions give the
@@ -16,7 +16,6 @@ from benchmarks.models.fetch import ModelUnavailable, cache_dir, write_atomicall
 HELD_OUT = 360
 OPSET = {"": 18, "ai.onnx.ml": 3}
 PIXELS_FILE = "tabular-digits.npy"
-EXTRA = "tabular"
 
 
 def train_forest(path: Path) -> None:
@@ -59,5 +58,5 @@ def _need(module: str) -> Any:
     except ImportError as missing:
         raise ModelUnavailable(
             f"training the tabular models needs scikit-learn and skl2onnx ({missing}); "
-            f"install the extra: pip install 'vivace[{EXTRA}]'"
+            "pip install scikit-learn skl2onnx (the extra `torch` has them too)"
         ) from missing

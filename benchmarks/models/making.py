@@ -82,7 +82,9 @@ def _side_file_fits(path: Path, model: Model) -> bool:
         record = json.loads(_side_file(path).read_text())
     except (OSError, ValueError):
         return False
-    return record.get("recipe") == model.recipe and record.get("size_bytes") == path.stat().st_size
+    if not isinstance(record, dict):
+        return False
+    return (record.get("recipe"), record.get("size_bytes")) == (model.recipe, path.stat().st_size)
 
 
 def _write(path: Path, content: bytes) -> None:
