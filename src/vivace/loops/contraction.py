@@ -38,11 +38,13 @@ class Packing:
 
     `panels`: constant, packed at compile time as [batch][panel][r..][lanes] with `lanes` columns per panel, zero-filled.
     `plain`: as its axes' strides say, `n` contiguous (n stride 1): read in place or packed on the fly.
-    `transposed`: as its axes' strides say, the innermost tap contiguous (B stored as [n][k]): packed on the fly.
+    `transposed`: as its axes' strides say, the innermost tap contiguous (B stored as [n][k]): packed on the fly. A step of `n` adds
+    `n_stride` to the address.
     """
 
     kind: str
     lanes: int = 0
+    n_stride: Dim = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,7 @@ def contraction_dims(c: Contraction | Depthwise) -> tuple[str, ...]:
     batch = c.batch if isinstance(c, Contraction) else ()
     axes = (*batch, *c.rows, *c.taps)
     lane_name, width = ("n", c.n) if isinstance(c, Contraction) else ("c", c.channels)
-    dims: list[Dim] = [width]
+    dims: list[Dim] = [width, c.packing.n_stride if isinstance(c, Contraction) else 1]
     for x in axes:
         dims += [x.extent, x.a, x.b, x.out]
     for e in walk(c.epilogue) if c.epilogue is not None else ():

@@ -26,7 +26,8 @@ class Tile:
     """The plan of one contraction kernel.
 
     `outer` and `inner` split the last two row axes (a missing axis is `((1, 1),)`); a tile takes one piece of each. `tiles_per_unit`
-    and `panels_per_unit` make the unit; `rows_outer` tells which of the two block numbers varies slowest over the units. `stage_a` copies a block's rows of A to scratch, an odd number of cache lines apart.
+    and `panels_per_unit` make the unit; `rows_outer` tells which of the two block numbers varies slowest over the units. `stage_a` copies a block's rows of A to scratch, an odd number of cache lines apart;
+    `stage_b` makes panels in scratch from a run-time B.
     """
 
     nv: int
@@ -38,6 +39,7 @@ class Tile:
     panels_per_unit: int
     rows_outer: bool
     stage_a: bool
+    stage_b: bool = False
 
 
 def max_rows(nv: int, isa: Isa) -> int:
@@ -63,7 +65,7 @@ def split_axis(extent: Dim, most: int) -> tuple[Segment, ...]:
     """Segments of at most `most` that cover `extent` exactly, evenly where it is known."""
     if not isinstance(extent, int):
         segments: list[Segment] = [(extent // most, most)]
-        rest, size = extent % most, 1 << ((most - 1).bit_length() - 1)
+        rest, size = extent % most, 1 << (most.bit_length() - 1)
         while size:
             if size < most:
                 segments.append((rest // size, size))
@@ -108,20 +110,29 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None) -> Til
     stage_a = len(c.taps) == 1 and n_panels > 1 and collides(c.rows, outer, inner, machine)
     if len(c.taps) > 1 and collides(c.rows, outer, inner, machine):
         outer, inner = _split_rows(c.rows, max(1, max_rows(nv, isa) // 2))
+    stage_b = c.packing.kind == "transposed" or (c.packing.kind == "plain" and _pays_to_stage_b(c, isa, n_tiles, lanes))
     flops = 2 * rows * n * k
     wanted = max(1, min(_UNITS_WANTED, flops * n_batch // _UNIT_FLOPS) // n_batch)
     a_bytes, b_bytes = rows * c_channel(c) * 4, n * k * 4
     half_l2 = machine.cache_bytes(2) // 2
     if a_bytes > half_l2:
         tiles_per_unit = max(1, n_tiles * half_l2 // a_bytes)
+    if stage_b:
+        panels_per_unit = max(1, min(n_panels, half_l2 // max(1, k * lanes * 4)))
     if b_bytes > a_bytes:
         panels_per_unit = max(1, -(-n_panels // max(1, wanted // -(-n_tiles // tiles_per_unit))))
     if (have := -(-n_tiles // tiles_per_unit) * -(-n_panels // panels_per_unit)) < wanted:
         tiles_per_unit = max(1, -(-tiles_per_unit // -(-wanted // have)))
     tiles_per_unit = -(-n_tiles // -(-n_tiles // tiles_per_unit))
     panels_per_unit = -(-n_panels // -(-n_panels // panels_per_unit))
-    rows_outer = stage_a or b_bytes <= a_bytes
-    return Tile(nv, lanes, outer, inner, unroll, tiles_per_unit, panels_per_unit, rows_outer, stage_a)
+    rows_outer = not stage_b and (stage_a or b_bytes <= a_bytes)
+    return Tile(nv, lanes, outer, inner, unroll, tiles_per_unit, panels_per_unit, rows_outer, stage_a, stage_b)
+
+
+def _pays_to_stage_b(c: Contraction, isa: Isa, n_tiles: int, lanes: int) -> bool:
+    """Whether panels of a run-time B are worth making: enough tiles read them, or reading in place needs masks that are dear."""
+    ragged = not isinstance(c.n, int) or c.n % isa.n_f32_lanes != 0
+    return n_tiles >= 3 or (ragged and isa.vector_bits < 512)
 
 
 def collides(rows: tuple[Axis, ...], outer: tuple[Segment, ...], inner: tuple[Segment, ...], machine: Machine) -> bool:
@@ -137,6 +148,11 @@ def collides(rows: tuple[Axis, ...], outer: tuple[Segment, ...], inner: tuple[Se
     n_sets = max(1, machine.cache_bytes(1) // machine.line_bytes // ways)
     sets = Counter(o // machine.line_bytes % n_sets for o in offsets)
     return max(sets.values()) >= ways  # one way is B's, which streams through every set
+
+
+def staged_rows(k: Dim, isa: Isa) -> Dim:
+    """Rows of a staged panel of B: whole vectors, since blocks are transposed whole."""
+    return (k + isa.n_f32_lanes - 1) // isa.n_f32_lanes * isa.n_f32_lanes
 
 
 def staged_stride(k: Dim) -> Dim:

@@ -19,11 +19,15 @@ F32_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """Where the taps lie: axes outermost first, strides in elements. In a panel, B steps by `lanes` in the taps' order."""
+    """Where the taps lie: axes outermost first, strides in elements. In a panel, B steps by `lanes` in the taps' order.
+
+    `masks` are of the vectors of a B row: a panel is padded and needs none.
+    """
 
     taps: tuple[Axis, ...]
     panel: bool
     lanes: int
+    masks: list[str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +76,8 @@ def accumulate(
 
     def one_step(ap: str, bp: str, acc: list[list[str]], u: int) -> list[list[str]]:
         columns = [
-            t.op(f"load {kind}, ptr {t.at(bp, t.add(t.mul(step_b, u), j * isa.vector_bits // 8))}, align 4")
-            for j in range(shape.vectors)
+            load(t, isa, t.at(bp, t.add(t.mul(step_b, u), j * isa.vector_bits // 8)), mask)
+            for j, mask in enumerate(operands.masks)
         ]
         result = []
         for offset, row in zip(row_offsets, acc):
@@ -101,13 +105,31 @@ def accumulate(
         out = t.reduce_loop(times, [("ptr", ap), ("ptr", bp), *((kind, x) for x in _flat(acc))], body)
         return out[0], out[1], _grid(out[2:], shape.vectors)
 
+    def maybe(times: Int, ap: str, bp: str, acc: list[list[str]], n: int) -> tuple[str, str, list[list[str]]]:
+        """`run`, where `times` may turn out to be 0."""
+        enter, done = t.label(), t.label()
+        before = t.block
+        t.branch(t.less(0, times), enter, done)
+        t.start(enter)
+        p, q, grid = run(times, ap, bp, acc, n)
+        t.jump(done)
+        last = t.block
+        t.start(done)
+        ap, bp = (t.op(f"phi ptr [ {x}, %{before} ], [ {y}, %{last} ]") for x, y in ((ap, p), (bp, q)))
+        pairs = zip(_flat(acc), _flat(grid))
+        joined = [t.op(f"phi {kind} [ {x}, %{before} ], [ {y}, %{last} ]") for x, y in pairs]
+        return ap, bp, _grid(joined, shape.vectors)
+
     def channels(ap: str, bp: str, acc: list[list[str]]) -> tuple[str, list[list[str]]]:
         if isinstance(extent, int):
             times, rest = divmod(extent, shape.unroll)
             ap, bp, acc = run(times, ap, bp, acc, shape.unroll)
             _, bp, acc = steps(ap, bp, acc, rest)
             return bp, acc
-        return _unknown_extent(t, kind, shape.vectors, extent, ap, bp, acc, run)
+        whole, rest = t.divmod(extent, shape.unroll)
+        ap, bp, acc = maybe(whole, ap, bp, acc, shape.unroll)
+        _, bp, acc = maybe(rest, ap, bp, acc, 1)
+        return bp, acc
 
     if not outer:
         return channels(a, b, acc=zero)[1]
@@ -129,23 +151,6 @@ def accumulate(
         return [bp, *_flat(acc)]
 
     return _grid(t.reduce_loop(total, [("ptr", b), *((kind, x) for x in _flat(zero))], tap)[1:], shape.vectors)
-
-
-def _unknown_extent(t, kind, vectors, extent, ap, bp, acc, run):  # type: ignore[no-untyped-def]
-    """Single steps, as often as the run-time extent says, possibly never."""
-    enter, done = t.label(), t.label()
-    before = t.block
-    t.branch(t.less(0, extent), enter, done)
-    t.start(enter)
-    _, q, grid = run(extent, ap, bp, acc, 1)
-    t.jump(done)
-    last = t.block
-    t.start(done)
-    q = t.op(f"phi ptr [ {bp}, %{before} ], [ {q}, %{last} ]")
-    joined = [
-        t.op(f"phi {kind} [ {x}, %{before} ], [ {y}, %{last} ]") for x, y in zip(_flat(acc), _flat(grid))
-    ]
-    return q, _grid(joined, vectors)
 
 
 def _flat(grid: list[list[str]]) -> list[str]:
@@ -187,17 +192,3 @@ def load(t: Text, isa: Isa, pointer: str, mask: str | None) -> str:
     return t.op(
         f"call {kind} @llvm.masked.load.v{w}f32.p0(ptr {pointer}, i32 4, <{w} x i1> {mask}, {kind} zeroinitializer)"
     )
-
-
-def copy_row(t: Text, isa: Isa, source: str, to: str, count: Int) -> None:
-    """Copies `count` neighbouring f32."""
-    w, kind = isa.n_f32_lanes, vector_type(isa)
-    whole = t.mul(t.divmod(count, w)[0], w)
-    with t.loop(0, whole, w) as i:
-        offset = t.mul(i, F32_BYTES)
-        t.put(f"store {kind} {t.op(f'load {kind}, ptr {t.at(source, offset)}, align 4')}, ptr {t.at(to, offset)}, align 4")
-    if whole == count:
-        return
-    with t.loop(whole, count) as i:
-        offset = t.mul(i, F32_BYTES)
-        t.put(f"store float {t.op(f'load float, ptr {t.at(source, offset)}, align 4')}, ptr {t.at(to, offset)}, align 4")

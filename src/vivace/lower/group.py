@@ -1,0 +1,149 @@
+"""Which nodes share a kernel.
+
+A group has an *anchor* (the node that decides its loops) and element-wise nodes around it:
+* an anchor with its own loops (convolution, product, softmax, ..) takes in the element-wise nodes that follow it: its *epilogue*;
+* otherwise the last of a tree of element-wise nodes is the anchor and takes in its producers: they are computed where they are read.
+Movement nodes that strides can say (transpose, slice, expand, reshape) belong to no group: they become views.
+
+Rule ORDER: a group runs at the position of its anchor in the graph. An epilogue may use only values that exist by then, so that
+the order of the anchors is an order of execution and no cycle can arise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vivace.base.dims import Dim
+from vivace.graph.graph import Graph, Node, Value
+
+VIEWS = frozenset({"reshape", "transpose", "slice", "expand"})
+# Ops whose lowering evaluates an epilogue on each result before it is stored.
+WITH_EPILOGUE = frozenset(
+    {"conv", "conv_transpose", "matmul", "softmax", "layer_norm", "rms_norm", "reduce_sum", "reduce_max", "reduce_min", "reduce_prod",
+     "reduce_mean", "max_pool", "avg_pool", "gather", "resize"}
+)  # fmt: skip
+MAX_EPILOGUE = 24  # nodes: beyond this the registers of a micro-kernel's tail would spill
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Nodes computed together. `nodes` holds the anchor and what it took in; `output` is the one value that others see,
+    or the anchor's outputs when it has several."""
+
+    anchor: Node
+    position: int
+    nodes: tuple[Node, ...]
+    output: Value
+
+
+def group(graph: Graph) -> list[Group]:
+    """Partition the graph into groups, in an order of execution. Views and constants are in none."""
+    return _Grouping(graph).run()
+
+
+class _Grouping:
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.users = graph.users()
+        self.outputs = set(graph.outputs)
+        self.producer = graph.producers()
+        self.position: dict[Value, int] = dict.fromkeys(graph.inputs, -1)  # when a value exists: the position of its group
+        self.taken: set[Node] = set()
+        self.index = {n: k for k, n in enumerate(graph.nodes)}
+
+    def run(self) -> list[Group]:
+        groups: list[Group] = []
+        for i, node in enumerate(self.graph.nodes):
+            if node in self.taken:
+                continue
+            if node.op.name in VIEWS or node.op.name == "iota":
+                self._exists(node, max((self.position.get(v, -1) for v in node.inputs if v is not None), default=-1))
+                continue
+            if node.op.kind == "elementwise":
+                if self._is_read_where_used(node):
+                    self._exists(node, i)
+                    continue
+                groups.append(self._tree(node, i))
+            elif node.op.name in WITH_EPILOGUE:
+                groups.append(self._with_epilogue(node, i))
+            else:
+                self._exists(node, i)
+                groups.append(Group(node, i, (node,), node.outputs[0]))
+        return groups
+
+    def _exists(self, node: Node, position: int) -> None:
+        for v in node.outputs:
+            self.position[v] = position
+
+    def _is_read_where_used(self, node: Node) -> bool:
+        """True when the node's one reader is an element-wise tree that computes it on the fly."""
+        y = node.outputs[0]
+        users = self.users.get(y, [])
+        if y in self.outputs or len(users) != 1 or users[0] in self.taken:
+            return False
+        user = users[0]
+        return user.op.kind == "elementwise" and user.outputs[0].shape == y.shape
+
+    def _tree(self, root: Node, i: int) -> Group:
+        members: list[Node] = []
+
+        def take(node: Node) -> None:
+            members.append(node)
+            self.taken.add(node)
+            for v in node.inputs:
+                p = self.producer.get(v) if v is not None else None
+                if p is not None and p not in self.taken and p.op.kind == "elementwise" and self.users[v] == [node]:  # type: ignore[index]
+                    if v not in self.outputs and v.shape == node.outputs[0].shape:  # type: ignore[union-attr]
+                        take(p)
+
+        take(root)
+        self._exists(root, i)
+        return Group(root, i, tuple(reversed(members)), root.outputs[0])
+
+    def _with_epilogue(self, anchor: Node, i: int) -> Group:
+        members = [anchor]
+        shape = anchor.outputs[0].shape
+        tail = anchor.outputs[0]
+        while tail not in self.outputs and len(members) < MAX_EPILOGUE:
+            grown = self._absorb(tail, shape, i, set(members))
+            if grown is None:
+                break
+            nodes, tail = grown
+            members += nodes
+        self.taken.update(members)
+        for n in members:
+            self._exists(n, i)
+        return Group(anchor, i, tuple(members), tail)
+
+    def _absorb(self, tail: Value, shape: tuple[Dim, ...], i: int, inside: set[Node]) -> tuple[list[Node], Value] | None:
+        """The next run of element-wise nodes after `tail` that ends in a single value again, or None."""
+        run: list[Node] = []
+        open_values = {tail}
+        for _ in range(8):
+            ready = [u for v in open_values for u in self.users.get(v, []) if u not in run]
+            if any(v in self.outputs for v in open_values) or not ready:
+                return None
+            node = min(ready, key=self.index.__getitem__)
+            if node in self.taken or node.op.kind != "elementwise" or node.outputs[0].shape != shape:
+                return None
+            known = inside | set(run)
+            pending: list[Node] = []
+            for v in node.inputs:
+                if v is None or v.data is not None or self.producer.get(v) in known:
+                    continue
+                if self.position.get(v, i) >= i:
+                    return None
+                pending += self._pending(v)
+            run += [*pending, node]
+            open_values.add(node.outputs[0])
+            open_values = {v for v in open_values if any(u not in run for u in self.users.get(v, [])) or v in self.outputs}
+            if len(open_values) == 1 and node.outputs[0] in open_values:
+                return run, node.outputs[0]
+        return None
+
+    def _pending(self, v: Value) -> list[Node]:
+        """Element-wise nodes behind `v` that wait to be computed where they are read, producers first."""
+        p = self.producer.get(v)
+        if p is None or p in self.taken or p.op.kind != "elementwise":
+            return []
+        return [n for u in p.inputs if u is not None for n in self._pending(u)] + [p]

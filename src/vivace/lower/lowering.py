@@ -1,0 +1,229 @@
+"""Graph -> Plan: every group becomes kernel calls over views.
+
+`lower(graph, isa)` is the driver; the rules per family live in `lower/rules/`, each a function `(Lowering, Group) -> None` that
+reads operands through `view`, asks `target` where its result goes, and appends steps through `emit`.
+
+Placement: a value is written where its reader wants it. An operand of `concat` is written into its part of the result, the operand of
+`pad` into the interior, a graph output into the caller's array; each happens once per value, a second wish is served by a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vivace.base.dims import Dim
+from vivace.base.dtypes import DType
+from vivace.base.machine import Isa
+from vivace.graph.graph import Graph, Node, Value
+from vivace.lower.group import VIEWS, Group, group
+from vivace.lower.plan import Instruction, Operand, Plan, Spec, Step
+from vivace.lower.views import Storage, View, dense, iota
+
+Placement = Callable[[], View]
+Rule = Callable[["Lowering", Group], None]
+
+
+class Lowering:
+    """The state of one lowering: where each value lies, and the steps so far. `parent` is the lowering around a branch."""
+
+    def __init__(self, graph: Graph, isa: Isa, parent: Lowering | None = None) -> None:
+        self.graph, self.isa = graph, isa
+        self.storages: list[Storage] = [] if parent is None else parent.storages
+        self.packed: dict[object, Storage] = {} if parent is None else parent.packed
+        self.body: list[Instruction] = []
+        self.views: dict[Value, View] = {}
+        self.producer = graph.producers()
+        self.placement: dict[Value, Placement] = {}
+
+    # ---- storages and views -----------------------------------------------------------------------------------------
+
+    def storage(self, name: str, dtype: DType, size: Dim) -> Storage:
+        s = Storage(name, dtype, size)
+        self.storages.append(s)
+        return s
+
+    def temporary(self, name: str, dtype: DType, shape: Sequence[Dim]) -> View:
+        """Fresh dense memory."""
+        size: Dim = 1
+        for d in shape:
+            size = size * d
+        return dense(self.storage(name, dtype, size), shape)
+
+    def constant(self, data: np.ndarray, name: str, key: object = None) -> View:
+        """A view of constant data; equal keys share one storage."""
+        key = ("id", id(data)) if key is None else key
+        if key not in self.packed:
+            s = Storage(name, DType.of(data.dtype), int(data.size), "constant", data)
+            self.storages.append(s)
+            self.packed[key] = s
+        return dense(self.packed[key], data.shape)
+
+    def view(self, value: Value) -> View:
+        """Where a value lies; movement nodes are resolved to views of their operands, copied only where strides cannot say it."""
+        if value in self.views:
+            return self.views[value]
+        if value.data is not None:
+            found = self.constant(value.data, value.name)
+        else:
+            found = self._moved(self.producer[value])
+        self.views[value] = found
+        return found
+
+    def _moved(self, node: Node) -> View:
+        name, attrs, y = node.op.name, node.attrs, node.outputs[0]
+        if name == "iota":
+            return iota(y.shape, attrs["axis"], y.dtype)
+        assert name in VIEWS, node
+        assert node.inputs[0] is not None
+        x = self.view(node.inputs[0])
+        match name:
+            case "transpose":
+                return x.transpose(attrs["perm"])
+            case "slice":
+                return x.slice(attrs["starts"], attrs["sizes"], attrs["steps"])
+            case "expand":
+                return x.expand(y.shape)
+        moved = x.reshape(y.shape)
+        if moved is None:
+            moved = self.contiguous(x, y.name, (node,)).reshape(y.shape)
+            assert moved is not None
+        return moved
+
+    def contiguous(self, view: View, name: str, nodes: tuple[Node, ...] = ()) -> View:
+        """A dense copy of a view, or the view itself when it is dense already."""
+        if view.is_dense and view.storage is not None:
+            return view
+        out = self.temporary(name, view.dtype, view.shape)
+        self.copy(view, out, nodes)
+        return out
+
+    def copy(self, source: View, out: View, nodes: tuple[Node, ...] = ()) -> None:
+        from vivace.lower.rules.elementwise import emit_pointwise
+
+        emit_pointwise(self, "copy", [source], out, lambda xs: xs[0], nodes)
+
+    # ---- results ----------------------------------------------------------------------------------------------------
+
+    def target(self, value: Value) -> View:
+        """Where a computed value is to be written, decided on the first call."""
+        if value not in self.views:
+            place = self.placement.get(value)
+            self.views[value] = place() if place else self.temporary(value.name, value.dtype, value.shape)
+        return self.views[value]
+
+    def emit(
+        self, label: str, spec: Spec, views: Sequence[View], written: int, nodes: Sequence[Node], flops: Dim, moved: Dim | None = None
+    ) -> None:
+        """Append a step. `views` follow the kernel's params; the one at index `written` is the result."""
+        operands = []
+        reads: list[Storage] = []
+        writes: list[Storage] = []
+        total: Dim = 0
+        for i, v in enumerate(views):
+            assert v.storage is not None
+            operands.append(Operand(v.storage, v.offset))
+            (writes if i == written else reads).append(v.storage)
+            total = total + _touched(v)
+        self.body.append(
+            Step(label, spec, tuple(operands), tuple(reads), tuple(writes), tuple(nodes), flops, total if moved is None else moved)
+        )
+
+    # ---- placement --------------------------------------------------------------------------------------------------
+
+    def plan_placement(self, groups: Sequence[Group], outputs: Sequence[tuple[Value, View]]) -> None:
+        """Decide which group outputs are written straight into an output, a concatenation or a padded buffer."""
+        computed = {v for g in groups for v in (g.output, *g.anchor.outputs)}
+        for value, out in outputs:
+            source = value
+            while source not in computed and source in self.producer and self.producer[source].op.name == "reshape":
+                assert self.producer[source].inputs[0] is not None
+                source = self.producer[source].inputs[0]  # type: ignore[assignment]
+            if source in computed and source not in self.placement:
+                self.placement[source] = lambda s=source, o=out: _required(o.reshape(s.shape))
+        for g in groups:
+            node = g.anchor
+            if node.op.name == "concat":
+                start: Dim = 0
+                axis = node.attrs["axis"] % node.outputs[0].rank
+                for x in node.inputs:
+                    assert x is not None
+                    if x in computed and x not in self.placement:
+                        self.placement[x] = lambda y=node.outputs[0], x=x, start=start, axis=axis: self._part(y, x, axis, start)
+                    start = start + x.shape[axis]
+            elif node.op.name == "pad" and node.attrs["mode"] == "constant":
+                x = node.inputs[0]
+                assert x is not None
+                if x in computed and x not in self.placement:
+                    self.placement[x] = lambda y=node.outputs[0], x=x, before=node.attrs["before"]: self.target(y).slice(
+                        before, x.shape, (1,) * x.rank
+                    )
+
+    def _part(self, y: Value, x: Value, axis: int, start: Dim) -> View:
+        starts = tuple(start if i == axis else 0 for i in range(y.rank))
+        return self.target(y).slice(starts, x.shape, (1,) * y.rank)
+
+    # ---- running the rules ------------------------------------------------------------------------------------------
+
+    def run(self, outputs: Sequence[tuple[Value, View]]) -> tuple[Instruction, ...]:
+        """Lower every group, then make sure that each output's view holds its value."""
+        from vivace.lower.rules import RULES
+
+        groups = group(self.graph)
+        self.plan_placement(groups, outputs)
+        for g in groups:
+            RULES[g.anchor.op.name if g.anchor.op.kind != "elementwise" else "elementwise"](self, g)
+        for value, out in outputs:
+            have = self.view(value)
+            if have.storage is not out.storage or have.offset != out.offset:
+                self.copy(have, out)
+        return tuple(self.body)
+
+
+def lower(graph: Graph, isa: Isa) -> Plan:
+    """Lower a graph whose convolutions may be in either layout. Shapes may be symbolic."""
+    from vivace.lower.prepare import prepare
+
+    graph = prepare(graph)
+    state = Lowering(graph, isa)
+    for i, v in enumerate(graph.inputs):
+        s = Storage(v.name, v.dtype, v.type.size, "input", None, i)
+        state.storages.append(s)
+        state.views[v] = dense(s, v.shape)
+    outputs = []
+    for i, v in enumerate(graph.outputs):
+        s = Storage(v.name, v.dtype, v.type.size, "output", None, i)
+        state.storages.append(s)
+        outputs.append((v, dense(s, v.shape)))
+    body = state.run(outputs)
+    return Plan(graph.inputs, graph.outputs, body, tuple(state.storages))
+
+
+def _required(view: View | None) -> View:
+    assert view is not None
+    return view
+
+
+def _touched(v: View) -> Dim:
+    """Bytes of the distinct elements behind a view: broadcast axes count once."""
+    total: Dim = v.dtype.size_bytes
+    for n, s in zip(v.shape, v.strides, strict=True):
+        if s != 0:
+            total = total * n
+    return total
+
+
+def merge_axes(extents: Sequence[Dim], strides: Sequence[Sequence[Dim]]) -> list[list[int]]:
+    """Runs of adjacent axes that all of the given stride lists walk as one axis; axes of extent 1 are dropped."""
+    runs: list[list[int]] = []
+    for axis, n in enumerate(extents):
+        if n == 1:
+            continue
+        if runs and all(s[runs[-1][-1]] == s[axis] * n for s in strides):
+            runs[-1].append(axis)
+        else:
+            runs.append([axis])
+    return runs
+
+

@@ -1,0 +1,87 @@
+"""The plan: the last target-neutral artefact. Ordered steps over storages; sizes and offsets are dims until a binding fixes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vivace.base.dims import Dim
+from vivace.graph.graph import Node, Value
+from vivace.loops.contraction import Contraction, Depthwise
+from vivace.loops.kernel import Kernel
+from vivace.lower.views import Storage, View
+
+Spec = Kernel | Contraction | Depthwise
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """The storage behind one kernel parameter, and where the parameter's element 0 lies in it, in elements."""
+
+    storage: Storage
+    offset: Dim = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One kernel call.
+
+    `operands` follow the kernel's params; `writes` are the storages it changes. `flops` and `bytes` are the counted work: each operand's
+    elements once. `nodes` are the core nodes it computes, from which the ONNX names come.
+    """
+
+    label: str
+    spec: Spec
+    operands: tuple[Operand, ...]
+    reads: tuple[Storage, ...]
+    writes: tuple[Storage, ...]
+    nodes: tuple[Node, ...]
+    flops: Dim
+    bytes: Dim
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """`if`: run `then` where the bool at `cond` holds, else `otherwise`. Both write the same storages."""
+
+    label: str
+    cond: Operand
+    then: tuple[Instruction, ...]
+    otherwise: tuple[Instruction, ...]
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """A node that another provider runs: dense inputs and outputs, called from the thread that runs the engine."""
+
+    label: str
+    node: Node
+    inputs: tuple[View | None, ...]
+    outputs: tuple[View, ...]
+    reason: str
+
+
+Instruction = Step | Branch | Foreign
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A lowered graph. `inputs` and `outputs` are the graph's values; their storages have kind input and output."""
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    body: tuple[Instruction, ...]
+    storages: tuple[Storage, ...]
+    notes: tuple[str, ...] = field(default=())
+
+
+def steps_of(body: tuple[Instruction, ...]) -> list[Step]:
+    """Every kernel call, those of branches included, in program order."""
+    found: list[Step] = []
+    for i in body:
+        match i:
+            case Step():
+                found.append(i)
+            case Branch(then=a, otherwise=b):
+                found += steps_of(a) + steps_of(b)
+    return found

@@ -1,0 +1,32 @@
+"""Which function lowers which op. Element-wise groups share one rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vivace.lower.group import Group
+from vivace.lower.lowering import Lowering
+from vivace.lower.rules.attention import lower_attention
+from vivace.lower.rules.contraction import lower_conv, lower_conv_transpose, lower_matmul
+from vivace.lower.rules.elementwise import dims_values, lower_elementwise
+from vivace.lower.rules.placement import lower_concat, lower_pad
+from vivace.lower.rules.pool import lower_pool
+from vivace.lower.rules.rowwise import lower_norm, lower_reduce, lower_softmax
+
+RULES: dict[str, Callable[[Lowering, Group], None]] = {
+    "elementwise": lower_elementwise,
+    "dims": dims_values,
+    "matmul": lower_matmul,
+    "conv": lower_conv,
+    "conv_transpose": lower_conv_transpose,
+    "softmax": lower_softmax,
+    "log_softmax": lower_softmax,
+    "layer_norm": lower_norm,
+    "rms_norm": lower_norm,
+    **dict.fromkeys(("reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod"), lower_reduce),
+    "max_pool": lower_pool,
+    "avg_pool": lower_pool,
+    "concat": lower_concat,
+    "pad": lower_pad,
+    "attention": lower_attention,
+}

@@ -1,0 +1,403 @@
+"""Matrix products and convolutions: `Contraction` and `Depthwise` steps with their epilogues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from vivace.base.dims import Dim, maximum, minimum, symbol
+from vivace.base.dtypes import DType
+from vivace.graph.graph import Node, Value
+from vivace.lower.group import Group
+from vivace.lower.lowering import Lowering
+from vivace.lower.pack import pack_panels
+from vivace.lower.rules.elementwise import Params, Tree, emit_pointwise
+from vivace.lower.tile import panel_lanes
+from vivace.lower.views import View
+from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
+from vivace.loops.kernel import Binary, Buffer, Expr, Load, Read, For, Index, Kernel, Reduce, Select, Store, Const
+
+ACC = Read("acc", DType.f32)
+
+
+class Epilogue:
+    """The element-wise tail of a contraction: buffers for what it reads, and the expression over `acc`.
+
+    `shape` is the shape of the anchor's result; `index` gives, per axis of that shape, the loop symbol that walks it.
+    """
+
+    def __init__(self, ctx: Lowering, g: Group, bias: View | None, index: Sequence[Dim]) -> None:
+        anchor = g.anchor.outputs[0]
+        self.params = Params()
+        at = tuple(index)
+        acc: Expr = ACC
+        if bias is not None:
+            acc = Binary("add", ACC, self.params.load(bias.expand(anchor.shape), at))
+        rest = [n for n in g.nodes if n is not g.anchor]
+        if rest:
+            tree = Tree(ctx, rest, g.output, given=[anchor])
+            acc = tree.expr(lambda v: self.params.load(tree.leaves[v], at), {anchor: acc})
+        self.expr: Expr | None = None if acc is ACC else acc
+        self.extra = tuple(self.params.buffers)
+        self.views = list(self.params.views)
+
+
+def tail_flops(g: Group) -> Dim:
+    total: Dim = 0
+    for n in g.nodes:
+        total = total + n.cost.flops
+    return total
+
+
+def emit_contraction(ctx: Lowering, label: str, c: Contraction, views: dict[Buffer, View], g: Group, flops: Dim) -> None:
+    """Append the step, its operands in the order of the kernel's params."""
+    params = contraction_params(c)
+    ordered = [views[p] for p in params]
+    moved: Dim = 0
+    for v in ordered:
+        part: Dim = v.dtype.size_bytes
+        for d, s in zip(v.shape, v.strides, strict=True):
+            part = part * (1 if s == 0 else d)
+        moved = moved + part
+    ctx.emit(label, c, ordered, len(ordered) - 1, g.nodes, flops, moved)
+
+
+# ---- matrix products ----------------------------------------------------------------------------------------------------
+
+
+def lower_matmul(ctx: Lowering, g: Group) -> None:
+    """NumPy's matmul: rows of the left operand (its batch axes too, where the right one has none) against panels of the right."""
+    a_value, b_value = g.anchor.inputs[0], g.anchor.inputs[1]
+    assert a_value is not None and b_value is not None
+    y = g.anchor.outputs[0]
+    if y.dtype is not DType.f32:
+        _integer_matmul(ctx, g)
+        return
+    a, b = ctx.view(a_value), ctx.view(b_value)
+    a = _two_d(a, column=False)
+    b = _two_d(b, column=True)
+    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
+    lead = y.shape[: len(y.shape) - (a_value.rank > 1) - (b_value.rank > 1)]
+    full = (*lead, m, n)
+    if a.strides[-1] != 1 and k != 1:
+        a = ctx.contiguous(a, f"{a_value.name}_rows")
+    a = a.expand((*lead, m, k))
+    target = ctx.target(g.output)
+    out = _required(target.reshape(full)) if target.shape != full else target
+    if out.strides[-1] != 1 and n != 1:
+        out = ctx.temporary(f"{y.name}_dense", y.dtype, full)
+    b_full = b.expand((*lead, k, n))
+    batched = [not (s == 0 or d == 1) for d, s in zip(lead, b_full.strides, strict=False)]
+    names = [f"m{i}" for i in range(len(lead) + 1)]
+    axes = [
+        Axis(names[i], full[i], a.strides[i], b_full.strides[i] if i < len(lead) else 0, out.strides[i]) for i in range(len(lead) + 1)
+    ]
+    batch = tuple(x for x, is_b in zip(axes, [*batched, False], strict=True) if is_b)
+    rows = tuple(x for x, is_b in zip(axes, [*batched, False], strict=True) if not is_b)
+    index = [symbol(x, 0) for x in names] + [symbol("n", 0)]
+    epilogue = Epilogue(ctx, g, None, _index_for(y.shape, full, index))
+    if b_value.data is not None and not batch:
+        lanes = panel_lanes(n, ctx.isa)
+        b_view = _packed(ctx, b_value, lanes, "matmul", lambda: np.asarray(_matrix(b, b_value))[None])
+        packing = Packing("panels", lanes)
+    elif b_full.strides[-1] == 1 or n == 1:
+        b_view, packing = b_full, Packing("plain")
+    elif b_full.strides[-2] == 1:
+        b_view, packing = b_full, Packing("transposed")
+    else:
+        b_view, packing = ctx.contiguous(b, f"{b_value.name}_dense").expand((*lead, k, n)), Packing("plain")
+    b_strides = b_view.strides
+    if packing.kind != "panels":
+        axes_b = {names[i]: b_strides[i] for i in range(len(lead))}
+        batch = tuple(replace(x, b=axes_b[x.name]) for x in batch)
+    tap = Axis("k", k, a.strides[-1] if k != 1 else 1, b_strides[-2] if packing.kind != "panels" else 0)
+    if packing.kind == "transposed":
+        b_view = replace(b_view, shape=(*b_view.shape[:-2], n, k), strides=(*b_strides[:-2], b_strides[-1], b_strides[-2]))
+    a_buf, b_buf, out_buf = a.buffer("a"), b_view.buffer("b"), out.buffer("out", writable=True)
+    c = Contraction("k", batch, rows, (tap,), n, a_buf, b_buf, out_buf, packing, epilogue.expr, epilogue.extra)
+    views = {a_buf: a, b_buf: b_view, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
+    emit_contraction(ctx, "matmul", c, views, g, tail_flops(g))
+    if out.storage is not target.storage:
+        ctx.copy(_required(out.reshape(target.shape)), target)
+
+
+def _two_d(v: View, column: bool) -> View:
+    if len(v.shape) > 1:
+        return v
+    shape = (*v.shape, 1) if column else (1, *v.shape)
+    strides = (*v.strides, 0) if column else (0, *v.strides)
+    return replace(v, shape=shape, strides=strides)
+
+
+def _index_for(shape: tuple[Dim, ...], full: tuple[Dim, ...], index: list[Dim]) -> list[Dim]:
+    """The loop symbols for the axes of `shape`, which is `full` less the axes that 1-D operands do not have."""
+    if len(shape) == len(full):
+        return index
+    kept = list(index)
+    if len(shape) == len(full) - 1:  # one operand is a vector: its axis has extent 1
+        return kept[:-2] + [kept[-1] if full[-2] == 1 and (not shape or shape[-1] == full[-1]) else kept[-2]]
+    return kept[: len(shape)]
+
+
+def _matrix(view: View, value: Value) -> np.ndarray:
+    """The constant behind a view of it as a matrix (leading axes of extent 1 dropped)."""
+    assert value.data is not None
+    data = np.asarray(value.data, np.float32)
+    return data.reshape(data.shape[-2:]) if data.ndim > 1 else data.reshape(-1, 1)
+
+
+def _packed(ctx: Lowering, value: Value, lanes: int, how: str, make: object) -> View:
+    key = ("panels", how, id(value.data), lanes)
+    if key in ctx.packed:
+        s = ctx.packed[key]
+        assert s.data is not None
+        return ctx.constant(s.data, s.name, key)
+    data = pack_panels(np.ascontiguousarray(make(), np.float32), lanes)  # type: ignore[operator]
+    return ctx.constant(data, f"{value.name}_panels", key)
+
+
+def _integer_matmul(ctx: Lowering, g: Group) -> None:
+    """Products of other dtypes as a plain reduction."""
+    a_value, b_value = g.anchor.inputs[0], g.anchor.inputs[1]
+    assert a_value is not None and b_value is not None
+    y = g.anchor.outputs[0]
+    a, b = _two_d(ctx.view(a_value), False), _two_d(ctx.view(b_value), True)
+    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
+    lead = y.shape[: len(y.shape) - (a_value.rank > 1) - (b_value.rank > 1)]
+    full = (*lead, m, n)
+    a, b = a.expand((*lead, m, k)), b.expand((*lead, k, n))
+    plain = g.output is y
+    out = ctx.target(y) if plain else ctx.temporary(y.name, y.dtype, y.shape)
+    over = _required(out.reshape(full))
+    params = Params()
+    names = [symbol(f"m{i}", 0) for i in range(len(lead) + 1)]
+    tap, col = symbol("k", 0), symbol("n", 0)
+    product = Binary("mul", params.load(a, (*names, tap)), params.load(b, (*names[:-1], tap, col)))
+    store = Store(params.buffer(over, writable=True), (*names, col), Reduce("add", "k", k, product))
+    body: For = For("n", n, (store,), "vector")
+    for i in reversed(range(len(lead) + 1)):
+        body = For(f"m{i}", full[i], (body,), "parallel")
+    ctx.emit("matmul", Kernel("k", tuple(params.buffers), (body,)), params.views, len(params.views) - 1, (g.anchor,), tail_flops(g))
+    finish(ctx, g, out)
+
+
+def finish(ctx: Lowering, g: Group, result: View) -> None:
+    """Apply the epilogue of a group as a step of its own, for anchors that could not take it in."""
+    y = g.anchor.outputs[0]
+    if g.output is y:
+        return
+    ctx.views[y] = result
+    tree = Tree(ctx, [n for n in g.nodes if n is not g.anchor], g.output)
+    values = list(tree.leaves)
+    out = ctx.target(g.output)
+    emit_pointwise(
+        ctx, "epilogue", list(tree.leaves.values()), out, lambda xs: tree.expr(dict(zip(values, xs, strict=True)).__getitem__),
+        [n for n in g.nodes if n is not g.anchor],
+    )
+
+
+# ---- convolutions -------------------------------------------------------------------------------------------------------
+
+
+def lower_conv(ctx: Lowering, g: Group) -> None:
+    """A convolution without pads (see `prepare`): over channels-last views as one contraction per group."""
+    node = g.anchor
+    x_value, w_value = node.inputs[0], node.inputs[1]
+    bias_value = node.inputs[2] if len(node.inputs) > 2 else None
+    assert x_value is not None and w_value is not None
+    attrs, y = node.attrs, node.outputs[0]
+    rank = x_value.rank
+    groups: int = attrs["group"]
+    last = attrs["layout"] == "NHWC"
+    to_last = tuple(range(rank)) if last else (0, *range(2, rank), 1)
+    x = ctx.view(x_value).transpose(to_last)
+    if x.strides[-1] != 1 and x.shape[-1] != 1:
+        x = ctx.contiguous(x, f"{x_value.name}_nhwc")
+    elif x.strides[-1] != 1:
+        x = replace(x, strides=(*x.strides[:-1], 1))
+    target = ctx.target(g.output)
+    out = target.transpose(to_last)
+    if out.strides[-1] != 1 and out.shape[-1] != 1:
+        out = ctx.temporary(f"{y.name}_nhwc", y.dtype, out.shape)
+    oc, cg = w_value.shape[0], w_value.shape[1]
+    n_spatial = rank - 2
+    strides, dilations = attrs["strides"], attrs["dilations"]
+    names = ["img", *(f"o{i}" for i in range(n_spatial))]
+    rows = tuple(
+        Axis(names[i], out.shape[i], x.strides[i] * (1 if i == 0 else strides[i - 1]), 0, out.strides[i]) for i in range(rank - 1)
+    )
+    kernel = w_value.shape[2:]
+    spatial_taps = tuple(Axis(f"k{i}", kernel[i], x.strides[i + 1] * dilations[i]) for i in range(n_spatial))
+    bias = None if bias_value is None else ctx.view(bias_value)
+    if bias is not None and not last:
+        bias = replace(bias, shape=(*bias.shape, *(1,) * n_spatial), strides=(*bias.strides, *(0,) * n_spatial))
+    depthwise = groups == oc and cg == 1 and w_value.data is not None and groups == x_value.shape[1 if not last else -1]
+    lane: Dim = symbol("c" if depthwise else "n", 0)
+    channel = lane if groups == 1 or depthwise else symbol("g", 0) * (oc // groups) + lane  # type: ignore[operator]
+    by_last = [*(symbol(s, 0) for s in names), channel]
+    index = by_last if last else [by_last[0], by_last[-1], *by_last[1:-1]]
+    epilogue = Epilogue(ctx, g, bias, index)
+    out_buf, a_buf = out.buffer("out", writable=True), x.buffer("a")
+    views = {a_buf: x, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
+    if depthwise:
+        assert w_value.data is not None
+        w = ctx.constant(_depthwise_weights(w_value), f"{w_value.name}_taps", ("depthwise", id(w_value.data)))
+        b_buf = w.buffer("b")
+        step: Dim = oc
+        taps = []
+        for t in reversed(spatial_taps):
+            taps.append(replace(t, b=step))
+            step = step * t.extent
+        d = Depthwise("k", rows, tuple(reversed(taps)), oc, a_buf, b_buf, out_buf, epilogue.expr, epilogue.extra)
+        ordered = [{**views, b_buf: w}[p] for p in contraction_params(d)]
+        ctx.emit("depthwise", d, ordered, len(ordered) - 1, g.nodes, tail_flops(g))
+    else:
+        n = oc // groups  # type: ignore[operator]
+        batch = () if groups == 1 else (Axis("g", groups, cg, 0, n),)
+        channel_tap = Axis("kc", cg, 1)
+        if w_value.data is not None:
+            lanes = panel_lanes(n, ctx.isa)
+            w = _packed(ctx, w_value, lanes, f"conv{groups}", lambda: _conv_weights(w_value, groups))
+            packing, taps_b = Packing("panels", lanes), (*spatial_taps, channel_tap)
+        else:
+            perm = (*range(2, rank), 1, 0)  # [oc, c, k..] -> [k.., c, oc]: groups lie side by side in oc
+            w = ctx.contiguous(ctx.view(w_value).transpose(perm), f"{w_value.name}_kn")
+            packing = Packing("plain")
+            taps_b = tuple(replace(t, b=s) for t, s in zip((*spatial_taps, channel_tap), w.strides[:-1], strict=True))
+            batch = tuple(replace(b, b=n) for b in batch)
+        b_buf = w.buffer("b")
+        c = Contraction("k", batch, rows, taps_b, n, a_buf, b_buf, out_buf, packing, epilogue.expr, epilogue.extra)
+        emit_contraction(ctx, "conv", c, {**views, b_buf: w}, g, tail_flops(g))
+    if out.storage is not target.storage:
+        ctx.copy(out, target.transpose(to_last))
+
+
+def _conv_weights(w: Value, groups: int) -> np.ndarray:
+    """[oc, c, k..] -> [group, taps.. and channels, oc per group]."""
+    assert w.data is not None
+    oc = w.data.shape[0]
+    by_group = np.asarray(w.data, np.float32).reshape(groups, oc // groups, *w.data.shape[1:])
+    moved = np.moveaxis(np.moveaxis(by_group, 1, -1), 1, -2)  # [group, k.., c, oc]
+    return moved.reshape(groups, -1, oc // groups)
+
+
+def _depthwise_weights(w: Value) -> np.ndarray:
+    """[c, 1, k..] -> [k.., c]."""
+    assert w.data is not None
+    return np.ascontiguousarray(np.moveaxis(np.asarray(w.data, np.float32)[:, 0], 0, -1))
+
+
+def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
+    """Transposed convolution. Where kernel and stride agree, each tap is a product of its own that fills its own cells;
+    otherwise every result gathers the inputs that reach it."""
+    node = g.anchor
+    x_value, w_value = node.inputs[0], node.inputs[1]
+    bias_value = node.inputs[2] if len(node.inputs) > 2 else None
+    assert x_value is not None and w_value is not None
+    attrs, y = node.attrs, node.outputs[0]
+    rank = x_value.rank
+    n_spatial = rank - 2
+    last = attrs["layout"] == "NHWC"
+    to_last = tuple(range(rank)) if last else (0, *range(2, rank), 1)
+    x = ctx.contiguous(ctx.view(x_value).transpose(to_last), f"{x_value.name}_nhwc")
+    kernel, strides = w_value.shape[2:], attrs["strides"]
+    plain = (
+        tuple(kernel) == tuple(strides) and attrs["group"] == 1 and w_value.data is not None
+        and not any((*attrs["before"], *attrs["after"], *attrs["output_padding"])) and all(d == 1 for d in attrs["dilations"])
+    )  # fmt: skip
+    if not plain:
+        _gather_transpose(ctx, g, x, to_last)
+        return
+    target = ctx.target(g.output)
+    out = target.transpose(to_last)
+    if out.strides[-1] != 1 and out.shape[-1] != 1:
+        out = ctx.temporary(f"{y.name}_nhwc", y.dtype, out.shape)
+    oc = w_value.shape[1]
+    c = x.shape[-1]
+    rows = tuple(
+        Axis(f"o{i}", x.shape[i], x.strides[i], 0, out.strides[i] * (1 if i == 0 else strides[i - 1])) for i in range(rank - 1)
+    )
+    lanes = panel_lanes(oc, ctx.isa)
+    # [c, oc, k..] -> [k.., c, oc]
+    w = _packed(ctx, w_value, lanes, "transpose", lambda: np.moveaxis(np.asarray(w_value.data), (0, 1), (-2, -1)))
+    panel = w.shape[-3] * w.shape[-2] * w.shape[-1]
+    batch = []
+    step: Dim = panel
+    for i in reversed(range(n_spatial)):
+        batch.append(Axis(f"t{i}", kernel[i], 0, step, out.strides[i + 1]))
+        step = step * kernel[i]
+    batch.reverse()
+    bias = None if bias_value is None else ctx.view(bias_value)
+    if bias is not None and not last:
+        bias = replace(bias, shape=(*bias.shape, *(1,) * n_spatial), strides=(*bias.strides, *(0,) * n_spatial))
+    by_last = [symbol("o0", 0), *(symbol(f"o{i + 1}", 0) * strides[i] + symbol(f"t{i}", 0) for i in range(n_spatial)), symbol("n", 0)]
+    index = by_last if last else [by_last[0], by_last[-1], *by_last[1:-1]]
+    epilogue = Epilogue(ctx, g, bias, index)
+    a_buf, b_buf, out_buf = x.buffer("a"), w.buffer("b"), out.buffer("out", writable=True)
+    spec = Contraction(
+        "k", tuple(batch), rows, (Axis("kc", c, 1),), oc, a_buf, b_buf, out_buf, Packing("panels", lanes), epilogue.expr, epilogue.extra
+    )
+    views = {a_buf: x, b_buf: w, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
+    emit_contraction(ctx, "conv_transpose", spec, views, g, tail_flops(g))
+    if out.storage is not target.storage:
+        ctx.copy(out, target.transpose(to_last))
+
+
+def _gather_transpose(ctx: Lowering, g: Group, x: View, to_last: tuple[int, ...]) -> None:
+    """out[o] = sum over taps k and channels with (o + before - k * dilation) divisible by the stride."""
+    node = g.anchor
+    w_value = node.inputs[1]
+    assert w_value is not None
+    attrs, y = node.attrs, node.outputs[0]
+    n_spatial = len(x.shape) - 2
+    groups = attrs["group"]
+    kernel = w_value.shape[2:]
+    w = ctx.contiguous(ctx.view(w_value).transpose((*range(2, n_spatial + 2), 0, 1)), f"{w_value.name}_kn")  # [k.., c, oc/g]
+    n = w_value.shape[1]
+    result = ctx.temporary(f"{y.name}_nhwc", y.dtype, tuple(y.shape[i] for i in to_last))
+    params = Params()
+    img, grp, col, tap_c = symbol("i0", 0), symbol("g", 0), symbol("n", 0), symbol("kc", 0)
+    outs = [symbol(f"o{i}", 0) for i in range(n_spatial)]
+    taps = [symbol(f"k{i}", 0) for i in range(n_spatial)]
+    cg = x.shape[-1] // groups
+    at: list[Dim] = []
+    valid: Expr | None = None
+    for i in range(n_spatial):
+        reach = outs[i] + attrs["before"][i] - taps[i] * attrs["dilations"][i]
+        s = attrs["strides"][i]
+        source = reach // s
+        inside = Binary("and", Binary("ge", Index(reach), Const(0, DType.i64)), Binary("lt", Index(source), Index(x.shape[i + 1])))
+        hit = Binary("and", Binary("eq", Index(reach % s), Const(0, DType.i64)), inside)
+        valid = hit if valid is None else Binary("and", valid, hit)
+        at.append(minimum(maximum(source, 0), x.shape[i + 1] - 1))
+    channel = grp * cg + tap_c
+    product = Binary("mul", params.load(x, (img, *at, channel)), params.load(w, (*taps, channel, col)))
+    assert valid is not None
+    term: Expr = Select(valid, product, Const(0.0, DType.f32))
+    term = Reduce("add", "kc", cg, term)
+    for i in reversed(range(n_spatial)):
+        term = Reduce("add", f"k{i}", kernel[i], term)
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        term = Binary("add", term, params.load(ctx.view(node.inputs[2]), (grp * n + col,)))
+    store = Store(params.buffer(result, writable=True), (img, *outs, grp * n + col), term)
+    body: For = For("n", n, (store,), "vector")
+    body = For("g", groups, (body,), "parallel")
+    for i in reversed(range(n_spatial)):
+        body = For(f"o{i}", result.shape[i + 1], (body,), "parallel")
+    body = For("i0", x.shape[0], (body,), "parallel")
+    ctx.emit("conv_transpose", Kernel("k", tuple(params.buffers), (body,)), params.views, len(params.views) - 1, (node,), node.cost.flops)
+    back = tuple(to_last.index(i) for i in range(len(to_last)))
+    moved = result.transpose(back)
+    if g.output is y:
+        ctx.copy(moved, ctx.target(y), (node,))
+    else:
+        finish(ctx, g, moved)
+
+
+def _required(view: View | None) -> View:
+    assert view is not None
+    return view
+
+

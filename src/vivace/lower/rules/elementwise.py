@@ -1,0 +1,176 @@
+"""Element-wise groups and copies: one loop nest over the result, operands read through aligned views."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from vivace.base.dims import Dim, ceildiv, minimum, prod, symbol
+from vivace.base.dtypes import DType
+from vivace.graph.graph import Node, Value
+from vivace.lower.group import Group
+from vivace.lower.lowering import Lowering
+from vivace.lower.scalar import literal, scalar
+from vivace.lower.views import View, collapse
+from vivace.loops.kernel import Buffer, Expr, For, Index, Kernel, Load, Stmt, Store
+
+BLOCK = 4096  # elements of a flat loop that one unit of parallel work computes: 16 KiB of f32, half of the smallest L1 in use
+Build = Callable[[list[Expr]], Expr]
+
+
+def loop_var(i: int, extent: Dim) -> Dim:
+    """The index of loop `i`, bounded by its extent where that is known."""
+    return symbol(f"i{i}", 0, extent - 1 if isinstance(extent, int) and extent > 1 else None)
+
+
+class Params:
+    """Parameter buffers of a kernel under construction: one per distinct view, in order of first use."""
+
+    def __init__(self) -> None:
+        self.views: list[View] = []
+        self.buffers: list[Buffer] = []
+
+    def buffer(self, view: View, writable: bool = False) -> Buffer:
+        for v, b in zip(self.views, self.buffers, strict=True):
+            if v == view and b.writable == writable:
+                return b
+        b = view.buffer(f"p{len(self.buffers)}", writable)
+        self.views.append(view)
+        self.buffers.append(b)
+        return b
+
+    def load(self, view: View, index: tuple[Dim, ...]) -> Expr:
+        """The element of a view; an iota's element is an index expression."""
+        if view.storage is None:
+            at: Dim = view.offset
+            for i, s in zip(index, view.strides, strict=True):
+                at = at + i * s
+            return Index(at, view.dtype)
+        return Load(self.buffer(view), index)
+
+
+class Tree:
+    """The expression of a group of element-wise nodes over leaves (values computed elsewhere)."""
+
+    def __init__(self, ctx: Lowering, nodes: Sequence[Node], root: Value, given: Sequence[Value] = ()) -> None:
+        self.ctx, self.root = ctx, root
+        self.inside = {n.outputs[0]: n for n in nodes}
+        self.given = set(given)
+        self.leaves: dict[Value, View] = {}
+        self._visit(root)
+
+    def _visit(self, v: Value) -> None:
+        seen: set[Value] = set()
+        stack = [v]
+        while stack:
+            v = stack.pop()
+            if v in seen or v in self.given:
+                continue
+            seen.add(v)
+            if v in self.inside:
+                stack += [u for u in reversed(self.inside[v].inputs) if u is not None]
+            elif not is_scalar_constant(v):
+                self.leaves[v] = self.ctx.view(v).expand(self.root.shape)
+
+    def expr(self, leaf: Callable[[Value], Expr], given: dict[Value, Expr] | None = None) -> Expr:
+        """The root as an expression. Shared nodes share one expression object, which the code generator computes once."""
+        made: dict[Value, Expr] = dict(given or {})
+
+        def visit(v: Value) -> Expr:
+            if v not in made:
+                if v in self.inside:
+                    made[v] = scalar(self.inside[v], [visit(u) for u in self.inside[v].inputs if u is not None])
+                elif is_scalar_constant(v):
+                    assert v.data is not None
+                    made[v] = literal(v.data.reshape(-1)[0], v.dtype)
+                else:
+                    made[v] = leaf(v)
+            return made[v]
+
+        return visit(self.root)
+
+
+def is_scalar_constant(v: Value) -> bool:
+    return v.data is not None and v.data.size == 1
+
+
+def lower_elementwise(ctx: Lowering, g: Group) -> None:
+    """A tree of element-wise nodes."""
+    tree = Tree(ctx, g.nodes, g.output)
+    values = list(tree.leaves)
+    out = ctx.target(g.output)
+
+    def build(xs: list[Expr]) -> Expr:
+        at = dict(zip(values, xs, strict=True))
+        return tree.expr(at.__getitem__)
+
+    label = "+".join(dict.fromkeys(n.op.name for n in g.nodes))
+    emit_pointwise(ctx, label, list(tree.leaves.values()), out, build, g.nodes)
+
+
+def emit_pointwise(ctx: Lowering, label: str, leaves: Sequence[View], out: View, build: Build, nodes: Sequence[Node]) -> None:
+    """A kernel that stores `build(leaves' elements)` over the whole of `out`. All leaves have out's shape."""
+    flops: Dim = 0
+    for n in nodes:
+        flops = flops + n.cost.flops
+    shape, merged, _ = collapse(out.shape, [out, *leaves])
+    out_view, leaf_views = merged[0], merged[1:]
+    if not shape:  # a single element
+        shape = (1,)
+        out_view, *leaf_views = [View(v.storage, v.dtype, (1,), (0,), v.offset) for v in merged]
+    order = loop_order(shape, out_view, leaf_views)
+    params = Params()
+    index = [loop_var(i, n) for i, n in enumerate(shape)]
+    inner = order[-1]
+    flat = len(shape) == 1
+    if flat:
+        index[0] = symbol("b", 0) * BLOCK + symbol("i0", 0, BLOCK - 1)
+    at = tuple(index)
+    value = build([params.load(v, at) for v in leaf_views])
+    store = Store(params.buffer(out_view, writable=True), at, value)
+    loops: Stmt
+    if flat:
+        n = shape[0]
+        if isinstance(n, int) and n <= BLOCK:
+            loops = For("b", 1, (For("i0", n, (store,), "vector"),), "parallel")
+        else:
+            loops = For("b", ceildiv(n, BLOCK), (For("i0", minimum(BLOCK, n - symbol("b", 0) * BLOCK), (store,), "vector"),), "parallel")
+    else:
+        loops = For(f"i{inner}", shape[inner], (store,), "vector")
+        for axis in reversed(order[:-1]):
+            loops = For(f"i{axis}", shape[axis], (loops,), "parallel")
+    moved: Dim = prod(out.shape) * out.dtype.size_bytes
+    for v in leaves:
+        if v.storage is not None:
+            part: Dim = v.dtype.size_bytes
+            for d, s in zip(v.shape, v.strides, strict=True):
+                part = part * (1 if s == 0 else d)
+            moved = moved + part
+    spec = Kernel("k", tuple(params.buffers), (loops,))
+    ctx.emit(label, spec, params.views, len(params.views) - 1, nodes, flops, moved)
+
+
+def loop_order(shape: tuple[Dim, ...], out: View, leaves: Sequence[View]) -> list[int]:
+    """Loop axes, outermost first. The innermost is the one along which most operands are contiguous or constant."""
+    last = len(shape) - 1
+    if last == 0:
+        return [0]
+
+    def score(axis: int) -> float:
+        total = 0.0
+        for v, weight in [(out, 2.0)] + [(x, 1.0) for x in leaves if x.storage is not None]:
+            total += weight * (1.0 if v.strides[axis] == 1 else 0.75 if v.strides[axis] == 0 else 0.0)
+        n = shape[axis]
+        return total * (min(n, 16) / 16 if isinstance(n, int) else 1.0)
+
+    inner = max(range(len(shape)), key=lambda a: (score(a), a))
+    return [a for a in range(len(shape)) if a != inner] + [inner]
+
+
+def dims_values(ctx: Lowering, g: Group) -> None:
+    """`dims`: store each value."""
+    out = ctx.target(g.output)
+    params = Params()
+    buffer = params.buffer(out, writable=True)
+    stores = tuple(Store(buffer, (i,), Index(d, DType.i64)) for i, d in enumerate(g.anchor.attrs["values"]))
+    spec = Kernel("k", tuple(params.buffers), (For("b", 1, stores, "parallel"),))
+    ctx.emit("dims", spec, params.views, 0, g.nodes, 0)

@@ -1,0 +1,111 @@
+"""concat and pad: most operands were written in place by their producers; here the rest is copied and borders are filled."""
+
+from __future__ import annotations
+
+from vivace.base.dims import Dim, symbol
+from vivace.base.dtypes import DType
+from vivace.lower.group import Group
+from vivace.lower.lowering import Lowering
+from vivace.lower.rules.elementwise import Params
+from vivace.lower.scalar import literal
+from vivace.lower.views import View
+from vivace.loops.kernel import Binary, Expr, For, Index, Kernel, Select, Stmt, Store
+
+import numpy as np
+
+
+def lower_concat(ctx: Lowering, g: Group) -> None:
+    """Copy the operands that do not lie in the result already."""
+    y = g.anchor.outputs[0]
+    out = ctx.target(y)
+    axis = g.anchor.attrs["axis"] % y.rank
+    start: Dim = 0
+    for x in g.anchor.inputs:
+        assert x is not None
+        part = out.slice(tuple(start if i == axis else 0 for i in range(y.rank)), x.shape, (1,) * y.rank)
+        start = start + x.shape[axis]
+        if not same_place(ctx.view(x), part):
+            ctx.copy(ctx.view(x), part, (g.anchor,))
+
+
+def lower_pad(ctx: Lowering, g: Group) -> None:
+    """Fill the border of a padded buffer, and copy the interior unless its producer wrote it there."""
+    node = g.anchor
+    x_value, y = node.inputs[0], node.outputs[0]
+    assert x_value is not None
+    before = node.attrs["before"]
+    if node.attrs["mode"] != "constant":
+        _reflect(ctx, g)
+        return
+    out = ctx.target(y)
+    interior = out.slice(before, x_value.shape, (1,) * y.rank)
+    if not same_place(ctx.view(x_value), interior):
+        ctx.copy(ctx.view(x_value), interior, (node,))
+    value = literal(np.asarray(node.attrs["value"]), y.dtype)
+    # Slabs: for each padded axis, what lies before and after it, within the interior of the axes already handled.
+    starts: list[Dim] = [0] * y.rank
+    sizes: list[Dim] = list(y.shape)
+    for axis in range(y.rank):
+        for at, width in ((0, before[axis]), (before[axis] + x_value.shape[axis], node.attrs["after"][axis])):
+            if width == 0:
+                continue
+            slab = out.slice(
+                tuple(at if i == axis else s for i, s in enumerate(starts)),
+                tuple(width if i == axis else s for i, s in enumerate(sizes)), (1,) * y.rank,
+            )  # fmt: skip
+            _fill(ctx, slab, value, g)
+        starts[axis], sizes[axis] = before[axis], x_value.shape[axis]
+
+
+def _fill(ctx: Lowering, slab: View, value: Expr, g: Group) -> None:
+    from vivace.lower.rules.elementwise import emit_pointwise
+
+    emit_pointwise(ctx, "fill", [], slab, lambda xs: value, (g.anchor,))
+
+
+def same_place(a: View, b: View) -> bool:
+    """Whether two views of one shape are the same memory."""
+    return (
+        a.storage is b.storage
+        and a.offset == b.offset
+        and all(s == t or n == 1 for s, t, n in zip(a.strides, b.strides, a.shape, strict=True))
+    )
+
+
+def _reflect(ctx: Lowering, g: Group) -> None:
+    """edge, reflect and wrap: every element of the result reads the cell that the mode maps it to."""
+    node = g.anchor
+    x_value, y = node.inputs[0], node.outputs[0]
+    assert x_value is not None
+    mode = node.attrs["mode"]
+    x, out = ctx.view(x_value), ctx.target(y)
+    params = Params()
+    index = tuple(symbol(f"i{i}", 0) for i in range(y.rank))
+    lets: list[Stmt] = []
+    source: list[Dim] = []
+    from vivace.loops.kernel import Const, Let
+
+    for axis, (i, b, n) in enumerate(zip(index, node.attrs["before"], x.shape, strict=True)):
+        if b == 0 and node.attrs["after"][axis] == 0:
+            source.append(i)
+            continue
+        at: Expr = Index(i - b)
+        size, last, zero = Index(n), Index(n - 1), Const(0, DType.i64)
+        if mode == "edge":
+            at = Binary("min", Binary("max", at, zero), last)
+        elif mode == "wrap":
+            at = Binary("mod", at, size)
+        else:
+            period = Binary("max", Index(2 * n - 2), Const(1, DType.i64))
+            at = Binary("mod", at, period)
+            at = Select(Binary("gt", at, last), Binary("sub", period, at), at)
+        lets.append(Let(f"s{axis}", at))
+        source.append(symbol(f"s{axis}", 0))
+    value = params.load(x, tuple(source))
+    store = Store(params.buffer(out, writable=True), index, value)
+    body: tuple[Stmt, ...] = (*lets, store)
+    for axis in reversed(range(y.rank)):
+        body = (For(f"i{axis}", y.shape[axis], body, "vector" if axis == y.rank - 1 else "parallel"),)
+    if y.rank == 1:
+        body = (For("b", 1, body, "parallel"),)
+    ctx.emit("pad", Kernel("k", tuple(params.buffers), body), params.views, len(params.views) - 1, g.nodes, 0)

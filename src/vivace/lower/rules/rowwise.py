@@ -1,0 +1,303 @@
+"""Ops that look at a whole row before they write it: softmax, normalizations, reductions.
+
+The normalized axis is made the last and contiguous. Each row passes through the result's own row as staging when the operand is
+an expression, so no scratch is needed. Statistics are kept in f32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vivace.base.dims import Dim, ceildiv, minimum, prod, symbol
+from vivace.base.dtypes import DType
+from vivace.lower.group import Group
+from vivace.lower.lowering import Lowering
+from vivace.lower.rules.contraction import finish, tail_flops
+from vivace.lower.rules.elementwise import Params, Tree, loop_var
+from vivace.lower.views import View, collapse
+from vivace.loops.kernel import Binary, Cast, Const, Expr, For, Index, Kernel, Let, Load, Read, Reduce, Stmt, Store, Unary
+
+F32 = DType.f32
+LANES = 64  # channels that one unit of a column reduction computes: four 512-bit vectors hide the latency of an add
+
+
+def mul(a: Expr, b: Expr) -> Expr:
+    return Binary("mul", a, b)
+
+
+def add(a: Expr, b: Expr) -> Expr:
+    return Binary("add", a, b)
+
+
+def sub(a: Expr, b: Expr) -> Expr:
+    return Binary("sub", a, b)
+
+
+def f32(x: float) -> Const:
+    return Const(float(x), F32)
+
+
+class Rows:
+    """The loops and views of a row kernel: `index` walks the rows, `col` the elements of a row.
+
+    `extra` views have the shape of the result too (broadcast where they do not vary).
+    """
+
+    def __init__(self, ctx: Lowering, g: Group, first: int, extra: Sequence[View] = ()) -> None:
+        x_value = g.anchor.inputs[0]
+        assert x_value is not None
+        y = g.anchor.outputs[0]
+        self.rest = [n for n in g.nodes if n is not g.anchor]
+        self.y = y
+        self.anchor, self.group = g.anchor, g
+        self.tree = Tree(ctx, self.rest, g.output, given=[y]) if self.rest else None
+        leaves = list(self.tree.leaves.values()) if self.tree else []
+        self.x, self.out = ctx.view(x_value), ctx.target(g.output)
+        views = [self.x, self.out, *extra, *leaves]
+        rows, cols = y.shape[:first], y.shape[first:]
+        _, row_views, row_runs = collapse(rows, [_leading(v, first) for v in views])
+        _, col_views, col_runs = collapse(cols, [_trailing(v, first) for v in views])
+        self.row_shape = tuple(prod([rows[a] for a in r]) for r in row_runs)
+        self.col_shape = tuple(prod([cols[a] for a in r]) for r in col_runs) or (1,)
+        joined = []
+        for v, r, c in zip(views, row_views, col_views, strict=True):
+            strides = (*r.strides, *(c.strides or (0,)))
+            joined.append(View(v.storage, v.dtype, (*self.row_shape, *self.col_shape), strides, v.offset))
+        self.x, self.out = joined[0], joined[1]
+        self.extra = joined[2 : 2 + len(extra)]
+        self.leaves = dict(zip(self.tree.leaves, joined[2 + len(extra) :], strict=True)) if self.tree else {}
+        self.params = Params()
+        self.index = tuple(symbol(f"i{i}", 0) for i in range(len(self.row_shape)))
+        self.cols = tuple(loop_var(len(self.row_shape) + i, n) for i, n in enumerate(self.col_shape))
+        self.at = (*self.index, *self.cols)
+        self.length = prod(self.col_shape)
+
+    def reduce(self, fn: str, x: Expr) -> Expr:
+        for i in reversed(range(len(self.col_shape))):
+            x = Reduce(fn, f"i{len(self.row_shape) + i}", self.col_shape[i], x)
+        return x
+
+    def each(self, *body: Stmt) -> Stmt:
+        """A loop over the elements of the row."""
+        inner: tuple[Stmt, ...] = body
+        for i in reversed(range(len(self.col_shape))):
+            kind = "vector" if i == len(self.col_shape) - 1 else "serial"
+            inner = (For(f"i{len(self.row_shape) + i}", self.col_shape[i], inner, kind),)  # type: ignore[arg-type]
+        return inner[0]
+
+    def load_x(self) -> Expr:
+        return self.params.load(self.x, self.at)
+
+    def load(self, view: View) -> Expr:
+        return self.params.load(view, self.at)
+
+    def staged(self) -> Expr:
+        """What an earlier loop of this kernel stored at this element of the result."""
+        return Load(self._out(), self.at)
+
+    def store(self, value: Expr, last: bool = True) -> Stmt:
+        """Store an element; the last store applies the epilogue."""
+        if last and self.tree is not None:
+            value = self.tree.expr(lambda v: self.params.load(self.leaves[v], self.at), {self.y: value})
+        return Store(self._out(), self.at, value)
+
+    def _out(self):  # type: ignore[no-untyped-def]
+        for v, b in zip(self.params.views, self.params.buffers, strict=True):
+            if b.writable:
+                return b
+        return self.params.buffer(self.out, writable=True)
+
+    def emit(self, ctx: Lowering, label: str, body: Sequence[Stmt]) -> None:
+        loops: tuple[Stmt, ...] = tuple(body)
+        for i in reversed(range(len(self.row_shape))):
+            loops = (For(f"i{i}", self.row_shape[i], loops, "parallel"),)
+        if not self.row_shape:
+            loops = (For("i_only", 1, loops, "parallel"),)
+        params = self.params
+        written = next(i for i, b in enumerate(params.buffers) if b.writable)
+        order = [i for i in range(len(params.buffers)) if i != written] + [written]
+        spec = Kernel("k", tuple(params.buffers[i] for i in order), loops)
+        ctx.emit(label, spec, [params.views[i] for i in order], len(order) - 1, self.group.nodes, tail_flops(self.group))
+
+
+def _leading(v: View, n: int) -> View:
+    return View(v.storage, v.dtype, v.shape[:n], v.strides[:n], v.offset)
+
+
+def _trailing(v: View, n: int) -> View:
+    return View(v.storage, v.dtype, v.shape[n:], v.strides[n:], v.offset)
+
+
+def _can_stage(rows: Rows) -> bool:
+    """The result's row can hold intermediate f32 values: it is f32 and no epilogue operand lies in the same memory."""
+    return rows.out.dtype is F32 and all(v.storage is not rows.out.storage for v in rows.leaves.values())
+
+
+def lower_softmax(ctx: Lowering, g: Group) -> None:
+    """exp(x - max) / sum, over one axis; log_softmax: x - max - log(sum).
+
+    Source: the usual shift by the maximum, which keeps every exponent at most 0.
+    """
+    axis = g.anchor.attrs["axis"] % g.anchor.outputs[0].rank
+    rank = g.anchor.outputs[0].rank
+    if axis != rank - 1:
+        _on_last_axis(ctx, g, axis)
+        return
+    rows = Rows(ctx, g, rank - 1)
+    x = rows.load_x()
+    top = Read("top", F32)
+    body: list[Stmt] = [Let("top", rows.reduce("max", x))]
+    if g.anchor.op.name == "log_softmax":
+        body += [Let("total", Unary("log", rows.reduce("add", Unary("exp", sub(x, top)))))]
+        body += [rows.each(rows.store(sub(sub(x, top), Read("total", F32))))]
+    elif _can_stage(rows):
+        body += [rows.each(rows.store(Unary("exp", sub(x, top)), last=False))]
+        body += [Let("scale", Binary("div", f32(1), rows.reduce("add", rows.staged())))]
+        body += [rows.each(rows.store(mul(rows.staged(), Read("scale", F32))))]
+    else:
+        body += [Let("scale", Binary("div", f32(1), rows.reduce("add", Unary("exp", sub(x, top)))))]
+        body += [rows.each(rows.store(mul(Unary("exp", sub(x, top)), Read("scale", F32))))]
+    rows.emit(ctx, g.anchor.op.name, body)
+
+
+def _on_last_axis(ctx: Lowering, g: Group, axis: int) -> None:
+    """Run a softmax over an inner axis on transposed copies."""
+    from dataclasses import replace
+
+    from vivace.graph.graph import Node, Type, Value, freeze
+
+    x_value, y = g.anchor.inputs[0], g.anchor.outputs[0]
+    assert x_value is not None
+    perm = (*(i for i in range(y.rank) if i != axis), axis)
+    back = tuple(perm.index(i) for i in range(y.rank))
+    x = Value(f"{x_value.name}_last", Type(x_value.dtype, tuple(x_value.shape[p] for p in perm)))
+    t = Value(f"{y.name}_last", x.type)
+    ctx.views[x] = ctx.contiguous(ctx.view(x_value).transpose(perm), x.name)
+    ctx.views[t] = ctx.temporary(t.name, t.dtype, t.shape)
+    node = replace(g.anchor, inputs=(x,), outputs=(t,), attrs=freeze({**g.anchor.attrs, "axis": y.rank - 1}))
+    assert isinstance(node, Node)
+    lower_softmax(ctx, Group(node, g.position, (node,), t))
+    _settle(ctx, g, ctx.views[t].transpose(back))
+
+
+def _settle(ctx: Lowering, g: Group, result: View) -> None:
+    """Bring a computed view to where the group's output belongs, through the epilogue if there is one."""
+    y = g.anchor.outputs[0]
+    if g.output is y:
+        ctx.copy(result, ctx.target(y), (g.anchor,))
+    else:
+        finish(ctx, g, result)
+
+
+def lower_norm(ctx: Lowering, g: Group) -> None:
+    """layer_norm and rms_norm over the trailing axes: two passes for the statistics (the mean first), one to write.
+
+    Source: two-pass variance, so no cancellation between E[x^2] and E[x]^2.
+    """
+    node = g.anchor
+    y = node.outputs[0]
+    first = node.attrs["axis"] % y.rank
+    x_value = node.inputs[0]
+    assert x_value is not None
+    affine = [v for v in node.inputs[1:] if v is not None]
+    scale = node.inputs[1] if len(node.inputs) > 1 else None
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    rows = Rows(ctx, g, first, [ctx.view(v).expand(y.shape) for v in affine])
+    at = dict(zip(affine, rows.extra, strict=True))
+    x = rows.load_x()
+    if x_value.dtype is not F32:
+        x = Cast(F32, x)
+    inverse = Binary("div", f32(1), Cast(F32, Index(rows.length, DType.i64)))
+    eps = f32(node.attrs["epsilon"])
+    body: list[Stmt] = []
+    centered: Expr = x
+    if node.op.name == "layer_norm":
+        body.append(Let("mean", mul(rows.reduce("add", x), inverse)))
+        centered = sub(x, Read("mean", F32))
+    body.append(Let("scale", Binary("div", f32(1), Unary("sqrt", add(mul(rows.reduce("add", mul(centered, centered)), inverse), eps)))))
+    value: Expr = mul(centered, Read("scale", F32))
+    if scale is not None:
+        value = mul(value, _as_f32(rows.load(at[scale])))
+    if bias is not None:
+        value = add(value, _as_f32(rows.load(at[bias])))
+    if y.dtype is not F32:
+        value = Cast(y.dtype, value)
+    body.append(rows.each(rows.store(value)))
+    rows.emit(ctx, node.op.name, body)
+
+
+def _as_f32(x: Expr) -> Expr:
+    from vivace.loops.kernel import dtype_of
+
+    return x if dtype_of(x) is F32 else Cast(F32, x)
+
+
+_REDUCE = {"reduce_sum": "add", "reduce_mean": "add", "reduce_max": "max", "reduce_min": "min", "reduce_prod": "mul"}
+
+
+def lower_reduce(ctx: Lowering, g: Group) -> None:
+    """Reductions over any axes. Rows are reduced along the vector where the reduced axis is the contiguous one; otherwise
+    neighbouring results share a vector."""
+    node = g.anchor
+    x_value, y = node.inputs[0], node.outputs[0]
+    assert x_value is not None
+    axes = sorted({a % x_value.rank for a in node.attrs["axes"]})
+    keep = [a for a in range(x_value.rank) if a not in axes]
+    x = ctx.view(x_value)
+    kept_shape = tuple(x.shape[a] for a in keep)
+    rest = [n for n in g.nodes if n is not node]
+    tree = Tree(ctx, rest, g.output, given=[y]) if rest else None
+    out = ctx.target(g.output)
+    full_to_kept = keep if node.attrs["keepdims"] else list(range(len(keep)))
+
+    def kept(v: View) -> View:
+        return View(v.storage, v.dtype, kept_shape, tuple(v.strides[a] for a in full_to_kept), v.offset)
+
+    leaves = list(tree.leaves.items()) if tree else []
+    x_kept = View(x.storage, x.dtype, kept_shape, tuple(x.strides[a] for a in keep), x.offset)
+    shape, merged, _ = collapse(kept_shape, [kept(out), x_kept, *(kept(v) for _, v in leaves)])
+    red_shape, red, _ = collapse(
+        tuple(x.shape[a] for a in axes), [View(x.storage, x.dtype, tuple(x.shape[a] for a in axes), tuple(x.strides[a] for a in axes))]
+    )
+    params = Params()
+    taps = tuple(symbol(f"r{i}", 0) for i in range(len(red_shape)))
+    rank = len(shape)
+    along_rows = not shape or (bool(red_shape) and red[0].strides[-1] == 1)
+    index = [symbol(f"i{i}", 0) for i in range(rank)]
+    block = not along_rows
+    if block:
+        index[-1] = symbol("b", 0) * LANES + symbol(f"i{rank - 1}", 0)
+    x_all = View(x.storage, x.dtype, (*shape, *red_shape), (*merged[1].strides, *red[0].strides), x.offset)
+    value: Expr = params.load(x_all, (*index, *taps))
+    for i in reversed(range(len(red_shape))):
+        value = Reduce(_REDUCE[node.op.name], f"r{i}", red_shape[i], value)
+    if node.op.name == "reduce_mean":
+        count = prod(red_shape)
+        if y.dtype.is_float:
+            value = mul(value, Binary("div", Const(1.0, y.dtype), Cast(y.dtype, Index(count, DType.i64))))
+        else:
+            value = Binary("div", value, Cast(y.dtype, Index(count, DType.i64)))
+    body: list[Stmt] = []
+    if along_rows:
+        body.append(Let("result", value))
+        value = Read("result", y.dtype)
+    if tree is not None:
+        at = {v: m for (v, _), m in zip(leaves, merged[2:], strict=True)}
+        value = tree.expr(lambda v: params.load(at[v], tuple(index)), {y: value})
+    store = Store(params.buffer(merged[0], writable=True), tuple(index), value)
+    body.append(store)
+    loops: tuple[Stmt, ...] = tuple(body)
+    if block:
+        n = shape[-1]
+        loops = (For(f"i{rank - 1}", minimum(LANES, n - symbol("b", 0) * LANES), loops, "vector"),)
+        loops = (For("b", ceildiv(n, LANES), loops, "parallel"),)
+    outer = shape[:-1] if block else shape
+    for i in reversed(range(len(outer))):
+        loops = (For(f"i{i}", outer[i], loops, "parallel"),)
+    if not shape:
+        loops = (For("i_only", 1, loops, "parallel"),)
+    ctx.emit(
+        node.op.name, Kernel("k", tuple(params.buffers), loops), params.views, len(params.views) - 1, g.nodes, tail_flops(g)
+    )
+
+

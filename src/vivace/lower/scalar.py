@@ -1,0 +1,77 @@
+"""What each element-wise op does to one element, as a loop-IR expression."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from vivace.base.dtypes import DType
+from vivace.base.errors import InternalError
+from vivace.graph.graph import Attrs, Node
+from vivace.loops.kernel import Binary, Cast, Const, Expr, Select, Unary, dtype_of
+
+_DIRECT_UNARY = frozenset(
+    "neg abs sqrt exp log log1p expm1 erf sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh sigmoid floor ceil round sign "
+    "not bitnot isnan isinf".split()
+)
+_DIRECT_BINARY = frozenset("add sub mul div pow max min eq ne lt le gt ge and or xor bitand bitor bitxor shl shr".split())
+
+
+def _const(value: float, like: Expr) -> Const:
+    t = dtype_of(like)
+    return Const(value if t.is_float else int(value), t)
+
+
+def _clip(x: Expr, lo: float | None, hi: float | None) -> Expr:
+    if lo is not None:
+        x = Binary("max", x, _const(lo, x))
+    if hi is not None:
+        x = Binary("min", x, _const(hi, x))
+    return x
+
+
+def _gelu(x: Expr, attrs: Attrs) -> Expr:
+    half_x = Binary("mul", x, _const(0.5, x))
+    if attrs.get("approximate", "none") == "tanh":
+        # x + 0.044715 x^3 = x (1 + 0.044715 x^2)
+        inner = Binary("mul", x, Binary("add", _const(1.0, x), Binary("mul", _const(0.044715, x), Binary("mul", x, x))))
+        gate: Expr = Unary("tanh", Binary("mul", inner, _const(math.sqrt(2 / math.pi), x)))
+    else:
+        gate = Unary("erf", Binary("mul", x, _const(1 / math.sqrt(2), x)))
+    return Binary("mul", half_x, Binary("add", gate, _const(1.0, x)))
+
+
+_COMPOSED: dict[str, Callable[[Expr, Attrs], Expr]] = {
+    "relu": lambda x, a: Binary("max", x, _const(0, x)),
+    "silu": lambda x, a: Binary("mul", x, Unary("sigmoid", x)),
+    "gelu": _gelu,
+    "leaky_relu": lambda x, a: Select(Binary("lt", x, _const(0, x)), Binary("mul", x, _const(a["alpha"], x)), x),
+    "hard_sigmoid": lambda x, a: _clip(Binary("add", Binary("mul", x, _const(a["alpha"], x)), _const(a["beta"], x)), 0.0, 1.0),
+    "hard_swish": lambda x, a: Binary(
+        "mul", x, _clip(Binary("add", Binary("mul", x, _const(1 / 6, x)), _const(0.5, x)), 0.0, 1.0)
+    ),
+    "clip": lambda x, a: _clip(x, a.get("min"), a.get("max")),
+    "cast": lambda x, a: Cast(a["to"], x),
+}
+
+
+def scalar(node: Node, args: list[Expr]) -> Expr:
+    """The expression of an element-wise node over its operands' elements."""
+    name = node.op.name
+    if name in _DIRECT_UNARY:
+        return Unary(name, args[0])
+    if name in _COMPOSED:
+        return _COMPOSED[name](args[0], node.attrs)
+    if name in _DIRECT_BINARY:
+        return Binary(name, args[0], args[1])
+    if name == "mod":
+        return Binary("fmod" if node.attrs.get("fmod") else "mod", args[0], args[1])
+    if name == "where":
+        return Select(args[0], args[1], args[2])
+    raise InternalError(f"no expression for the op {name!r}", where="lower.scalar")
+
+
+def literal(value: object, dtype: DType) -> Const:
+    """A constant of the IR from a NumPy scalar."""
+    item = value.item() if hasattr(value, "item") else value
+    return Const(float(item) if dtype.is_float else bool(item) if dtype is DType.bool else int(item), dtype)  # type: ignore[arg-type,call-overload]

@@ -1,0 +1,111 @@
+"""What the parts of a contraction's code share: the merged contraction, its tile, its parameters, the shapes of its micro-kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vivace.base.dims import Dim, bounds, ceildiv, prod
+from vivace.base.machine import Isa
+from vivace.loops.contraction import Axis, Contraction
+from vivace.loops.kernel import Buffer
+from vivace.lower.tile import Tile, pieces, staged_rows, staged_stride
+from vivace.targets.cpu.contraction_body import F32_BYTES
+from vivace.targets.cpu.contraction_text import Int, Text
+
+_NONE = Axis("", 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A merged contraction with all that its code is made from."""
+
+    name: str
+    c: Contraction
+    isa: Isa
+    tile: Tile
+    params: tuple[Buffer, ...]
+    dims: tuple[str, ...]
+
+    @property
+    def outer(self) -> Axis:
+        return self.c.rows[-2] if len(self.c.rows) > 1 else _NONE
+
+    @property
+    def inner(self) -> Axis:
+        return self.c.rows[-1] if self.c.rows else _NONE
+
+    @property
+    def above(self) -> tuple[Axis, ...]:
+        """Row axes that tiles do not span."""
+        return self.c.rows[:-2]
+
+    @property
+    def n_tiles(self) -> Dim:
+        return prod([x.extent for x in self.above]) * pieces(self.tile.outer) * pieces(self.tile.inner)
+
+    @property
+    def k(self) -> Dim:
+        return prod([x.extent for x in self.c.taps])
+
+    @property
+    def tile_rows(self) -> int:
+        """Rows of the largest tile."""
+        return max(size for _, size in self.tile.outer) * max(size for _, size in self.tile.inner)
+
+    @property
+    def n_panels(self) -> Dim:
+        return ceildiv(self.c.n, self.tile.lanes)
+
+    @property
+    def tail_vectors(self) -> int:
+        """Vectors of the last panel where it is narrower than the others or needs a mask, else 0. Unknown width: all of them."""
+        if not isinstance(self.c.n, int):
+            return self.tile.nv
+        return -(-(self.c.n % self.tile.lanes) // self.isa.n_f32_lanes)
+
+    @property
+    def has_full_panel(self) -> bool:
+        return not isinstance(self.c.n, int) or self.c.n >= self.tile.lanes
+
+    @property
+    def staged_a_bytes(self) -> Dim:
+        """Scratch for staged rows of A; staged panels of B follow it."""
+        if not self.tile.stage_a:
+            return 0
+        return self.tile.tiles_per_unit * self.tile_rows * staged_stride(self.k) * F32_BYTES
+
+    @property
+    def staged_panel_bytes(self) -> Dim:
+        return staged_rows(self.k, self.isa) * self.tile.lanes * F32_BYTES
+
+    @property
+    def scratch_bytes(self) -> Dim:
+        return self.staged_a_bytes + (self.tile.panels_per_unit * self.staged_panel_bytes if self.tile.stage_b else 0)
+
+    @property
+    def in_panels(self) -> bool:
+        """Whether micro-kernels read B as panels: constant ones or staged ones."""
+        return self.c.packing.kind == "panels" or self.tile.stage_b
+
+    def axes(self) -> tuple[Axis, ...]:
+        return (*self.c.batch, *self.c.rows)
+
+
+def variants(p: Plan) -> list[tuple[int, int, bool]]:
+    """(outer rows, inner rows, tail panel) of every micro-kernel that can run."""
+    sizes = [(o, i) for no, o in p.tile.outer for ni, i in p.tile.inner if bounds(no)[1] != 0 and bounds(ni)[1] != 0]
+    panels = [tail for tail, there in ((False, p.has_full_panel), (True, p.tail_vectors > 0)) if there]
+    return [(o, i, tail) for o, i in dict.fromkeys(sizes) for tail in panels]
+
+
+def symbol_of(p: Plan, outer: int, inner: int, tail: bool) -> str:
+    return f"{p.name}.tile{outer}x{inner}{'.tail' if tail else ''}"
+
+
+def load_dims(t: Text, p: Plan) -> dict[str, Int]:
+    first = len(p.params)
+    return {d: t.op(f"load i64, ptr {t.at('%args', 8 * (first + i))}, align 8") for i, d in enumerate(p.dims)}
+
+
+def base_of(t: Text, p: Plan, buffer: Buffer) -> str:
+    return t.op(f"load ptr, ptr {t.at('%args', 8 * p.params.index(buffer))}, align 8")
