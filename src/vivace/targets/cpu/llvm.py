@@ -1,0 +1,309 @@
+"""Loop kernels to LLVM text: statements, loops of the four kinds, vectors and their tails.
+
+* parallel loops at the top are flattened; the function computes the units `[begin, end)`;
+* a vector loop computes several iterations at once: a main loop over full vectors, then what is left, as one masked vector where
+  the instruction set has masks and else in narrower vectors down to single elements;
+* vector loops inside vector loops are serial; loops of kind `unroll` are written out;
+* buffers of Alloc lie in the thread's scratch memory.
+
+`meta["alias"]` of a kernel lists groups of parameter names that may share memory (in-place operations); all other parameters are
+taken to be distinct. A kernel whose only statement is a vector loop is split into units of `_CHUNK` iterations.
+"""
+
+from __future__ import annotations
+
+from vivace.base.dims import Dim, bounds, ceildiv, prod
+from vivace.base.dtypes import DType
+from vivace.base.errors import InternalError
+from vivace.base.machine import Isa
+from vivace.loops.analysis import varies, widest_bits
+from vivace.loops.kernel import (
+    Alloc,
+    Buffer,
+    For,
+    Guard,
+    Kernel,
+    Let,
+    Reduce,
+    Stmt,
+    Store,
+    Unary,
+    dims_of,
+    dtype_of,
+    walk,
+)
+from vivace.targets.cpu.arithmetic import cast
+from vivace.targets.cpu.builder import Builder, Value, literal
+from vivace.targets.cpu.code import KernelCode
+from vivace.targets.cpu.env import Env, scalar
+from vivace.targets.cpu.expr import emit
+from vivace.targets.cpu.isa import has_masks
+from vivace.targets.cpu.lanes import tail_mask
+from vivace.targets.cpu.memory import memory_type, store
+
+_CHUNK = 4096  # iterations of a lone vector loop that make a unit: about a microsecond of streaming
+_UNIT_WORK = 16384  # operations that are worth handing to a thread: a few microseconds
+_ALIGN = 64
+
+
+def generate(kernel: Kernel, isa: Isa) -> KernelCode:
+    """The code of a kernel.
+
+    Raises: UnsupportedError for element types or functions without code; InternalError for a kernel that breaks a rule.
+    """
+    return _Generator(kernel, isa).code()
+
+
+class _Generator:
+    def __init__(self, kernel: Kernel, isa: Isa) -> None:
+        self.kernel, self.isa = kernel, isa
+        self.b = Builder(kernel.name, isa)
+        self.scratch_bytes = 0
+        self.dims = dims_of(kernel)
+
+    def code(self) -> KernelCode:
+        b, kernel = self.b, self.kernel
+        env = Env(b, invariant=self._invariant())
+        for k, buffer in enumerate(kernel.params):
+            env.buffers[buffer] = self._argument(k, "ptr")
+        for k, name in enumerate(self.dims):
+            env.symbols[name] = self._argument(len(kernel.params) + k, "i64")
+        begin, end = Value("%begin", "i64"), Value("%end", "i64")
+        axes, body = _parallel_axes(kernel.body)
+        units: Dim = 1
+        grain = 1
+        if axes:
+            units = prod([n for _, n in axes])
+            grain = max(1, _UNIT_WORK // max(1, _work(body)))
+            b.loop(begin, end, 1, lambda u, _: self._unit(env, axes, body, u))
+        elif len(body) == 1 and isinstance(body[0], For) and body[0].kind == "vector":
+            units = ceildiv(body[0].extent, _CHUNK)
+            self._chunks(env, body[0], begin, end)
+        else:
+            b.branch(b.compare("icmp slt", begin, end), lambda: self._block(env, body))
+        text = b.finish()
+        return KernelCode(kernel.name, text, kernel.params, self.dims, units, grain, self.scratch_bytes)
+
+    def _argument(self, k: int, t: str) -> Value:
+        args = Value("%args", "ptr")
+        word = self.b.inst(f"getelementptr i64, {args}, i64 {k}", "ptr", 0) if k else args
+        return self.b.inst(f"load {t}, {word}, !invariant.load !0", t, 0)
+
+    def _invariant(self) -> frozenset[Buffer]:
+        """Parameters that nothing writes, under any of their names."""
+        written = {s.buffer.name for s in walk(self.kernel) if isinstance(s, Store)}
+        written |= {p.name for p in self.kernel.params if p.writable}
+        for group in self.kernel.meta.get("alias", ()):  # type: ignore[attr-defined]
+            if written & set(group):
+                written |= set(group)
+        return frozenset(p for p in self.kernel.params if p.name not in written)
+
+    # --- the parallel space ---------------------------------------------------------------------------------------
+
+    def _unit(self, env: Env, axes: list[tuple[str, Dim]], body: tuple[Stmt, ...], u: Value) -> list[Value]:
+        symbols: dict[str, Value] = {}
+        for var, extent in reversed(axes[1:]):
+            n = self.b.call("llvm.smax", scalar(env, extent), literal(1, "i64"))
+            if isinstance(extent, int):
+                n = literal(max(extent, 1), "i64")
+            q = self.b.op("udiv", u, n)
+            symbols[var] = self.b.op("sub nsw", u, self.b.imul(q, n))
+            u = q
+        symbols[axes[0][0]] = u
+        self._block(env.at(symbols), body)
+        return []
+
+    def _chunks(self, env: Env, loop: For, begin: Value, end: Value) -> None:
+        b = self.b
+        start = b.imul(begin, literal(_CHUNK, "i64"))
+        stop = b.call("llvm.smin", b.imul(end, literal(_CHUNK, "i64")), scalar(env, loop.extent))
+        self._vector_range(env, loop, start, stop)
+
+    # --- statements -----------------------------------------------------------------------------------------------
+
+    def _block(self, env: Env, stmts: tuple[Stmt, ...]) -> list[Value]:
+        """Statements in a context of their own: lets and buffers end with the block."""
+        env = env.at()
+        kept = self.scratch_bytes
+        for s in stmts:
+            self._statement(env, s)
+        del kept
+        return []
+
+    def _statement(self, env: Env, s: Stmt) -> None:
+        match s:
+            case Let(name=name, expr=e):
+                value, t = emit(env, e), dtype_of(e)
+                env.names[name] = value
+                if t.is_int:
+                    env.symbols[name] = cast(self.b, value, t, DType.i64)
+            case Store(buffer=buffer, index=index, value=e):
+                store(env, buffer, index, emit(env, e))
+            case Guard(cond=c, body=body):
+                cond = emit(env, c)
+                if cond.lanes:
+                    inner = env.masked(cond)
+                    assert inner.mask is not None
+                    cond = self.b.call("llvm.vector.reduce.or", inner.mask, t="i1")
+                else:
+                    inner = env
+                self.b.branch(cond, lambda: self._block(inner, body))
+            case Alloc(buffer=buffer):
+                env.buffers[buffer] = self._allocate(buffer)
+            case For():
+                self._loop(env, s)
+
+    def _allocate(self, buffer: Buffer) -> Value:
+        size = prod(buffer.shape)
+        if not isinstance(size, int):
+            raise InternalError(f"local buffer {buffer} has no static size", where=self.kernel.name)
+        memory_type(buffer.dtype)
+        offset = self.scratch_bytes
+        extent = 1 + sum((d - 1) * s for d, s in zip(buffer.shape, buffer.strides))  # type: ignore[operator, misc]
+        n_bytes = max(size and extent, 0) * buffer.dtype.size_bytes  # type: ignore[type-var]
+        self.scratch_bytes += -(-n_bytes // _ALIGN) * _ALIGN  # type: ignore[operator]
+        scratch = Value("%scratch", "ptr")
+        return self.b.inst(f"getelementptr i8, {scratch}, i64 {offset}", "ptr", 0) if offset else scratch
+
+    def _loop(self, env: Env, loop: For) -> None:
+        n = scalar(env, loop.extent)
+        zero = literal(0, "i64")
+        if loop.kind == "parallel":
+            raise InternalError(f"parallel loop {loop.var} is not at the top", where=self.kernel.name)
+        if loop.kind == "vector" and env.lane is None and not env.plain:
+            self._vector_range(env, loop, zero, n)
+        elif loop.kind == "unroll" and isinstance(loop.extent, int):
+            for k in range(loop.extent):
+                self._block(env.at({loop.var: literal(k, "i64")}), loop.body)
+        else:
+            self.b.loop(zero, n, 1, lambda i, _: self._block(env.at({loop.var: i}), loop.body))
+
+    # --- vector loops ---------------------------------------------------------------------------------------------
+
+    def _vector_range(self, env: Env, loop: For, start: Value, stop: Value) -> None:
+        """Iterations [start, stop) of a vector loop."""
+        lanes = max(1, self.isa.vector_bits // max(widest_bits(loop.body, {loop.var}), 8))
+        static = isinstance(start.const, int) and isinstance(stop.const, int)
+        n = stop.const - start.const if static else None  # type: ignore[operator]
+        hi = n if static else bounds(loop.extent)[1]
+        while hi is not None and lanes > 1 and lanes // 2 >= hi:
+            lanes //= 2
+        unroll = _unroll(loop, lanes, hi)
+        widths = [lanes * unroll] if unroll > 1 else []
+        done = start
+        if has_masks(self.isa):
+            if widths and lanes > 1:
+                done = self._vectors(env, loop, done, stop, widths[0])
+            if lanes == 1:
+                self._vectors(env, loop, done, stop, 1)
+            elif static or _is_small(loop):
+                done = self._vectors(env, loop, done, stop, lanes)
+                self._masked(env, loop, done, stop, lanes)
+            else:  # a body of its own for full vectors would cost compile time and gain little
+                self._masked(env, loop, done, stop, lanes)
+            return
+        widths.append(lanes)
+        if static:
+            while lanes > 1:
+                lanes //= 2
+                widths.append(lanes)
+        elif lanes > 1:
+            widths.append(1)
+        for width in widths:
+            done = self._vectors(env, loop, done, stop, width)
+
+    def _vectors(self, env: Env, loop: For, start: Value, stop: Value, width: int) -> Value:
+        """Full vectors of `width` lanes; the first iteration that is left."""
+        b = self.b
+        if width > 1:
+            if isinstance(stop.const, int) and isinstance(start.const, int):
+                stop = literal(start.const + (stop.const - start.const) // width * width, "i64")
+            else:
+                gap = b.op("sub nsw", stop, start)
+                gap = b.call("llvm.smax", gap, literal(0, "i64"))
+                stop = b.iadd(start, b.op("and", gap, literal(-width, "i64")))
+
+        def body(i: Value, _: list[Value]) -> list[Value]:
+            if width == 1:
+                inner = env.at({loop.var: i}, plain=True)
+            else:
+                inner = env.at({loop.var: i}, lane=loop.var, lanes=width)
+            return self._block(inner, loop.body)
+
+        b.loop(start, stop, width, body)
+        return stop
+
+    def _masked(self, env: Env, loop: For, start: Value, stop: Value, width: int) -> None:
+        """All iterations that are left, in masked vectors."""
+
+        def body(i: Value, _: list[Value]) -> list[Value]:
+            inner = env.at({loop.var: i}, lane=loop.var, lanes=width, mask=tail_mask(self.b, i, stop, width))
+            return self._block(inner, loop.body)
+
+        self.b.loop(start, stop, width, body)
+
+
+def _parallel_axes(body: tuple[Stmt, ...]) -> tuple[list[tuple[str, Dim]], tuple[Stmt, ...]]:
+    """The perfectly nested parallel loops at the top, and what they run."""
+    axes = []
+    while len(body) == 1 and isinstance(body[0], For) and body[0].kind == "parallel":
+        axes.append((body[0].var, body[0].extent))
+        body = body[0].body
+    return axes, body
+
+
+def _is_small(loop: For) -> bool:
+    """Whether the body is worth writing twice."""
+    return _cost(loop.body) <= 60
+
+
+def _unroll(loop: For, lanes: int, hi: int | None) -> int:
+    """How many vectors to compute side by side: several where the body waits for its own results, which reductions do."""
+    n = 1
+    if any(isinstance(s, Reduce) and varies(s, {loop.var}) for s in walk_all(loop.body)):
+        n = 4
+    elif _cost(loop.body) <= 8:
+        n = 2
+    while n > 1 and hi is not None and lanes * n > hi:
+        n //= 2
+    return n
+
+
+def walk_all(body: tuple[Stmt, ...]):  # type: ignore[no-untyped-def]
+    for s in body:
+        yield from walk(s)
+
+
+def _cost(body: tuple[Stmt, ...]) -> int:
+    """About how many instructions one vector of the body takes."""
+    cost = 0
+    for node in walk_all(body):
+        cost += 25 if isinstance(node, Unary) and node.fn in _FUNCTIONS else 1
+    return cost
+
+
+_FUNCTIONS = frozenset(
+    ["exp", "log", "erf", "sin", "cos", "tanh", "sigmoid", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "log1p", "expm1", "pow"]
+)
+
+
+def _work(body: tuple[Stmt, ...]) -> int:
+    """About how many operations one unit takes, where symbolic extents count as their lower bound or 64."""
+    total = 0
+    for s in body:
+        match s:
+            case For(extent=n, body=inner):
+                total += _trips(n) * _work(inner)
+            case Guard(body=inner):
+                total += _work(inner)
+            case Let(expr=e) | Store(value=e):
+                total += 1
+                for node in walk(e):
+                    total += _trips(node.extent) if isinstance(node, Reduce) else 1
+    return max(total, 1)
+
+
+def _trips(n: Dim) -> int:
+    if isinstance(n, int):
+        return n
+    return max(64, bounds(n)[0] or 0)

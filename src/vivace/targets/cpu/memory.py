@@ -1,0 +1,269 @@
+"""Loads and stores of typed elements: contiguous, broadcast, strided and gathered, with masks, never outside the buffer.
+
+A vector access is planned from what one lane adds to the address: 0 is one scalar access, 1 a vector access, -1 a reversed
+one, everything else a gather or scatter. Conditions that are equal in all lanes redirect a load to a block of zeros, which needs
+no branch and no mask; conditions that vary become the mask of the access.
+
+Elements in memory and in registers: f16 and bf16 are computed in f32; bool is a byte in memory and i1 in registers.
+"""
+
+from __future__ import annotations
+
+from vivace.base.dims import Dim, bounds
+from vivace.base.dtypes import DType
+from vivace.base.errors import UnsupportedError
+from vivace.loops.kernel import Buffer, Inside
+from vivace.targets.cpu.builder import Builder, Value, literal, type_bits, type_text
+from vivace.targets.cpu.env import Env, as_vector, is_uniform, lane_stride, per_lane, scalar, sorted_terms
+
+_MEMORY = {
+    DType.f32: "float", DType.f64: "double", DType.f16: "i16", DType.bf16: "i16", DType.bool: "i8",
+    DType.i8: "i8", DType.u8: "i8", DType.i16: "i16", DType.u16: "i16",
+    DType.i32: "i32", DType.u32: "i32", DType.i64: "i64", DType.u64: "i64",
+}  # fmt: skip
+_REGISTER = _MEMORY | {DType.f16: "float", DType.bf16: "float", DType.bool: "i1"}
+_ZEROS_BYTES = 1024
+
+
+def memory_type(t: DType) -> str:
+    """The LLVM type of an element in a buffer. Raises: UnsupportedError for types that are never computed with."""
+    try:
+        return _MEMORY[t]
+    except KeyError:
+        raise UnsupportedError(f"no code generator for elements of type {t}") from None
+
+
+def register_type(t: DType) -> str:
+    """The LLVM type that an element is computed in."""
+    memory_type(t)
+    return _REGISTER[t]
+
+
+def from_memory(b: Builder, v: Value, t: DType) -> Value:
+    """The element as it is computed with."""
+    if t is DType.bf16:
+        return b.bitcast(b.op("shl", b.convert("zext", v, "i32"), literal(16, "i32")), "float")
+    if t is DType.f16:
+        return _half_to_float(b, v)
+    if t is DType.bool:
+        return b.compare("icmp ne", v, literal(0, "i8"))
+    return v
+
+
+def to_memory(b: Builder, v: Value, t: DType) -> Value:
+    """The element as it is stored, rounded to nearest even."""
+    if t is DType.bf16:
+        bits = b.bitcast(v, "i32")
+        odd = b.op("and", b.op("lshr", bits, literal(16, "i32")), literal(1, "i32"))
+        rounded = b.op("add", bits, b.op("add", odd, literal(0x7FFF, "i32")))
+        quiet = b.op("or", bits, literal(0x400000, "i32"))
+        bits = b.select(b.compare("fcmp uno", v, v), quiet, rounded)
+        return b.convert("trunc", b.op("lshr", bits, literal(16, "i32")), "i16")
+    if t is DType.f16:
+        return _float_to_half(b, v)
+    return b.convert("zext", v, "i8") if t is DType.bool else v
+
+
+def _half_to_float(b: Builder, v: Value) -> Value:
+    if "+f16c" in b.isa.features:
+        return b.convert("fpext", b.bitcast(v, "half"), "float")
+    # Shift exponent and mantissa into place and rescale by 2**112: exact for normals and denormals alike.
+    wide = b.convert("zext", v, "i32")
+    sign = b.op("shl", b.op("and", wide, literal(0x8000, "i32")), literal(16, "i32"))
+    magnitude = b.op("shl", b.op("and", wide, literal(0x7FFF, "i32")), literal(13, "i32"))
+    number = b.bitcast(b.op("fmul", b.bitcast(magnitude, "float"), literal(2.0**112, "float")), "i32")
+    special = b.compare("icmp ugt", magnitude, literal(0xF7FFFFF, "i32"))
+    number = b.select(special, b.op("or", magnitude, literal(0x7F800000, "i32")), number)
+    return b.bitcast(b.op("or", number, sign), "float")
+
+
+def _float_to_half(b: Builder, v: Value) -> Value:
+    if "+f16c" in b.isa.features:
+        return b.bitcast(b.convert("fptrunc", v, "half"), "i16")
+    bits = b.bitcast(v, "i32")
+    sign = b.op("and", b.op("lshr", bits, literal(16, "i32")), literal(0x8000, "i32"))
+    x = b.op("and", bits, literal(0x7FFFFFFF, "i32"))
+    # Normal results: rebias, then round to nearest even on the 13 bits that go.
+    odd = b.op("and", b.op("lshr", x, literal(13, "i32")), literal(1, "i32"))
+    normal = b.op("lshr", b.op("add", b.op("add", x, literal(0xFFF - (112 << 23), "i32")), odd), literal(13, "i32"))
+    # Denormal results: adding 0.5 lets the addition do the rounding.
+    half = literal(0.5, "float")
+    denormal = b.op("sub", b.bitcast(b.op("fadd", b.bitcast(x, "float"), half), "i32"), literal(0x3F000000, "i32"))
+    result = b.select(b.compare("icmp ult", x, literal(0x38800000, "i32")), denormal, normal)
+    result = b.select(b.compare("icmp uge", x, literal(0x477FF000, "i32")), literal(0x7C00, "i32"), result)
+    result = b.select(b.compare("icmp ugt", x, literal(0x7F800000, "i32")), literal(0x7E00, "i32"), result)
+    return b.convert("trunc", b.op("or", result, sign), "i16")
+
+
+def flat_index(buffer: Buffer, index: tuple[Dim, ...]) -> Dim:
+    """The address in elements: the dot product of index and strides (rule FLAT)."""
+    total: Dim = 0
+    for i, s in zip(index, buffer.strides, strict=True):
+        total = total + i * s
+    return total
+
+
+def pointer(env: Env, buffer: Buffer, flat: Dim) -> Value:
+    """The address of an element (of the first lane), built outermost part first."""
+    b = env.b
+    p, t = env.buffers[buffer], memory_type(buffer.dtype)
+    pending: list[tuple[int, Value]] = sorted_terms(env, flat)
+    while pending:
+        level = pending[0][0]
+        offset = literal(0, "i64")
+        while pending and pending[0][0] == level:
+            offset = b.iadd(offset, pending.pop(0)[1])
+        if offset.const != 0:
+            p = b.inst(f"getelementptr {t}, {p}, {offset}", "ptr", 0, p, offset)
+    return p
+
+
+def _at_least(d: Dim, n: int) -> bool:
+    lo = bounds(d)[0]
+    return lo is not None and lo >= n
+
+
+def _conditions(env: Env, inside: tuple[Inside, ...]) -> tuple[Value | None, Value | None]:
+    """The part of the conditions that is equal in all lanes (i1), and the part that varies (a mask)."""
+    b = env.b
+    uniform: Value | None = None
+    varying: Value | None = None
+    for c in inside:
+        low_known, high_known = _at_least(c.dim - c.lo, 0), _at_least(c.hi - c.dim, 1)
+        if low_known and high_known:
+            continue
+        if is_uniform(env, c.dim) and is_uniform(env, c.lo) and is_uniform(env, c.hi):
+            test = b.compare("icmp ult", scalar(env, c.dim - c.lo), scalar(env, c.hi - c.lo))
+            # An empty range has hi - lo < 0, which is huge as an unsigned number.
+            if not _at_least(c.hi - c.lo, 0):
+                test = b.op("and", test, b.compare("icmp sgt", scalar(env, c.hi - c.lo), literal(0, "i64")))
+            uniform = test if uniform is None else b.op("and", uniform, test)
+            continue
+        x = per_lane(env, c.dim)
+        for known, limit, opcode in ((low_known, c.lo, "sge"), (high_known, c.hi, "slt")):
+            if known:
+                continue
+            if x.vector is not None and x.vector.type == "i32" and is_uniform(env, limit):
+                gap = b.op("sub nsw", scalar(env, limit), x.base)
+                gap = b.call("llvm.smin", b.call("llvm.smax", gap, literal(-(1 << 30), "i64")), literal(1 << 30, "i64"))
+                test = b.compare(f"icmp {opcode}", x.vector, b.convert("trunc", gap, "i32"))
+            else:
+                test = b.compare(f"icmp {opcode}", as_vector(env, x), as_vector(env, per_lane(env, limit)))
+            varying = test if varying is None else b.op("and", varying, test)
+    return uniform, varying
+
+
+def _zeros(env: Env) -> Value:
+    return env.b.global_constant("zeros", f"[{_ZEROS_BYTES} x i8] zeroinitializer")
+
+
+def load(env: Env, buffer: Buffer, index: tuple[Dim, ...], inside: tuple[Inside, ...] = ()) -> Value:
+    """The element, or 0 where a condition fails; a vector if the index varies over the lanes."""
+    b, t = env.b, memory_type(buffer.dtype)
+    flat = flat_index(buffer, index)
+    uniform, varying = _conditions(env, inside)
+    stride = lane_stride(env, flat) if env.lane is not None else 0
+    if stride == 0:
+        p = pointer(env, buffer, flat)
+        if uniform is not None:
+            p = b.select(uniform, p, _zeros(env))
+        if varying is not None and env.lanes:
+            # Some lane is inside or none is: the address is only good in the first case.
+            mask = varying if env.mask is None else b.op("and", varying, env.mask)
+            p = b.select(_any(env, mask), p, _zeros(env))
+        v = from_memory(b, _read(env, buffer, p, t, 0), buffer.dtype)
+        return v if varying is None else b.select(varying, v, literal(0, v.type))
+    mask = env.mask
+    if varying is not None:
+        mask = varying if mask is None else b.op("and", mask, varying)
+    if stride in (1, -1):
+        p = pointer(env, buffer, flat if stride == 1 else flat - (env.lanes - 1))
+        if uniform is not None:
+            p = b.select(uniform, p, _zeros(env))
+        v = _read(env, buffer, p, t, env.lanes, mask if stride == 1 or mask is None else _reverse(env, mask))
+        v = v if stride == 1 else _reverse(env, v)
+    else:
+        if uniform is not None:
+            mask = b.widen(uniform, env.lanes) if mask is None else b.op("and", mask, uniform)
+        v = _gather(env, buffer, flat, t, mask)
+    return from_memory(b, v, buffer.dtype)
+
+
+def _any(env: Env, mask: Value) -> Value:
+    return env.b.call("llvm.vector.reduce.or", env.b.widen(mask, env.lanes), t="i1")
+
+
+def _reverse(env: Env, v: Value) -> Value:
+    order = ", ".join(f"i32 {k}" for k in reversed(range(v.lanes)))
+    return env.b.inst(f"shufflevector {v}, {v.full} poison, <{v.lanes} x i32> <{order}>", v.type, v.lanes, v)
+
+
+def _read(env: Env, buffer: Buffer, p: Value, t: str, lanes: int, mask: Value | None = None) -> Value:
+    b = env.b
+    align = type_bits(t) // 8
+    full = type_text(t, lanes)
+    if mask is None or not lanes:
+        text, operands = f"load {full}, {p}, align {align}", (p,)
+    else:
+        mask = b.widen(mask, lanes)
+        name = f"llvm.masked.load.v{lanes}{ {'float': 'f32', 'double': 'f64'}.get(t, t) }.p0"
+        b.declare(f"{full} @{name}(ptr, <{lanes} x i1>, {full})", name)
+        text, operands = f"call {full} @{name}(ptr align {align} {p.text}, {mask}, {full} zeroinitializer)", (p, mask)
+    if buffer in env.invariant:
+        return b.hoisted(text + (", !invariant.load !0" if mask is None or not lanes else ""), t, lanes, *operands)
+    return b.effect(text, t, lanes)
+
+
+def _lane_pointers(env: Env, buffer: Buffer, flat: Dim) -> Value:
+    b, t = env.b, memory_type(buffer.dtype)
+    x = per_lane(env, flat)
+    assert x.vector is not None
+    base = env.buffers[buffer]
+    if x.base.const != 0:
+        base = b.inst(f"getelementptr {t}, {base}, {x.base}", "ptr", 0, base, x.base)
+    return b.inst(f"getelementptr {t}, {base}, {x.vector}", "ptr", env.lanes, base, x.vector)
+
+
+def _gather(env: Env, buffer: Buffer, flat: Dim, t: str, mask: Value | None) -> Value:
+    b, n = env.b, env.lanes
+    pointers = _lane_pointers(env, buffer, flat)
+    mask = b.widen(mask if mask is not None else literal(True, "i1"), n)
+    full = type_text(t, n)
+    name = f"llvm.masked.gather.v{n}{ {'float': 'f32', 'double': 'f64'}.get(t, t) }.v{n}p0"
+    b.declare(f"{full} @{name}(<{n} x ptr>, <{n} x i1>, {full})", name)
+    pointer_text = f"<{n} x ptr> align {type_bits(t) // 8} {pointers.text}"
+    text = f"call {full} @{name}({pointer_text}, {mask}, {full} zeroinitializer)"
+    if buffer in env.invariant:
+        return b.hoisted(text, t, n, pointers, mask)
+    return b.effect(text, t, n)
+
+
+def store(env: Env, buffer: Buffer, index: tuple[Dim, ...], value: Value) -> None:
+    """Write the element, in all lanes of the mask."""
+    b, t = env.b, memory_type(buffer.dtype)
+    flat = flat_index(buffer, index)
+    value = to_memory(b, value, buffer.dtype)
+    align = type_bits(t) // 8
+    if env.lane is None:
+        b.effect(f"store {value}, {pointer(env, buffer, flat)}, align {align}")
+        return
+    value = b.widen(value, env.lanes)
+    stride, n, mask = lane_stride(env, flat), env.lanes, env.mask
+    if stride in (1, -1):
+        p = pointer(env, buffer, flat if stride == 1 else flat - (n - 1))
+        if stride == -1:
+            value, mask = _reverse(env, value), None if mask is None else _reverse(env, mask)
+        if mask is None:
+            b.effect(f"store {value}, {p}, align {align}")
+            return
+        name = f"llvm.masked.store.v{n}{ {'float': 'f32', 'double': 'f64'}.get(t, t) }.p0"
+        b.declare(f"void @{name}({value.full}, ptr, <{n} x i1>)", name)
+        b.effect(f"call void @{name}({value}, ptr align {align} {p.text}, {mask})")
+        return
+    if stride == 0:
+        raise UnsupportedError(f"all lanes of {env.lane} store to one element of {buffer}", where=b.name)
+    pointers = _lane_pointers(env, buffer, flat)
+    mask = b.widen(mask if mask is not None else literal(True, "i1"), n)
+    name = f"llvm.masked.scatter.v{n}{ {'float': 'f32', 'double': 'f64'}.get(t, t) }.v{n}p0"
+    b.declare(f"void @{name}({value.full}, <{n} x ptr>, <{n} x i1>)", name)
+    b.effect(f"call void @{name}({value}, <{n} x ptr> align {align} {pointers.text}, {mask})")

@@ -1,0 +1,190 @@
+"""Elementary functions of f32 as instructions on vectors (or scalars) of any width; no tables, no calls.
+
+`f32` emits one function. Exact where IEEE says so: infinities, NaN, signed zeros, overflow and gradual underflow.
+Largest errors in units in the last place (tests measure them on dense samples; without fused multiply-add in parentheses):
+
+    exp 1.1 (1.5)   log 1.5 (2)   tanh 2.5 (3)   sigmoid 2 (2.5)   erf 1.5 (2)   sin cos 1.5 (1.5)
+    tan asin acos atan sinh cosh asinh acosh atanh log1p expm1 pow: 0.51, computed in f64 (`vmath64`)
+
+sin, cos and tan reduce their argument in f64: the bound holds for |x| up to 1e8; beyond, the error grows with x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from vivace.targets.cpu import vmath64
+from vivace.targets.cpu.builder import Builder, Value, literal
+
+_LOG2E = math.log2(math.e)
+_LN2_HI, _LN2_LO = 0.693359375, -2.12194440e-4  # nine bits, so that multiples up to 2**15 are exact; and the rest
+
+
+def polynomial(b: Builder, x: Value, coefficients: Sequence[float]) -> Value:
+    """Horner's scheme, highest coefficient first."""
+    total = literal(coefficients[0], x.type)
+    for c in coefficients[1:]:
+        total = b.fma(total, x, literal(c, x.type))
+    return total
+
+
+def _c(v: float) -> Value:
+    return literal(v, "float")
+
+
+def _i(v: int) -> Value:
+    return literal(v, "i32")
+
+
+def clamp_above(b: Builder, x: Value, limit: float) -> Value:
+    """min(x, limit), NaN stays; one instruction."""
+    c = literal(limit, x.type)
+    return b.select(b.compare("fcmp olt", c, x), c, x)
+
+
+def clamp_below(b: Builder, x: Value, limit: float) -> Value:
+    """max(x, limit), NaN stays; one instruction."""
+    c = literal(limit, x.type)
+    return b.select(b.compare("fcmp ogt", c, x), c, x)
+
+
+def copy_sign(b: Builder, magnitude: Value, sign: Value) -> Value:
+    return b.call("llvm.copysign", magnitude, sign)
+
+
+def _scale(b: Builder, x: Value, n: Value) -> Value:
+    """x * 2**n for integral n in [-300, 300], with one rounding when the result is denormal."""
+    if b.isa.vector_bits == 512 and x.lanes in (4, 8, 16, 32, 64):
+        return _scalef(b, x, n)
+    k = b.convert("fptosi", n, "i32")
+    half = b.op("ashr", k, _i(1))
+    rest = b.op("sub", k, half)
+    for part in (half, rest):
+        x = b.op("fmul", x, b.bitcast(b.op("shl", b.op("add", part, _i(127)), _i(23)), "float"))
+    return x
+
+
+def _scalef(b: Builder, x: Value, n: Value) -> Value:
+    """The same as one AVX-512 instruction per register."""
+    width = min(x.lanes, 16)
+    mask = "i16" if width == 16 else "i8"
+    name = f"llvm.x86.avx512.mask.scalef.ps.{width * 32}"
+    rounding = ", i32 4" if width == 16 else ""
+    full = f"<{width} x float>"
+    b.declare(f"{full} @{name}({full}, {full}, {full}, {mask}{', i32' if rounding else ''})", name)
+
+    def one(p: Value, q: Value) -> Value:
+        text = f"call {full} @{name}({p}, {q}, {full} poison, {mask} -1{rounding})"
+        return b.inst(text, "float", width, p, q)
+
+    n = b.widen(n, x.lanes)
+    return b.per_part(width, one, x, n)
+
+
+def exp(b: Builder, x: Value) -> Value:
+    # Beyond these the result is 0 or infinity, and n stays small enough to build 2**n.
+    x = clamp_below(b, clamp_above(b, x, 89.0), -104.5)
+    n = b.call("llvm.roundeven", b.op("fmul", x, _c(_LOG2E)))
+    r = b.fma(n, _c(-_LN2_HI), x)
+    r = b.fma(n, _c(-_LN2_LO), r)
+    # Minimax for exp on |r| <= ln(2)/2: relative error 3e-9 before rounding.
+    p = polynomial(b, r, (0.0013951717410236597, 0.008369598537683487, 0.0416661873459816, 0.16666512191295624, 0.5, 1, 1))
+    return _scale(b, p, n)
+
+
+def log(b: Builder, x: Value) -> Value:
+    """Source: Cephes logf."""
+    tiny = b.compare("fcmp olt", x, _c(2.0**-126))
+    bits = b.bitcast(b.select(tiny, b.op("fmul", x, _c(2.0**23)), x), "i32")
+    # Subtracting the bits of sqrt(1/2) leaves exponent and mantissa of m in [sqrt(1/2), sqrt(2)).
+    shifted = b.op("sub", bits, _i(0x3F3504F3))
+    k = b.op("ashr", shifted, _i(23))
+    m = b.bitcast(b.op("add", b.op("and", shifted, _i(0x7FFFFF)), _i(0x3F3504F3)), "float")
+    e = b.op("fsub", b.convert("sitofp", k, "float"), b.select(tiny, _c(23.0), _c(0.0)))
+    f = b.op("fsub", m, _c(1.0))
+    z = b.op("fmul", f, f)
+    coefficients = (7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1,
+                    -1.6668057665e-1, 2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1)  # fmt: skip
+    y = b.op("fmul", b.op("fmul", polynomial(b, f, coefficients), f), z)
+    y = b.fma(e, _c(_LN2_LO), y)
+    y = b.fma(z, _c(-0.5), y)
+    result = b.fma(e, _c(_LN2_HI), b.op("fadd", f, y))
+    result = b.select(b.compare("fcmp oeq", x, _c(math.inf)), x, result)
+    result = b.select(b.compare("fcmp oeq", x, _c(0.0)), _c(-math.inf), result)
+    return b.select(b.compare("fcmp ult", x, _c(0.0)), _c(math.nan), result)
+
+
+def sigmoid(b: Builder, x: Value) -> Value:
+    e = exp(b, b.fneg(b.call("llvm.fabs", x)))
+    top = b.select(b.compare("fcmp olt", x, _c(0.0)), e, _c(1.0))
+    return b.op("fdiv", top, b.op("fadd", e, _c(1.0)))
+
+
+def tanh(b: Builder, x: Value) -> Value:
+    """(e - 1) / (e + 1) with e = exp(2|x|), where e - 1 is built without cancellation."""
+    a = clamp_above(b, b.call("llvm.fabs", x), 9.2)
+    n = b.call("llvm.roundeven", b.op("fmul", a, _c(2 * _LOG2E)))
+    r = b.fma(n, _c(-_LN2_HI / 2), a)
+    r = b.fma(n, _c(-_LN2_LO / 2), r)
+    r = b.op("fadd", r, r)
+    q = polynomial(b, r, (0.0013951717410236597, 0.008369598537683487, 0.0416661873459816, 0.16666512191295624, 0.5))
+    p = b.fma(b.op("fmul", r, r), q, r)
+    power = b.bitcast(b.op("shl", b.op("add", b.convert("fptosi", n, "i32"), _i(127)), _i(23)), "float")
+    m = b.fma(power, p, b.op("fsub", power, _c(1.0)))
+    return copy_sign(b, b.op("fdiv", m, b.op("fadd", m, _c(2.0))), x)
+
+
+def erf(b: Builder, x: Value) -> Value:
+    """Source: the two minimax polynomials published by N. Juffa: 1 - exp(p(|x|)) above 0.93, x * q(x*x) below."""
+    a = b.call("llvm.fabs", x)
+    s = b.op("fmul", x, x)
+    small = polynomial(b, s, (-5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1))
+    small = b.fma(small, x, x)
+    a = clamp_above(b, a, 4.0)
+    t = polynomial(b, a, (-1.72853470e-5, 3.83197126e-4, -3.88396438e-3, 2.42546219e-2, -1.06777877e-1, -6.34846687e-1,
+                          -1.28717512e-1))  # fmt: skip
+    large = b.op("fsub", _c(1.0), exp(b, b.fma(t, a, b.fneg(a))))
+    return b.select(b.compare("fcmp ogt", a, _c(0.927734375)), copy_sign(b, large, x), small)
+
+
+def _reduced(b: Builder, x: Value) -> tuple[Value, Value]:
+    """x - n * pi/2 in f32, and n mod 4 as i32."""
+    n, r = vmath64.reduce_half_pi(b, b.convert("fpext", x, "double"))
+    return b.convert("fptrunc", r, "float"), b.convert("trunc", n, "i32")
+
+
+def _sine_of_quadrant(b: Builder, r: Value, n: Value) -> Value:
+    """sin(r + n * pi/2). Source: Cephes sinf, cosf."""
+    z = b.op("fmul", r, r)
+    sine = polynomial(b, z, (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1))
+    sine = b.fma(b.op("fmul", sine, z), r, r)
+    cosine = polynomial(b, z, (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2))
+    cosine = b.fma(b.op("fmul", cosine, z), z, b.fma(z, _c(-0.5), _c(1.0)))
+    odd = b.convert("trunc", n, "i1")
+    value = b.bitcast(b.select(odd, cosine, sine), "i32")
+    sign = b.op("shl", b.op("and", n, _i(2)), _i(30))
+    return b.bitcast(b.op("xor", value, sign), "float")
+
+
+def sin(b: Builder, x: Value) -> Value:
+    r, n = _reduced(b, x)
+    return _sine_of_quadrant(b, r, n)
+
+
+def cos(b: Builder, x: Value) -> Value:
+    r, n = _reduced(b, x)
+    return _sine_of_quadrant(b, r, b.op("add", n, _i(1)))
+
+
+_OWN: dict[str, Callable[[Builder, Value], Value]] = {
+    "exp": exp, "log": log, "sigmoid": sigmoid, "tanh": tanh, "erf": erf, "sin": sin, "cos": cos,
+}  # fmt: skip
+
+
+def f32(b: Builder, fn: str, *x: Value) -> Value:
+    """The function `fn` of f32 values."""
+    if fn in _OWN:
+        return _OWN[fn](b, *x)
+    wide = vmath64.f64(b, fn, *(b.convert("fpext", v, "double") for v in b.match(*x)))
+    return b.convert("fptrunc", wide, "float")
