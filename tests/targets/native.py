@@ -12,7 +12,7 @@ from vivace.base.machine import ISAS, Isa, host, missing_flags
 from vivace.loops.kernel import Kernel
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.code import KernelCode
-from vivace.targets.cpu.llvm import generate
+from vivace.targets.cpu.llvm import emit_kernel
 
 HERE = [name for name, isa in ISAS.items() if not missing_flags(host(), isa)]
 _ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
@@ -39,4 +39,4 @@ def run_native(
     kernel: Kernel, isa: Isa, arrays: Sequence[np.ndarray], dims: Mapping[str, int] | None = None, n_parts: int = 1
 ) -> None:
     """Generate a loop kernel and run it."""
-    run_code(generate(kernel, isa), isa, arrays, dims, n_parts)
+    run_code(emit_kernel(kernel, isa), isa, arrays, dims, n_parts)

@@ -46,7 +46,7 @@ _UNIT_WORK = 16384  # operations that are worth handing to a thread: a few micro
 _ALIGN = 64
 
 
-def generate(kernel: Kernel, isa: Isa) -> KernelCode:
+def emit_kernel(kernel: Kernel, isa: Isa) -> KernelCode:
     """The code of a kernel.
 
     Raises: UnsupportedError for element types or functions without code; InternalError for a kernel that breaks a rule.
