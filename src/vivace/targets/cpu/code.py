@@ -11,9 +11,15 @@ A kernel calls nothing outside its module and allocates nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vivace.base.dims import Dim
 from vivace.loops.kernel import Buffer
+
+
+# `none`: the text is final, only instruction selection and register allocation follow. `light`: peepholes and dead code.
+# `full`: LLVM's -O2 without its vectorizers and unroller, which know less about the loops than the generators do.
+Optimize = Literal["none", "light", "full"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +27,8 @@ class KernelCode:
     """A kernel as LLVM text for one instruction set, not yet compiled.
 
     `units` is the extent of its parallel space (a dim, evaluated for each new set of shapes); `grain` the least number of units worth
-    handing to a thread at once; `scratch_bytes` what it needs per thread. `name` is the symbol in `llvm_text`.
+    handing to a thread at once; `scratch_bytes` what it needs per thread. `name` is the symbol in `llvm_text`, which is compiled with the
+    passes of `optimize`.
     """
 
     name: str
@@ -31,3 +38,4 @@ class KernelCode:
     units: Dim = 1
     grain: Dim = 1
     scratch_bytes: Dim = 0
+    optimize: Optimize = "full"

@@ -15,19 +15,14 @@ import hashlib
 import threading
 from collections.abc import Sequence
 from functools import cache
-from typing import Literal
 
 import llvmlite
 import llvmlite.binding as llvm
 
 from vivace.base.errors import InternalError
 from vivace.base.machine import Isa
-from vivace.targets.cpu.code import KernelCode
+from vivace.targets.cpu.code import KernelCode, Optimize
 from vivace.targets.cpu.isa import TRIPLE, cpu_name
-
-# `none`: the text is final, only instruction selection and register allocation follow. `light`: peepholes and dead code.
-# `full`: LLVM's -O2 without its vectorizers and unroller, which know less about the loops than the generators do.
-Optimize = Literal["none", "light", "full"]
 
 CODE_VERSION = f"llvmlite-{llvmlite.__version__}-1"
 
@@ -110,9 +105,14 @@ def compile_text(text: str, isa: Isa, optimize: Optimize = "full", name: str = "
         return bytes(machine.emit_object(module))
 
 
-def compile_objects(codes: Sequence[KernelCode], isa: Isa, optimize: Optimize = "full") -> list[bytes]:
-    """One ELF object per kernel, in order."""
-    return [compile_text(code.llvm_text, isa, optimize, code.name) for code in codes]
+def compile_kernel(code: KernelCode, isa: Isa) -> bytes:
+    """The ELF object of a kernel."""
+    return compile_text(code.llvm_text, isa, code.optimize, code.name)
+
+
+def compile_objects(codes: Sequence[KernelCode], isa: Isa, optimize: Optimize | None = None) -> list[bytes]:
+    """One ELF object per kernel, in order; `optimize` overrides what the kernels ask for."""
+    return [compile_text(code.llvm_text, isa, optimize or code.optimize, code.name) for code in codes]
 
 
 def assembly(text: str, isa: Isa, optimize: Optimize = "full") -> str:
@@ -128,9 +128,9 @@ def optimized_text(text: str, isa: Isa, optimize: Optimize = "full") -> str:
         return str(_module(text, isa, optimize, "module")[0])
 
 
-def object_key(code: KernelCode, isa: Isa, optimize: Optimize = "full") -> str:
+def object_key(code: KernelCode, isa: Isa) -> str:
     """A name under which the compiled object can be cached (rule PLAIN)."""
-    facts = repr((CODE_VERSION, TRIPLE, cpu_name(isa), isa.feature_text, optimize))
+    facts = repr((CODE_VERSION, TRIPLE, cpu_name(isa), isa.feature_text, code.optimize))
     return hashlib.sha256(facts.encode() + b"\0" + code.llvm_text.encode()).hexdigest()
 
 

@@ -82,7 +82,7 @@ class _Generator:
         else:
             b.branch(b.compare("icmp slt", begin, end), lambda: self._block(env, body))
         text = b.finish()
-        return KernelCode(kernel.name, text, kernel.params, self.dims, units, grain, self.scratch_bytes)
+        return KernelCode(kernel.name, text, kernel.params, self.dims, units, grain, self.scratch_bytes, "none")
 
     def _argument(self, k: int, t: str) -> Value:
         args = Value("%args", "ptr")
