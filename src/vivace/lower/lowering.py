@@ -114,9 +114,14 @@ class Lowering:
         return self.views[value]
 
     def emit(
-        self, label: str, spec: Spec, views: Sequence[View], written: int, nodes: Sequence[Node], flops: Dim, moved: Dim | None = None
-    ) -> None:
-        """Append a step. `views` follow the kernel's params; the one at index `written` is the result."""
+        self, label: str, spec: Spec, views: Sequence[View], written: int | Sequence[int], nodes: Sequence[Node], flops: Dim,
+        moved: Dim | None = None, updates: bool = False,
+    ) -> None:  # fmt: skip
+        """Append a step. `views` follow the kernel's params; those at `written` (an index or several) are the results.
+
+        `updates` says that the results hold data already, of which the step changes a part: it must run after those who wrote it.
+        """
+        results = {written} if isinstance(written, int) else set(written)
         operands = []
         reads: list[Storage] = []
         writes: list[Storage] = []
@@ -124,7 +129,10 @@ class Lowering:
         for i, v in enumerate(views):
             assert v.storage is not None
             operands.append(Operand(v.storage, v.offset))
-            (writes if i == written else reads).append(v.storage)
+            if i in results:
+                writes.append(v.storage)
+            if i not in results or updates:
+                reads.append(v.storage)
             total = total + _touched(v)
         self.body.append(
             Step(label, spec, tuple(operands), tuple(reads), tuple(writes), tuple(nodes), flops, total if moved is None else moved)
