@@ -1,0 +1,141 @@
+"""Control flow, and operators that we do not lower.
+
+if{then: Graph, else: Graph}(cond, *captures)
+        both graphs take the captures as inputs and give outputs of equal types
+loop{body: Graph, n_state, n_scan}(trip?, cond?, *state, *captures) -> *state, *scans
+        body inputs: iteration i64[], cond bool[], *state, *captures; body outputs: cond, *state, *scan slices.
+        Runs while iteration < trip and cond; state keeps its types; a scan output is the slices stacked on a new first axis,
+        of the static length `length` where trip is a constant and cond absent, otherwise of a symbol of its own.
+        attr length: Dim
+onnx{node: bytes, opset, domain, types, names, reason}(*inputs)
+        a serialized NodeProto that a provider runs. `types` are the output types; `names` name the inputs as the node (and the graphs
+        inside it) knows them; `reason` says why it is not lowered. The graph floor cannot run it: a provider sets `RUN_ONNX`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from vivace.base.dims import Dim
+from vivace.base.dtypes import DType
+from vivace.base.errors import GraphError, UnsupportedError
+from vivace.graph.graph import Attrs, Graph, Op, Type
+from vivace.graph.ops.shapes import need, same
+
+Array = np.ndarray
+OnnxHook = Callable[[Sequence[Array | None], Attrs], tuple[Array, ...]]
+RUN_ONNX: list[OnnxHook] = []
+"""Set by a provider (the last one wins): runs an `onnx` node on arrays."""
+
+
+def _match(got: Type, want: Type, where: str) -> None:
+    if got.dtype is not want.dtype or got.rank != want.rank:
+        raise GraphError(f"types are {got} and {want}", where=where, expected="equal types")
+    for a, b in zip(got.shape, want.shape, strict=True):
+        same(a, b, where)
+
+
+def _scalar(t: Type, dtype: DType, where: str) -> None:
+    if t.dtype is not dtype or t.size != 1:
+        raise GraphError(f"operand is {t}", where=where, expected=f"{dtype}[]")
+
+
+def _operands(graph: Graph, types: Sequence[Type | None], where: str) -> None:
+    if len(graph.inputs) != len(types):
+        raise GraphError(f"the graph takes {len(graph.inputs)} inputs and is given {len(types)}", where=where)
+    for i, v in enumerate(graph.inputs):
+        _match(v.type, need(types, i, where), where)
+
+
+def _if(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
+    _scalar(need(types, 0, "if"), DType.bool, "if")
+    then, other = attrs["then"], attrs["else"]
+    for g in (then, other):
+        _operands(g, types[1:], "if")
+    if len(then.outputs) != len(other.outputs):
+        raise GraphError("the branches give different numbers of outputs", where="if")
+    for a, b in zip(then.outputs, other.outputs, strict=True):
+        _match(a.type, b.type, "if")
+    return tuple(v.type for v in then.outputs)
+
+
+def _if_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
+    from vivace.graph.reference import evaluate
+
+    cond = xs[0]
+    assert cond is not None
+    return tuple(evaluate(attrs["then" if bool(cond.reshape(())) else "else"], xs[1:]))
+
+
+def _loop(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
+    body, n_state, n_scan = attrs["body"], attrs["n_state"], attrs["n_scan"]
+    if types[0] is not None:
+        _scalar(types[0], DType.i64, "loop")
+    if len(types) > 1 and types[1] is not None:
+        _scalar(types[1], DType.bool, "loop")
+    scalars = (Type(DType.i64, ()), Type(DType.bool, ()))
+    _operands(body, (*scalars, *types[2:]), "loop")
+    if len(body.outputs) != 1 + n_state + n_scan:
+        raise GraphError(f"the body gives {len(body.outputs)} outputs", where="loop", expected=f"{1 + n_state + n_scan}")
+    _scalar(body.outputs[0].type, DType.bool, "loop")
+    states = tuple(need(types, 2 + i, "loop") for i in range(n_state))
+    for v, t in zip(body.outputs[1:], states, strict=False):
+        _match(v.type, t, "loop")
+    scans = tuple(Type(v.dtype, (attrs["length"], *v.shape)) for v in body.outputs[1 + n_state :])
+    return states + scans
+
+
+def _loop_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
+    from vivace.graph.reference import evaluate
+
+    body, n_state = attrs["body"], attrs["n_state"]
+    trip, cond, *rest = (*xs, None)[: max(2, len(xs))]
+    state, captures = rest[:n_state], rest[n_state:]
+    go, limit, i = cond is None or bool(cond.reshape(())), None if trip is None else int(trip.reshape(())), 0
+    slices: list[list[Array]] = [[] for _ in range(attrs["n_scan"])]
+    while go and (limit is None or i < limit):
+        flag, *outs = evaluate(body, [np.asarray(i, np.int64), np.asarray(go), *state, *captures])
+        go, state, i = bool(flag.reshape(())), outs[:n_state], i + 1
+        for kept, new in zip(slices, outs[n_state:], strict=True):
+            kept.append(new)
+    scans = []
+    for v, kept in zip(body.outputs[1 + n_state :], slices, strict=True):
+        empty = (0, *(d if isinstance(d, int) else 0 for d in v.shape))
+        scans.append(np.stack(kept) if kept else np.zeros(empty, v.dtype.numpy))
+    return (*(s for s in state if s is not None), *scans)
+
+
+def _onnx_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
+    if not RUN_ONNX:
+        raise UnsupportedError(
+            f"an operator is left to another provider ({attrs['reason']})", where=attrs["name"], hint="install a provider such as onnxruntime"
+        )
+    return RUN_ONNX[-1](xs, attrs)
+
+
+def _unknown(ins: Sequence[Type | None], outs: Sequence[Type], attrs: Attrs) -> Dim:
+    return 0
+
+
+def _branch_flops(ins: Sequence[Type | None], outs: Sequence[Type], attrs: Attrs) -> Dim:
+    """The work of the dearer branch is not known before it runs; count the first."""
+    total: Dim = 0
+    for n in attrs["then"].nodes:
+        total = total + n.cost.flops
+    return total
+
+
+def _loop_flops(ins: Sequence[Type | None], outs: Sequence[Type], attrs: Attrs) -> Dim:
+    total: Dim = 0
+    for n in attrs["body"].nodes:
+        total = total + n.cost.flops
+    return total * attrs["length"]
+
+
+FAMILY = (
+    Op("if", _if, _if_run, _branch_flops),
+    Op("loop", _loop, _loop_run, _loop_flops),
+    Op("onnx", lambda types, attrs: tuple(attrs["types"]), _onnx_run, _unknown, exact=False, tolerance=1e-5),
+)
