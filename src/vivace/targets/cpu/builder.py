@@ -151,6 +151,14 @@ class Builder:
         self._globals.setdefault(key, f"@{key} = private unnamed_addr constant {definition}, align 64")
         return Value(f"@{key}", "ptr")
 
+    def continue_from(self, label: str) -> None:
+        """What is written follows code that another generator wrote, whose last block is `label`."""
+        self._scopes[0].label = label
+
+    def fragment(self) -> tuple[list[str], dict[str, str]]:
+        """The lines so far, to be put into a function, and the module's lines that they need, by name."""
+        return self._scopes[0].lines, {**self._globals, **self._declared}
+
     def finish(self) -> str:
         """The module."""
         self.line("  ret void")

@@ -11,9 +11,9 @@ from vivace.base.machine import Isa
 from vivace.loops.contraction import Contraction, contraction_dims, contraction_params, merge_axes
 from vivace.lower.tile import Tile, choose_tile, staged_stride
 from vivace.targets.cpu.code import KernelCode
-from vivace.targets.cpu.contraction_body import F32_BYTES, Operands, Shape, accumulate, mask_text, store
+from vivace.targets.cpu.contraction_body import F32_BYTES, Operands, Shape, accumulate, mask_text
 from vivace.targets.cpu.contraction_driver import driver
-from vivace.targets.cpu.contraction_epilogue import Place, finish
+from vivace.targets.cpu.contraction_epilogue import Epilogue
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol_of, variants
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.isa import kernel_attributes
@@ -33,7 +33,7 @@ def emit_contraction(c: Contraction, isa: Isa, tile: Tile | None = None) -> Kern
         * ceildiv(plan.n_tiles, tile.tiles_per_unit)
         * ceildiv(plan.n_panels, tile.panels_per_unit)
     )
-    llvm_text = "\n".join([*functions, *declares.values(), f"attributes #0 = {{ {kernel_attributes(isa)} }}", ""])
+    llvm_text = "\n".join([*functions, *declares.values(), "!0 = !{}", f"attributes #0 = {{ {kernel_attributes(isa)} }}", ""])
     return KernelCode(c.name, llvm_text, plan.params, plan.dims, units, 1, plan.scratch_bytes)
 
 
@@ -61,18 +61,15 @@ def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict
         t, isa, Shape(rows, vectors, p.tile.unroll), operands, "%a", "%b", row_offsets, dims
     )
     env: dict[str, Int] = {x.name: f"%x{i}" for i, x in enumerate(p.axes())} | dims
-    bases = {b: base_of(t, p, b) for b in dict.fromkeys(p.c.extra)}
-    for (o, i), offset, row in zip(rows, offsets(p.outer.out, p.inner.out), acc):
-        here = dict(env)
-        if p.outer.name:
-            here[p.outer.name] = t.add(env[p.outer.name], o)
-        if p.inner.name:
-            here[p.inner.name] = t.add(env[p.inner.name], i)
+    out_offsets = offsets(p.outer.out, p.inner.out)
+    buffers = {x: base_of(t, p, x) for x in dict.fromkeys(p.c.extra)}
+    epilogue = Epilogue(t, isa, "n", env | {"n": "%n"}, buffers)
+    for (o, i), offset, row in zip(rows, out_offsets, acc):
         for j, value in enumerate(row):
-            here["n"] = t.add("%n", j * width)
-            place = Place(here, bases, masks[j])
-            result = value if p.c.epilogue is None else finish(t, isa, p.c.epilogue, value, place)
-            store(t, isa, result, t.at(t.at("%out", offset), j * isa.vector_bits // 8), masks[j])
+            moved = {p.outer.name: o, p.inner.name: i, "n": j * width}
+            moved.pop("", None)
+            epilogue.store(p.c.epilogue, value, moved, p.c.out, "%out", t.add(offset, j * isa.vector_bits // 8), masks[j])
+    epilogue.close()
     t.put("ret void")
     axes = "".join(f", i64 %x{i}" for i in range(len(p.axes())))
     head = f"define internal void @{symbol_of(p, outer, inner, tail)}(ptr %args, ptr %a, ptr %b, ptr %out, i64 %n{axes}) noinline #0 {{"

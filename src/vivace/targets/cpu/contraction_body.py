@@ -179,8 +179,8 @@ def store(t: Text, isa: Isa, value: str, pointer: str, mask: str | None) -> None
     if mask is None:
         t.put(f"store {kind} {value}, ptr {pointer}, align 4")
         return
-    t.declare(f"llvm.masked.store.v{w}f32.p0", f"void @llvm.masked.store.v{w}f32.p0({kind}, ptr, i32, <{w} x i1>)")
-    t.put(f"call void @llvm.masked.store.v{w}f32.p0({kind} {value}, ptr {pointer}, i32 4, <{w} x i1> {mask})")
+    t.declare(f"llvm.masked.store.v{w}f32.p0", f"void @llvm.masked.store.v{w}f32.p0({kind}, ptr, <{w} x i1>)")
+    t.put(f"call void @llvm.masked.store.v{w}f32.p0({kind} {value}, ptr align 4 {pointer}, <{w} x i1> {mask})")
 
 
 def load(t: Text, isa: Isa, pointer: str, mask: str | None) -> str:
@@ -188,7 +188,7 @@ def load(t: Text, isa: Isa, pointer: str, mask: str | None) -> str:
     kind, w = vector_type(isa), isa.n_f32_lanes
     if mask is None:
         return t.op(f"load {kind}, ptr {pointer}, align 4")
-    t.declare(f"llvm.masked.load.v{w}f32.p0", f"{kind} @llvm.masked.load.v{w}f32.p0(ptr, i32, <{w} x i1>, {kind})")
+    t.declare(f"llvm.masked.load.v{w}f32.p0", f"{kind} @llvm.masked.load.v{w}f32.p0(ptr, <{w} x i1>, {kind})")
     return t.op(
-        f"call {kind} @llvm.masked.load.v{w}f32.p0(ptr {pointer}, i32 4, <{w} x i1> {mask}, {kind} zeroinitializer)"
+        f"call {kind} @llvm.masked.load.v{w}f32.p0(ptr align 4 {pointer}, <{w} x i1> {mask}, {kind} zeroinitializer)"
     )

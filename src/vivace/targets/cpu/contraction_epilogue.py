@@ -1,55 +1,58 @@
-"""What happens to an accumulator before it is stored: the epilogue's expression over vectors along `n`."""
+"""What happens to accumulators before they are stored: the epilogue's expression over vectors along `n`, and the store."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
-from vivace.base.dims import Dim, linear
-from vivace.base.errors import InternalError
 from vivace.base.machine import Isa
-from vivace.loops.kernel import Binary, Buffer, Const, Expr, Load, Read
+from vivace.loops.kernel import Buffer, Expr
+from vivace.targets.cpu.builder import Builder, Value, literal
 from vivace.targets.cpu.contraction_text import Int, Text
+from vivace.targets.cpu.env import Env
+from vivace.targets.cpu.expr import emit
+from vivace.targets.cpu.memory import to_memory
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where an accumulator stands: values of all axes and dims, buffer addresses, lanes that exist (None: all)."""
+class Epilogue:
+    """Finishes the accumulators of one tile. The text goes behind that of the function so far, in order of the calls.
 
-    env: Mapping[str, Int]
-    bases: Mapping[Buffer, str]
-    mask: str | None
+    `symbols` are the values of the axes at the tile's corner and of the run-time dims. Loads may be shared and moved: a buffer that
+    lies where `out` does is read at the element that is stored, and no element is stored twice.
+    """
+
+    def __init__(self, t: Text, isa: Isa, lane: str, symbols: Mapping[str, Int], buffers: Mapping[Buffer, str]) -> None:
+        self._t, self._lane, self._lanes = t, lane, isa.n_f32_lanes
+        self._b = Builder("epilogue", isa)
+        self._b.continue_from(t.block)
+        values = {name: _integer(v) for name, v in symbols.items()}
+        known = {buffer: Value(text, "ptr") for buffer, text in buffers.items()}
+        self._env = Env(self._b, values, {}, known, frozenset(known), lane, self._lanes)
+
+    def store(
+        self, e: Expr | None, acc: str, moved: Mapping[str, int], out: Buffer, pointer: str, offset: Int, mask: str | None
+    ) -> None:
+        """Stores the finished accumulator at `pointer` + `offset` bytes; `moved` is how far from the corner it stands on each axis."""
+        b, lanes = self._b, self._lanes
+        known = None if mask is None else Value(mask, "i1", lanes)
+        symbols = {name: b.iadd(self._env.symbols[name], literal(by, "i64")) for name, by in moved.items() if by}
+        env = self._env.at(symbols, lane=self._lane, lanes=lanes, mask=known)
+        env.names["acc"] = Value(acc, "float", lanes)
+        value = to_memory(b, b.widen(emit(env, e), lanes), out.dtype) if e is not None else env.names["acc"]
+        there = pointer if offset == 0 else b.inst(f"getelementptr i8, ptr {pointer}, i64 {offset}", "ptr", 0).text
+        align = value.bits // 8
+        if known is None:
+            b.effect(f"store {value}, ptr {there}, align {align}")
+            return
+        name = f"llvm.masked.store.v{lanes}{'f32' if value.type == 'float' else value.type}.p0"
+        b.declare(f"void @{name}({value.full}, ptr, <{lanes} x i1>)", name)
+        b.effect(f"call void @{name}({value}, ptr align {align} {there}, {known})")
+
+    def close(self) -> None:
+        """Appends the text."""
+        lines, needed = self._b.fragment()
+        self._t.lines += lines
+        self._t.declares |= needed
 
 
-def finish(t: Text, isa: Isa, e: Expr, acc: str, place: Place) -> str:
-    w = isa.n_f32_lanes
-    kind = f"<{w} x float>"
-    match e:
-        case Read(name="acc"):
-            return acc
-        case Const(value=v):
-            return f"splat (float {float(v):e})"
-        case Load(buffer=buffer, index=index):
-            address: Dim = sum((i * s for i, s in zip(index, buffer.strides)), 0)
-            found = linear(address, "n")
-            if found is None or found[0] not in (0, 1):
-                raise InternalError("epilogue load is neither contiguous nor constant along n")
-            pointer = t.at(place.bases[buffer], t.mul(t.dim(address, place.env), 4))
-            if found[0] == 0:
-                x = t.op(f"load float, ptr {pointer}, align 4")
-                first = t.op(f"insertelement {kind} poison, float {x}, i64 0")
-                return t.op(f"shufflevector {kind} {first}, {kind} poison, <{w} x i32> zeroinitializer")
-            if place.mask is None:
-                return t.op(f"load {kind}, ptr {pointer}, align 4")
-            t.declare(f"llvm.masked.load.v{w}f32.p0", f"{kind} @llvm.masked.load.v{w}f32.p0(ptr, i32, <{w} x i1>, {kind})")
-            return t.op(
-                f"call {kind} @llvm.masked.load.v{w}f32.p0(ptr {pointer}, i32 4, <{w} x i1> {place.mask}, {kind} zeroinitializer)"
-            )
-        case Binary(fn=fn, a=a, b=b):
-            x, y = finish(t, isa, a, acc, place), finish(t, isa, b, acc, place)
-            if fn in ("add", "sub", "mul", "div"):
-                return t.op(f"f{fn} {kind} {x}, {y}")
-            if fn in ("max", "min"):
-                c = t.op(f"fcmp {'ogt' if fn == 'max' else 'olt'} {kind} {y}, {x}")
-                return t.op(f"select <{w} x i1> {c}, {kind} {y}, {kind} {x}")
-    raise InternalError(f"epilogue {e} is not supported")
+def _integer(v: Int) -> Value:
+    return literal(v, "i64") if isinstance(v, int) else Value(v, "i64")

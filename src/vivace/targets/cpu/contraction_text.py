@@ -26,11 +26,11 @@ class Text:
 
     def fresh(self) -> str:
         self.count += 1
-        return f"%v{self.count}"
+        return f"%t{self.count}"
 
     def label(self) -> str:
         self.count += 1
-        return f"b{self.count}"
+        return f"t{self.count}"
 
     def put(self, line: str) -> None:
         self.lines.append("  " + line)
