@@ -8,7 +8,7 @@
              | Alloc(buffer)                                      a thread-local buffer, alive to the end of the block, static size
     Expr    := Const(value, dtype)
              | Index(dim, dtype)                                  an integer expression over loop variables and dims, as a value
-             | Load(buffer, index, inside)                        0 where a condition of `inside` (lo <= dim < hi) fails
+             | Load(buffer, index, inside, fill)                  `fill` where a condition of `inside` (lo <= dim < hi) fails
              | Read(name)                                         the value of a Let, or of a name that the context supplies
              | Unary(fn, x) | Binary(fn, a, b) | Select(cond, a, b) | Cast(dtype, x)
              | Reduce(fn, var, extent, x)                         sum, prod, max or min of x over var
@@ -106,6 +106,7 @@ class Load:
     buffer: Buffer
     index: tuple[Dim, ...]
     inside: tuple[Inside, ...] = ()
+    fill: int | float = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,10 @@ def run(kernel: Kernel, arrays: Sequence[Array], dims: Mapping[str, int] | None 
 
 
 def value_of(
-    e: Expr, buffers: Mapping[Buffer, Array], symbols: Mapping[str, Array | int], names: Mapping[str, Array] | None = None
+    e: Expr,
+    buffers: Mapping[Buffer, Array],
+    symbols: Mapping[str, Array | int],
+    names: Mapping[str, Array] | None = None,
 ) -> Array:
     """The value of one expression; symbols may be index arrays that broadcast with each other."""
     arrays = {k: np.asarray(v, np.int64) for k, v in symbols.items()}
@@ -109,6 +112,7 @@ def _statement(context: _Context, s: Stmt) -> None:
 
 def _together(context: _Context, var: str, n: Array, body: tuple[Stmt, ...]) -> None:
     """All iterations at once, on a new last axis; buffers of the enclosing iterations keep their axes."""
+
     def widen(a: Array) -> Array:
         return a[..., None] if np.ndim(a) else a
 
@@ -197,9 +201,9 @@ def _load(context: _Context, load: Load) -> Array:
     array, needed = context.buffers[load.buffer], _inside(context, load)
     t = computed_dtype(load.buffer.dtype)
     if needed is not None and not np.any(needed):
-        return np.zeros(np.shape(needed), t)
+        return np.full(np.shape(needed), load.fill).astype(t)
     values = array[_address(context, load.buffer, load.index, needed)].astype(t)
-    return values if needed is None else np.where(needed, values, t.type(0))
+    return values if needed is None else np.where(needed, values, np.asarray(load.fill).astype(t))
 
 
 def _store(context: _Context, buffer: Buffer, index: tuple[Dim, ...], value: Array) -> None:
@@ -327,10 +331,6 @@ def _shift(fn: str, a: Array, b: Array, t: DType) -> Array:
 def _power(a: Array, b: Array) -> Array:
     result = np.power(a.astype(np.float64), b.astype(np.float64))
     return result.astype(a.dtype) if a.dtype.kind == "f" else np.rint(result).astype(a.dtype)
-
-
-def _extreme(pick: Callable[..., Array], a: Array, b: Array) -> Array:
-    return pick(a, b)
 
 
 _BINARY: dict[str, Callable[[Array, Array], Array]] = {

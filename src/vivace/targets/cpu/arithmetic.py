@@ -59,7 +59,9 @@ def unary(b: Builder, fn: str, v: Value, t: DType) -> Value:
         return _unary_float(b, fn, v)
     match fn:
         case "not":
-            return b.op("xor", v, literal(True, "i1")) if t is DType.bool else b.compare("icmp eq", v, literal(0, v.type))
+            return (
+                b.op("xor", v, literal(True, "i1")) if t is DType.bool else b.compare("icmp eq", v, literal(0, v.type))
+            )
         case "bitnot":
             return b.op("xor", v, literal(-1, v.type))
         case "neg":

@@ -47,7 +47,11 @@ class Env:
     plain: bool = False
 
     def at(
-        self, symbols: dict[str, Value] | None = None, lane: str | None = None, lanes: int = 0, mask: Value | None = None,
+        self,
+        symbols: dict[str, Value] | None = None,
+        lane: str | None = None,
+        lanes: int = 0,
+        mask: Value | None = None,
         plain: bool | None = None,
     ) -> Env:
         """An inner context that inherits names; a new lane replaces the mask as well."""

@@ -22,7 +22,9 @@ def cpu_name(isa: Isa) -> str:
     try:
         return _CPU_NAMES[isa.name]
     except KeyError:
-        raise UnsupportedError(f"no code generator for instruction set {isa.name}", expected="sse, avx2 or avx512") from None
+        raise UnsupportedError(
+            f"no code generator for instruction set {isa.name}", expected="sse, avx2 or avx512"
+        ) from None
 
 
 def has_masks(isa: Isa) -> bool:
@@ -32,4 +34,6 @@ def has_masks(isa: Isa) -> bool:
 
 def kernel_attributes(isa: Isa) -> str:
     """Attributes of a generated function: no exceptions, no calls invented by LLVM, full-width vectors."""
-    return f'nounwind "no-builtins" "prefer-vector-width"="{isa.vector_bits}" "min-legal-vector-width"="{isa.vector_bits}"'
+    return (
+        f'nounwind "no-builtins" "prefer-vector-width"="{isa.vector_bits}" "min-legal-vector-width"="{isa.vector_bits}"'
+    )

@@ -46,7 +46,9 @@ class Library:
         if found is None:
             found = self._engine.get_function_address(symbol) or self._engine.get_global_value_address(symbol)
             if not found:
-                raise InternalError(f"symbol {symbol} is not in the loaded code", expected="the name of a compiled kernel")
+                raise InternalError(
+                    f"symbol {symbol} is not in the loaded code", expected="the name of a compiled kernel"
+                )
             self._addresses[symbol] = found
         return found
 
@@ -145,7 +147,9 @@ def load(objects: Sequence[bytes]) -> Library:
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly("", context=llvm.create_context()), machine)
         for data in objects:
             if not data.startswith(_OBJECT_MAGIC):
-                raise InternalError("compiled code cannot be loaded: it is no ELF object", hint="emptying the code cache")
+                raise InternalError(
+                    "compiled code cannot be loaded: it is no ELF object", hint="emptying the code cache"
+                )
             engine.add_object_file(llvm.ObjectFileRef.from_data(data))
         engine.finalize_object()
     return Library(engine)

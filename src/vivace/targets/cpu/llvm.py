@@ -283,7 +283,27 @@ def _cost(body: tuple[Stmt, ...]) -> int:
 
 
 _FUNCTIONS = frozenset(
-    ["exp", "log", "erf", "sin", "cos", "tanh", "sigmoid", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "log1p", "expm1", "pow"]
+    [
+        "exp",
+        "log",
+        "erf",
+        "sin",
+        "cos",
+        "tanh",
+        "sigmoid",
+        "tan",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "asinh",
+        "acosh",
+        "atanh",
+        "log1p",
+        "expm1",
+        "pow",
+    ]
 )
 
 

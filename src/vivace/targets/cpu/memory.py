@@ -1,7 +1,7 @@
 """Loads and stores of typed elements: contiguous, broadcast, strided and gathered, with masks, never outside the buffer.
 
 A vector access is planned from what one lane adds to the address: 0 is one scalar access, 1 a vector access, -1 a reversed
-one, everything else a gather or scatter. Conditions that are equal in all lanes redirect a load to a block of zeros, which needs
+one, everything else a gather or scatter. Conditions that are equal in all lanes redirect a load to a block of fill values, which needs
 no branch and no mask; conditions that vary become the mask of the access.
 
 Elements in memory and in registers: f16 and bf16 are computed in f32; bool is a byte in memory and i1 in registers.
@@ -9,10 +9,12 @@ Elements in memory and in registers: f16 and bf16 are computed in f32; bool is a
 
 from __future__ import annotations
 
+import numpy as np
+
 from vivace.base.dims import Dim, bounds
 from vivace.base.dtypes import DType
 from vivace.base.errors import UnsupportedError
-from vivace.loops.kernel import Buffer, Inside
+from vivace.loops.kernel import Buffer, Inside, Load
 from vivace.targets.cpu.builder import Builder, Value, literal, type_bits, type_text
 from vivace.targets.cpu.env import Env, as_vector, is_uniform, lane_stride, per_lane, scalar, sorted_terms
 
@@ -22,7 +24,7 @@ _MEMORY = {
     DType.i32: "i32", DType.u32: "i32", DType.i64: "i64", DType.u64: "i64",
 }  # fmt: skip
 _REGISTER = _MEMORY | {DType.f16: "float", DType.bf16: "float", DType.bool: "i1"}
-_ZEROS_BYTES = 1024
+_FILL_BYTES = 1024
 
 
 def memory_type(t: DType) -> str:
@@ -153,40 +155,61 @@ def _conditions(env: Env, inside: tuple[Inside, ...]) -> tuple[Value | None, Val
     return uniform, varying
 
 
-def _zeros(env: Env) -> Value:
-    return env.b.global_constant("zeros", f"[{_ZEROS_BYTES} x i8] zeroinitializer")
+def _fill(t: DType, fill: int | float) -> Value:
+    """What takes the place of an element outside, as it would stand in memory."""
+    kind = memory_type(t)
+    if t in (DType.f16, DType.bf16):
+        fill = int(np.asarray(fill).astype(t.numpy).view(np.uint16))
+    return literal(fill, kind)
 
 
-def load(env: Env, buffer: Buffer, index: tuple[Dim, ...], inside: tuple[Inside, ...] = ()) -> Value:
-    """The element, or 0 where a condition fails; a vector if the index varies over the lanes."""
-    b, t = env.b, memory_type(buffer.dtype)
-    flat = flat_index(buffer, index)
-    uniform, varying = _conditions(env, inside)
+def _fill_block(env: Env, fill: Value) -> Value:
+    """The address of memory full of the same element, long enough for any vector."""
+    if fill.const == 0 and not fill.text.startswith("0x8"):
+        return env.b.global_constant("zeros", f"[{_FILL_BYTES} x i8] zeroinitializer")
+    name = f"fill_{fill.type}_{fill.text.replace('-', 'm')}"
+    count = _FILL_BYTES // (fill.bits // 8)
+    return env.b.global_constant(name, f"[{count} x {fill.type}] [{', '.join([f'{fill.type} {fill.text}'] * count)}]")
+
+
+def load(env: Env, e: Load) -> Value:
+    """The element, or the fill where a condition fails; a vector if the index varies over the lanes."""
+    b, buffer, t = env.b, e.buffer, memory_type(e.buffer.dtype)
+    flat, fill = flat_index(buffer, e.index), _fill(buffer.dtype, e.fill)
+    uniform, varying = _conditions(env, e.inside)
     stride = lane_stride(env, flat) if env.lane is not None else 0
     if stride == 0:
-        p = pointer(env, buffer, flat)
-        if uniform is not None:
-            p = b.select(uniform, p, _zeros(env))
-        if varying is not None and env.lanes:
-            # Some lane is inside or none is: the address is only good in the first case.
-            mask = varying if env.mask is None else b.op("and", varying, env.mask)
-            p = b.select(_any(env, mask), p, _zeros(env))
-        v = from_memory(b, _read(env, buffer, p, t, 0), buffer.dtype)
-        return v if varying is None else b.select(varying, v, literal(0, v.type))
+        return _load_scalar(env, buffer, flat, fill, uniform, varying)
     mask = env.mask
     if varying is not None:
         mask = varying if mask is None else b.op("and", mask, varying)
     if stride in (1, -1):
         p = pointer(env, buffer, flat if stride == 1 else flat - (env.lanes - 1))
         if uniform is not None:
-            p = b.select(uniform, p, _zeros(env))
-        v = _read(env, buffer, p, t, env.lanes, mask if stride == 1 or mask is None else _reverse(env, mask))
+            p = b.select(uniform, p, _fill_block(env, fill))
+        v = _read(env, buffer, p, t, env.lanes, mask if stride == 1 or mask is None else _reverse(env, mask), fill)
         v = v if stride == 1 else _reverse(env, v)
     else:
         if uniform is not None:
             mask = b.widen(uniform, env.lanes) if mask is None else b.op("and", mask, uniform)
-        v = _gather(env, buffer, flat, t, mask)
+        v = _gather(env, buffer, flat, t, mask, fill)
     return from_memory(b, v, buffer.dtype)
+
+
+def _load_scalar(
+    env: Env, buffer: Buffer, flat: Dim, fill: Value, uniform: Value | None, varying: Value | None
+) -> Value:
+    """An element that is the same in all lanes, but not needed or not inside in some."""
+    b = env.b
+    p = pointer(env, buffer, flat)
+    if varying is not None and env.lanes:
+        # Some lane is inside or none is: the address is only good in the first case.
+        some = _any(env, varying if env.mask is None else b.op("and", varying, env.mask))
+        uniform = some if uniform is None else b.op("and", uniform, some)
+    if uniform is not None:
+        p = b.select(uniform, p, _fill_block(env, fill))
+    v = from_memory(b, _read(env, buffer, p, fill.type, 0), buffer.dtype)
+    return v if varying is None else b.select(varying, v, from_memory(b, fill, buffer.dtype))
 
 
 def _any(env: Env, mask: Value) -> Value:
@@ -198,7 +221,9 @@ def _reverse(env: Env, v: Value) -> Value:
     return env.b.inst(f"shufflevector {v}, {v.full} poison, <{v.lanes} x i32> <{order}>", v.type, v.lanes, v)
 
 
-def _read(env: Env, buffer: Buffer, p: Value, t: str, lanes: int, mask: Value | None = None) -> Value:
+def _read(
+    env: Env, buffer: Buffer, p: Value, t: str, lanes: int, mask: Value | None = None, fill: Value | None = None
+) -> Value:
     b = env.b
     align = type_bits(t) // 8
     full = type_text(t, lanes)
@@ -206,9 +231,10 @@ def _read(env: Env, buffer: Buffer, p: Value, t: str, lanes: int, mask: Value | 
         text, operands = f"load {full}, {p}, align {align}", (p,)
     else:
         mask = b.widen(mask, lanes)
+        assert fill is not None
         name = f"llvm.masked.load.v{lanes}{ {'float': 'f32', 'double': 'f64'}.get(t, t) }.p0"
         b.declare(f"{full} @{name}(ptr, <{lanes} x i1>, {full})", name)
-        text, operands = f"call {full} @{name}(ptr align {align} {p.text}, {mask}, {full} zeroinitializer)", (p, mask)
+        text, operands = f"call {full} @{name}(ptr align {align} {p.text}, {mask}, {b.widen(fill, lanes)})", (p, mask)
     if buffer in env.invariant:
         return b.hoisted(text + (", !invariant.load !0" if mask is None or not lanes else ""), t, lanes, *operands)
     return b.effect(text, t, lanes)
@@ -224,7 +250,7 @@ def _lane_pointers(env: Env, buffer: Buffer, flat: Dim) -> Value:
     return b.inst(f"getelementptr {t}, {base}, {x.vector}", "ptr", env.lanes, base, x.vector)
 
 
-def _gather(env: Env, buffer: Buffer, flat: Dim, t: str, mask: Value | None) -> Value:
+def _gather(env: Env, buffer: Buffer, flat: Dim, t: str, mask: Value | None, fill: Value) -> Value:
     b, n = env.b, env.lanes
     pointers = _lane_pointers(env, buffer, flat)
     mask = b.widen(mask if mask is not None else literal(True, "i1"), n)
@@ -232,7 +258,7 @@ def _gather(env: Env, buffer: Buffer, flat: Dim, t: str, mask: Value | None) -> 
     name = f"llvm.masked.gather.v{n}{ {'float': 'f32', 'double': 'f64'}.get(t, t) }.v{n}p0"
     b.declare(f"{full} @{name}(<{n} x ptr>, <{n} x i1>, {full})", name)
     pointer_text = f"<{n} x ptr> align {type_bits(t) // 8} {pointers.text}"
-    text = f"call {full} @{name}({pointer_text}, {mask}, {full} zeroinitializer)"
+    text = f"call {full} @{name}({pointer_text}, {mask}, {b.widen(fill, n)})"
     if buffer in env.invariant:
         return b.hoisted(text, t, n, pointers, mask)
     return b.effect(text, t, n)

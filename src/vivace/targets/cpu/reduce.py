@@ -89,7 +89,14 @@ def _widths(env: Env, extent: Dim, x: Expr, var: str) -> tuple[int, int]:
 
 
 def _nest(
-    env: Env, emit: Emit, fn: str, axes: list[tuple[str, Dim]], x: Expr, t: DType, totals: list[Value] | None, scalar_context: bool
+    env: Env,
+    emit: Emit,
+    fn: str,
+    axes: list[tuple[str, Dim]],
+    x: Expr,
+    t: DType,
+    totals: list[Value] | None,
+    scalar_context: bool,
 ) -> list[Value]:
     if totals is None:
         var, extent = axes[-1]

@@ -89,7 +89,9 @@ def exp(b: Builder, x: Value) -> Value:
     r = b.fma(n, _c(-_LN2_HI), x)
     r = b.fma(n, _c(-_LN2_LO), r)
     # Minimax for exp on |r| <= ln(2)/2: relative error 3e-9 before rounding.
-    p = polynomial(b, r, (0.0013951717410236597, 0.008369598537683487, 0.0416661873459816, 0.16666512191295624, 0.5, 1, 1))
+    p = polynomial(
+        b, r, (0.0013951717410236597, 0.008369598537683487, 0.0416661873459816, 0.16666512191295624, 0.5, 1, 1)
+    )
     return _scale(b, p, n)
 
 
@@ -139,7 +141,9 @@ def erf(b: Builder, x: Value) -> Value:
     """Source: the two minimax polynomials published by N. Juffa: 1 - exp(p(|x|)) above 0.93, x * q(x*x) below."""
     a = b.call("llvm.fabs", x)
     s = b.op("fmul", x, x)
-    small = polynomial(b, s, (-5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1))
+    small = polynomial(
+        b, s, (-5.96761703e-4, 4.99119423e-3, -2.67681349e-2, 1.12819925e-1, -3.76125336e-1, 1.28379166e-1)
+    )
     small = b.fma(small, x, x)
     a = clamp_above(b, a, 4.0)
     t = polynomial(b, a, (-1.72853470e-5, 3.83197126e-4, -3.88396438e-3, 2.42546219e-2, -1.06777877e-1, -6.34846687e-1,
