@@ -14,7 +14,7 @@ from vivace.targets.cpu import jit
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.contraction import emit_contraction
 from vivace.targets.cpu.depthwise import emit_depthwise
-from vivace.targets.cpu.llvm import emit_kernel
+from vivace.targets.cpu import llvm
 
 Spec = Kernel | Contraction | Depthwise
 
@@ -23,7 +23,7 @@ def emit(spec: Spec, isa: Isa) -> KernelCode:
     """The LLVM text of a spec."""
     match spec:
         case Kernel():
-            return emit_kernel(spec, isa)
+            return llvm.generate(spec, isa)
         case Contraction():
             return emit_contraction(spec, isa)
         case Depthwise():

@@ -1,0 +1,143 @@
+"""The driver: import -> optimize -> lower -> generate -> link -> engine, on one screen."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vivace.base.cache import default_cache
+from vivace.base.errors import InputError, UnsupportedError
+from vivace.base.knobs import knobs
+from vivace.base.machine import ISAS, Isa, best_isa, host, isa, missing_flags
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+    from vivace.graph.graph import Graph
+    from vivace.lower.link import Image
+    from vivace.runtime.engine import Engine
+
+Progress = Callable[[str, int, int], None]
+
+
+def compile(
+    source: str | Path | bytes | ModelProto | Graph,
+    *,
+    precision: str = "f32",
+    threads: int | None = None,
+    providers: Sequence[str] | str = ("native", "onnxruntime"),
+    target: str = "host",
+    tune: str = "fast",
+    cache: bool = True,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    level: int | str = 99,
+    disable: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Engine:
+    """Compile a model for this machine.
+
+    `source`: path, bytes, ModelProto, or a graph. `shapes` fixes the dims of named inputs; others stay symbolic. `target` is
+    `host` or an instruction set (`sse`, `avx2`, `avx512`). `progress(stage, done, total)` is called as work goes on.
+    Raises: ModelError, UnsupportedError (a node has no provider), InputError (a bad option).
+    """
+    from vivace.runtime.engine import Engine
+
+    if precision != "f32":
+        raise UnsupportedError(f"precision {precision!r} is not available", expected="'f32'")
+    started = time.perf_counter()
+    names = tuple(providers.split(",")) if isinstance(providers, str) else tuple(providers)
+    graph = load_graph(source, shapes)
+    graph = optimize_for_native(graph, level, disable)
+    image = build_image(graph, choose_isa(target), cache, names, progress)
+    n_threads = threads_for(threads)
+    image.facts["compile_seconds"] = time.perf_counter() - started
+    return Engine(image, n_threads, placements(image), make_foreign(n_threads))
+
+
+def choose_isa(target: str) -> Isa:
+    """The instruction set to generate for. Raises: InputError when this CPU lacks it or the name is unknown."""
+    name = knobs.isa or ("" if target == "host" else target)
+    if not name:
+        return best_isa(host())
+    if name not in ISAS:
+        raise InputError(f"unknown target {name!r}", expected="host, " + ", ".join(ISAS))
+    missing = missing_flags(host(), isa(name))
+    if missing:
+        raise InputError(f"this CPU cannot run {name}", where="target", expected=f"a CPU with {', '.join(missing)}")
+    return isa(name)
+
+
+def threads_for(threads: int | None) -> int:
+    """As many threads as the affinity mask and the container's quota allow, unless told. Raises: InputError below 1."""
+    if threads is None:
+        return knobs.threads or host().n_compute_threads
+    if threads < 1:
+        raise InputError(f"threads is {threads}", expected="at least 1")
+    return threads
+
+
+def load_graph(source: object, shapes: Mapping[str, Sequence[int]] | None) -> Graph:
+    """Import a model, or take a graph as it is."""
+    from vivace.graph.graph import Graph
+
+    if isinstance(source, Graph):
+        return source
+    from vivace.onnx.importer import import_model
+
+    return import_model(source, overrides=shapes)  # type: ignore[arg-type]
+
+
+def optimize_for_native(graph: Graph, level: int | str = 99, disable: Sequence[str] = ()) -> Graph:
+    """The whole pipeline, layouts included."""
+    from vivace.optimize.pipeline import optimize
+
+    return optimize(graph, level=level, disable=tuple(disable))
+
+
+def build_image(graph: Graph, chosen: Isa, cache: bool, providers: Sequence[str], progress: Progress | None) -> Image:
+    """Lower, generate and link."""
+    from vivace.lower.link import Compiled, KernelEntry, link
+    from vivace.lower.lowering import lower
+    from vivace.lower.plan import steps_of
+    from vivace.targets.cpu.codegen import generate
+
+    plan = lower(graph, chosen)
+    specs = [s.spec for s in steps_of(plan.body)]
+    report = (lambda done, total: progress("compile", done, total)) if progress else None
+    codes, numbers, objects, n_new = generate(specs, chosen, default_cache() if cache else None, report)
+    by_spec = {id(s): n for s, n in zip(specs, numbers, strict=True)}
+    entries = [KernelEntry(c.name, c.dims, c.units, c.grain, c.scratch_bytes) for c in codes]
+    compiled = Compiled(entries, objects, lambda s: by_spec[id(s)])
+    return link(plan, compiled, chosen.name, _foreign_model, {"n_kernels_compiled": n_new})
+
+
+def _foreign_model(node: object) -> bytes:
+    from vivace.onnx.exporter import export_node
+
+    return export_node(node)  # type: ignore[arg-type]
+
+
+def make_foreign(threads: int) -> Callable[[object], object]:
+    """How an engine runs the nodes that are not native: through ONNX Runtime."""
+
+    def make(entry: object) -> object:
+        from vivace.providers.onnxruntime import runner
+
+        return runner(entry.model, threads)  # type: ignore[attr-defined]
+
+    return make
+
+
+def placements(image: Image) -> list[object]:
+    """One record per ONNX node and the kernel that computes it."""
+    from vivace.runtime.engine import Placement
+
+    found: list[object] = []
+    for i, line in enumerate(image.lines):
+        if line.kind in ("run", "foreign"):
+            provider = "native" if line.kind == "run" else "onnxruntime"
+            reason = "" if line.kind == "run" else "vivace has no kernel for this operator"
+            found += [Placement(node, line.label, f"{i}:{line.label}", provider, reason) for node in line.nodes]
+    return found

@@ -1,0 +1,103 @@
+"""From the arrays of a call to the values of the dims, and from those to memory.
+
+Arena offsets are planned for dims rounded up (`ROUNDING`), so that a shape that grows by one each call (a decoder's cache) is planned once
+in many calls; a plan serves every smaller shape of its class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from vivace.base.dims import Dim, Expr, evaluate, linear, symbols
+from vivace.base.errors import InputError
+from vivace.base.specs import TensorSpec
+from vivace.lower.link import Image
+from vivace.lower.memory import Lifetime, MemoryPlan, plan_memory
+
+ROUNDING = 64  # above this, a dim is planned as the next multiple of it
+
+
+class ShapeSolver:
+    """Values of the symbols in the input specs, from the shapes of a call."""
+
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
+        self.specs = tuple(specs)
+        self.is_static = all(isinstance(d, int) for s in specs for d in s.shape)
+
+    def solve(self, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
+        """Raises: InputError that names the input and the axis that does not fit."""
+        env: dict[str, int] = {}
+        later: list[tuple[TensorSpec, int, Expr, int]] = []
+        for spec, shape in zip(self.specs, shapes, strict=True):
+            if len(shape) != len(spec.shape):
+                raise InputError(
+                    f"the array has rank {len(shape)}, shape {list(shape)}", where=f"input {spec.name!r}", expected=str(spec)
+                )
+            for axis, (want, have) in enumerate(zip(spec.shape, shape, strict=True)):
+                if isinstance(want, Expr):
+                    later.append((spec, axis, want, have))
+                elif want != have:
+                    raise _mismatch(spec, axis, shape, str(want))
+        for _ in range(len(later) + 1):
+            waiting = []
+            for spec, axis, want, have in later:
+                unknown = sorted({s.name for s in symbols(want)} - env.keys())
+                if not unknown:
+                    if evaluate(want, env) != have:
+                        raise InputError(
+                            f"axis {axis} is {have}, but {want} is {evaluate(want, env)} by the other inputs",
+                            where=f"input {spec.name!r}", expected=str(spec),
+                        )  # fmt: skip
+                elif len(unknown) == 1 and (form := linear(want, unknown[0])) is not None:
+                    coefficient, rest = (evaluate(d, env) for d in form)
+                    value, off = divmod(have - rest, coefficient)
+                    if off or value < 0:
+                        raise InputError(f"axis {axis} is {have}", where=f"input {spec.name!r}", expected=f"{want} for some {unknown[0]}")
+                    env[unknown[0]] = value
+                else:
+                    waiting.append((spec, axis, want, have))
+            if len(waiting) == len(later):
+                break
+            later = waiting
+        return env
+
+
+def _mismatch(spec: TensorSpec, axis: int, shape: tuple[int, ...], want: str) -> InputError:
+    return InputError(f"axis {axis} is {shape[axis]}, shape {list(shape)}", where=f"input {spec.name!r}", expected=f"{want}, as in {spec}")
+
+
+class MemoryPlanner:
+    """Arena offsets of an image for given dims, as values of the symbols `@k` and `@arena`."""
+
+    def __init__(self, image: Image) -> None:
+        self.arena = [(k, s) for k, s in enumerate(image.storages) if s.kind == "arena"]
+        self.planned: dict[tuple[tuple[str, int], ...], tuple[list[int], dict[str, int], MemoryPlan]] = {}
+
+    def plan(self, dims: Mapping[str, int]) -> tuple[dict[str, int], MemoryPlan]:
+        """Offsets for these dims; the plan is kept for the class of shapes."""
+        key = tuple(sorted((n, _round_up(v)) for n, v in dims.items()))
+        if key not in self.planned:
+            self.planned[key] = self._make(dict(key))
+        sizes, offsets, plan = self.planned[key]
+        if any(isinstance(s.n_bytes, Expr) for _, s in self.arena):
+            exact = [_size(s.n_bytes, dims) for _, s in self.arena]
+            if any(a > b for a, b in zip(exact, sizes, strict=True)):  # a size that falls as a dim grows
+                _, offsets, plan = self._make(dims)
+        return offsets, plan
+
+    def _make(self, dims: Mapping[str, int]) -> tuple[list[int], dict[str, int], MemoryPlan]:
+        sizes = [_size(s.n_bytes, dims) for _, s in self.arena]
+        plan = plan_memory([Lifetime(n, s.first, s.last) for n, (_, s) in zip(sizes, self.arena, strict=True)])
+        env = {f"@{k}": offset for (k, _), offset in zip(self.arena, plan.offsets, strict=True)}
+        env["@arena"] = plan.arena_bytes
+        return sizes, env, plan
+
+
+def _size(n: Dim, dims: Mapping[str, int]) -> int:
+    return evaluate(n, dims) if isinstance(n, Expr) else n
+
+
+def _round_up(v: int) -> int:
+    return v if v <= ROUNDING else -(-v // ROUNDING) * ROUNDING
+
+

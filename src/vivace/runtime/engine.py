@@ -1,0 +1,287 @@
+"""The engine: an image made ready to run in this process.
+
+    engine.run({"x": x})      dict of name -> array
+    engine(x)                 arrays in the model's order
+
+`run` may be called from several Python threads at once; the GIL is released while native code runs. Each concurrent run uses
+a context of its own (arena and tables); contexts are kept for reuse.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from vivace.base.dims import Dim, Expr, evaluate, symbol
+from vivace.base.dtypes import DType
+from vivace.base.errors import InputError
+from vivace.base.events import Event
+from vivace.base.specs import TensorSpec
+from vivace.lower.link import ForeignEntry, Image, LineEntry
+from vivace.runtime.binding import MemoryPlanner, ShapeSolver
+from vivace.runtime.executable import Context, Executable
+from vivace.targets.cpu import jit, steps
+
+Arrays = dict[str, np.ndarray]
+ForeignRunner = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
+MakeForeign = Callable[[ForeignEntry], ForeignRunner]
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one ONNX node runs: the kernel that computes it, the provider, and why."""
+
+    node: str
+    op: str
+    kernel: str
+    provider: str
+    reason: str
+
+
+class Engine:
+    """A compiled model. Make it with `vivace.compile` or `vivace.load`."""
+
+    def __init__(
+        self, image: Image, threads: int, placement: Sequence[Placement] = (), make_foreign: MakeForeign | None = None, keep: object = None
+    ) -> None:
+        started = time.perf_counter()
+        self.image = image
+        self.threads = threads
+        self.inputs: tuple[TensorSpec, ...] = image.inputs
+        self.outputs: tuple[TensorSpec, ...] = image.outputs
+        self.placement = tuple(placement)
+        self._keep = keep
+        self._names = tuple(s.name for s in self.inputs)
+        self._solver = ShapeSolver(self.inputs)
+        self._planner = MemoryPlanner(image)
+        self._library = jit.load(image.objects) if image.objects else None
+        self._constants = [_aligned(c) for c in image.constants]
+        runners = [make_foreign(f) if make_foreign else None for f in image.foreign]
+        self._symbols = _symbols_of(image)
+        self._line_of_step: list[int] = []
+        self._executable = self._link(runners)
+        self._idle: list[Context] = []
+        self._dims_of = {c: i for i, c in enumerate(self._symbols)}
+        self._static_outputs = [
+            (tuple(s.shape), s.dtype.numpy) if all(isinstance(d, int) for d in s.shape) else None for s in self.outputs  # type: ignore[misc]
+        ]
+        self.ready_seconds = time.perf_counter() - started
+
+    # ---- running ----------------------------------------------------------------------------------------------------
+
+    def run(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray] | None = None) -> Arrays:
+        """One inference.
+
+        `outputs` may give arrays to write results into (right dtype and shape, C-contiguous); the rest are allocated.
+        Raises: InputError for a missing, unknown or ill-fitting input.
+        """
+        if len(inputs) != len(self._names) or any(n not in inputs for n in self._names):
+            self._refuse_names(inputs)
+        given = [inputs[n] for n in self._names]
+        results = self._run(given, outputs)
+        return {s.name: a for s, a in zip(self.outputs, results, strict=True)}
+
+    def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...] | np.ndarray:
+        """One inference with inputs in the model's order; a single output comes bare."""
+        if len(arrays) != len(self.inputs):
+            raise InputError(f"{len(arrays)} arrays were given", expected=f"{len(self.inputs)}: " + ", ".join(map(str, self.inputs)))
+        results = self._run(list(arrays), None)
+        return results[0] if len(results) == 1 else tuple(results)
+
+    def _run(self, given: list[np.ndarray], outputs: Mapping[str, np.ndarray] | None) -> list[np.ndarray]:
+        arrays = [self._checked(s, a) for s, a in zip(self.inputs, given, strict=True)]
+        dims = self._solver.solve([a.shape for a in arrays])
+        results = [self._result(i, dims, outputs) for i in range(len(self.outputs))]
+        try:
+            context = self._idle.pop()
+        except IndexError:
+            context = self._executable.context()
+        try:
+            self._bind(context, dims)
+            context.run([_address(a) for a in arrays], [_address(r) for r in results])
+        finally:
+            self._idle.append(context)
+        return results
+
+    def _bind(self, context: Context, dims: dict[str, int]) -> None:
+        offsets, _ = self._planner.plan(dims)
+        context.bind({**dims, **offsets})
+
+    def _checked(self, spec: TensorSpec, array: np.ndarray) -> np.ndarray:
+        if not isinstance(array, np.ndarray):
+            array = np.asarray(array)
+        if array.dtype != spec.dtype.numpy:
+            raise InputError(
+                f"the array has dtype {array.dtype}", where=f"input {spec.name!r}", expected=str(spec),
+                hint=f"array.astype({spec.dtype.numpy.name!r})",
+            )  # fmt: skip
+        return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+    def _result(self, i: int, dims: dict[str, int], outputs: Mapping[str, np.ndarray] | None) -> np.ndarray:
+        spec, static = self.outputs[i], self._static_outputs[i]
+        shape, dtype = static if static else (tuple(evaluate(d, dims) for d in spec.shape), spec.dtype.numpy)
+        if outputs is not None and spec.name in outputs:
+            array = outputs[spec.name]
+            if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous or not array.flags.writeable:
+                raise InputError(
+                    f"the array is {array.dtype}{list(array.shape)}", where=f"output {spec.name!r}",
+                    expected=f"writable C-contiguous {dtype}{list(shape)}",
+                )  # fmt: skip
+            return array
+        return np.empty(shape, dtype)
+
+    def _refuse_names(self, inputs: Mapping[str, np.ndarray]) -> None:
+        missing = [n for n in self._names if n not in inputs]
+        unknown = [n for n in inputs if n not in self._names]
+        what = " and ".join(
+            ([f"missing inputs {missing}"] if missing else []) + ([f"unknown inputs {unknown}"] if unknown else [])
+        )
+        raise InputError(what, where="engine.run", expected=", ".join(map(str, self.inputs)))
+
+    # ---- looking inside ---------------------------------------------------------------------------------------------
+
+    @property
+    def stats(self) -> dict[str, object]:
+        """Counts and sizes: steps, kernels, weights, arena (for static shapes), and the compiler's facts."""
+        facts: dict[str, object] = {
+            "isa": self.image.isa,
+            "threads": self.threads,
+            "n_steps": sum(line.kind == "run" for line in self.image.lines),
+            "n_kernels": len(self.image.kernels),
+            "n_foreign": len(self.image.foreign),
+            "weights_bytes": sum(c.nbytes for c in self.image.constants),
+            "code_bytes": sum(map(len, self.image.objects)),
+        }
+        if self._solver.is_static:
+            _, plan = self._planner.plan({})
+            facts |= {"arena_bytes": plan.arena_bytes, "arena_lower_bound_bytes": plan.lower_bound_bytes}
+        return {**facts, **self.image.facts}
+
+    def memory(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Arena size and its lower bound, in bytes, for inputs of these shapes."""
+        _, plan = self._planner.plan(self._solver.solve([tuple(shapes[n]) for n in self._names]))
+        return {"arena_bytes": plan.arena_bytes, "arena_lower_bound_bytes": plan.lower_bound_bytes}
+
+    def profile(self, inputs: Mapping[str, np.ndarray]) -> list[Event]:
+        """One inference with the time of each kernel: one event per kernel and thread that worked on it."""
+        given = [self._checked(s, inputs[s.name]) for s in self.inputs]
+        dims = self._solver.solve([a.shape for a in given])
+        results = [self._result(i, dims, None) for i in range(len(self.outputs))]
+        context = self._executable.context()
+        self._bind(context, dims)
+        context.record(1 << 16)
+        context.run([_address(a) for a in given], [_address(r) for r in results])
+        merged: dict[tuple[int, int], list[int]] = {}
+        for chunk in context.chunks():
+            slot = merged.setdefault((chunk.step, chunk.thread), [chunk.start_ns, 0])
+            slot[1] += chunk.duration_ns
+        events = []
+        for (step, thread), (start, duration) in merged.items():
+            line = self.image.lines[self._line_of_step[step]]
+            events.append(
+                Event(
+                    kernel=f"{self._line_of_step[step]}:{line.label}", start_ns=start, duration_ns=duration,
+                    bytes=_value(line.n_bytes, dims), flops=_value(line.flops, dims), thread=thread,
+                )
+            )  # fmt: skip
+        return events
+
+    # ---- linking ----------------------------------------------------------------------------------------------------
+
+    def _link(self, runners: Sequence[ForeignRunner | None]) -> Executable:
+        image = self.image
+        scratch: Dim = 0
+        from vivace.base.dims import maximum
+
+        for k in image.kernels:
+            scratch = maximum(scratch, k.scratch_bytes)
+        made: list[steps.Step] = []
+        for i, line in enumerate(image.lines):
+            made.append(self._step(line, runners))
+            self._line_of_step.append(i)
+        return Executable(
+            made, n_inputs=len(image.inputs), n_outputs=len(image.outputs), arena_bytes=symbol("@arena"), scratch_bytes=scratch,
+            n_threads=self.threads, keep=(self._library, self._constants),
+        )  # fmt: skip
+
+    def _step(self, line: LineEntry, runners: Sequence[ForeignRunner | None]) -> steps.Step:
+        refs = [self._ref(s, offset) for s, offset in line.operands]
+        if line.kind == "run":
+            kernel = self.image.kernels[line.kernel]
+            assert self._library is not None
+            args = [*refs, *(steps.Value(self._symbols[d]) for d in kernel.dims)]
+            return steps.Kernel(self._library.address(kernel.symbol), tuple(args), kernel.units, kernel.grain, line.serial, line.beside)
+        if line.kind == "jump":
+            return steps.Jump(line.target)
+        if line.kind == "unless":
+            return steps.Unless(refs[0], line.target, 1)
+        return self._call(self.image.foreign[line.kernel], runners[line.kernel])
+
+    def _call(self, entry: ForeignEntry, runner: ForeignRunner | None) -> steps.Step:
+        assert runner is not None
+        places = (*entry.inputs, *entry.outputs)
+        args: list[steps.Arg] = [self._ref(s, offset) for s, offset, _, _ in places]
+        counts = [len(shape) for *_, shape in places]
+        args += [steps.Value(d) for *_, shape in places for d in shape]
+        dtypes = [DType(t).numpy for _, _, t, _ in places]
+        n_in = len(entry.inputs)
+
+        def call(words: Sequence[int]) -> None:
+            arrays, at = [], len(places)
+            for address, count, dtype in zip(words, counts, dtypes, strict=False):
+                arrays.append(_array_at(address, tuple(words[at : at + count]), dtype))
+                at += count
+            for out, result in zip(arrays[n_in:], runner(arrays[:n_in]), strict=True):
+                out[...] = result
+
+        return steps.Call(call, tuple(args))
+
+    def _ref(self, number: int, offset: Dim) -> steps.Ref:
+        s = self.image.storages[number]
+        match s.kind:
+            case "arena":
+                return steps.Arena(symbol(f"@{number}") + offset)
+            case "constant":
+                assert isinstance(offset, int)
+                return steps.Constant(self._constants[s.index].ctypes.data + offset)
+            case "input":
+                return steps.Input(s.index, offset)
+            case _:
+                return steps.Output(s.index, offset)
+
+
+def _symbols_of(image: Image) -> dict[str, Dim]:
+    """Every dim name that a kernel takes, as the symbol that a binding gives a value."""
+    return {d: symbol(d) for k in image.kernels for d in k.dims}
+
+
+def _aligned(array: np.ndarray) -> np.ndarray:
+    """The constant on a cache-line boundary, copied only if it is not."""
+    if array.ctypes.data % 64 == 0 and array.flags.c_contiguous:
+        return array
+    raw = np.empty(array.nbytes + 64, np.uint8)
+    skip = -raw.ctypes.data % 64
+    out = raw[skip : skip + array.nbytes].view(array.dtype).reshape(array.shape)
+    out[...] = array
+    return out
+
+
+def _address(array: np.ndarray) -> int:
+    return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
+
+
+def _array_at(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    import ctypes
+
+    n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = (ctypes.c_char * max(n_bytes, 1)).from_address(address)
+    return np.frombuffer(raw, np.uint8, n_bytes).view(dtype).reshape(shape)
+
+
+def _value(d: Dim, dims: Mapping[str, int]) -> int:
+    return evaluate(d, dims) if isinstance(d, Expr) else d
+
+
