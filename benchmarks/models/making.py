@@ -52,7 +52,15 @@ def materialise(name: str, again: bool = False) -> Path:
         content = read_member(model.member)
         return write_atomically(path, lambda unfinished: _write(unfinished, content))
     make = _maker(model)
-    write_atomically(path, make)
+    try:
+        write_atomically(path, make)
+    except ModelUnavailable:
+        raise
+    except Exception as failure:  # whatever a converter of another version may raise
+        raise ModelUnavailable(
+            f"{name}: the conversion failed ({type(failure).__name__}: {str(failure)[:300]}); "
+            f"benchmarks/models/README.md names the versions of the converters that work"
+        ) from failure
     record = {"recipe": model.recipe, "size_bytes": path.stat().st_size, "sha256": sha256_of(path)}
     side_text = json.dumps(record, indent=1) + "\n"
     write_atomically(_side_file(path), lambda unfinished: _write(unfinished, side_text.encode()))
