@@ -24,7 +24,8 @@ def emit_contraction(c: Contraction, isa: Isa, tile: Tile | None = None) -> Kern
     merged = merge_axes(c)
     tile = tile or choose_tile(merged, isa)
     plan = Plan(c.name, merged, isa, tile, contraction_params(c), contraction_dims(c))
-    functions, declares = [], {}
+    functions: list[str] = []
+    declares: dict[str, str] = {}
     for text, declared in (driver(plan), *(micro_kernel(plan, *v) for v in variants(plan))):
         functions.append(text)
         declares |= declared
@@ -60,10 +61,10 @@ def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict
     acc = accumulate(
         t, isa, Shape(rows, vectors, p.tile.unroll), operands, "%a", "%b", row_offsets, dims
     )
-    env: dict[str, Int] = {x.name: f"%x{i}" for i, x in enumerate(p.axes())} | dims
+    symbols: dict[str, Int] = {**dims, **{x.name: f"%x{i}" for i, x in enumerate(p.axes())}, "n": "%n"}
     out_offsets = offsets(p.outer.out, p.inner.out)
     buffers = {x: base_of(t, p, x) for x in dict.fromkeys(p.c.extra)}
-    epilogue = Epilogue(t, isa, "n", env | {"n": "%n"}, buffers)
+    epilogue = Epilogue(t, isa, "n", symbols, buffers)
     for (o, i), offset, row in zip(rows, out_offsets, acc):
         for j, value in enumerate(row):
             moved = {p.outer.name: o, p.inner.name: i, "n": j * width}

@@ -1,0 +1,139 @@
+"""Depthwise kernels against NumPy, on every instruction set that this CPU has."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from vivace.base.dims import Dim, evaluate, symbol
+from vivace.base.dtypes import DType
+from vivace.base.machine import ISAS, Isa, host, missing_flags
+from vivace.loops.contraction import Axis, Depthwise
+from vivace.loops.kernel import Binary, Buffer, Const, Load, Read
+from vivace.targets.cpu import jit
+from vivace.targets.cpu.depthwise import emit_depthwise
+
+f32 = DType.f32
+UNTOUCHED = 5.0
+
+
+def isas() -> list[object]:
+    found = []
+    for name, isa in ISAS.items():
+        missing = missing_flags(host(), isa)
+        found.append(pytest.param(isa, id=name, marks=pytest.mark.skipif(bool(missing), reason=f"CPU lacks {missing}")))
+    return found
+
+
+each_isa = pytest.mark.parametrize("isa", isas())
+
+
+def rng(*shape: int) -> np.ndarray:
+    return np.random.default_rng(sum(shape)).standard_normal(shape, dtype=np.float32)
+
+
+def buffer(name: str, values: np.ndarray, writable: bool = False) -> Buffer:
+    return Buffer(name, f32, values.shape, tuple(s // 4 for s in values.strides), writable)
+
+
+def check(
+    h: int, w: int, c: int, kh: int, kw: int, isa: Isa, stride: int = 1, dilation: int = 1, symbolic: str = "", x: np.ndarray | None = None
+) -> np.ndarray:
+    """Runs `relu(depthwise(x) + bias[c] + residual)` into a channel slice of a wider buffer and compares with NumPy."""
+    oh, ow = ((n - (k - 1) * dilation - 1) // stride + 1 for n, k in ((h, kh), (w, kw)))
+    x = rng(2, h, w, c) if x is None else x
+    weights, bias, residual = rng(kh, kw, c), rng(c), rng(2, oh, ow, c)
+    wide = np.full((2, oh, ow, c + 9), UNTOUCHED, np.float32)
+    out = wide[..., 4 : 4 + c]
+    dims = {s: v for s, v in (("H", h), ("W", w), ("C", c)) if s in symbolic}
+    dim_h: Dim = symbol("H", h) if "H" in dims else h
+    dim_w: Dim = symbol("W", w) if "W" in dims else w
+    dim_c: Dim = symbol("C") if "C" in dims else c
+    dim_oh = (dim_h - (kh - 1) * dilation - 1) // stride + 1
+    dim_ow = (dim_w - (kw - 1) * dilation - 1) // stride + 1
+    beside = dim_c + 9
+    image, row, column = symbol("image"), symbol("oh"), symbol("ow")
+    extra = Buffer("residual", f32, residual.shape, (dim_oh * dim_ow * dim_c, dim_ow * dim_c, dim_c, 1))
+    shift = buffer("bias", bias)
+    e = Binary("add", Binary("add", Read("acc", f32), Load(shift, (symbol("c"),))), Load(extra, (image, row, column, symbol("c"))))
+    d = Depthwise(
+        "depthwise",
+        (
+            Axis("image", 2, dim_h * dim_w * dim_c, 0, dim_oh * dim_ow * beside),
+            Axis("oh", dim_oh, stride * dim_w * dim_c, 0, dim_ow * beside),
+            Axis("ow", dim_ow, stride * dim_c, 0, beside),
+        ),
+        (Axis("kh", kh, dilation * dim_w * dim_c, kw * dim_c), Axis("kw", kw, dilation * dim_c, dim_c)),
+        dim_c,
+        buffer("a", x),
+        buffer("b", weights),
+        buffer("out", out, True),
+        Binary("max", e, Const(0.0, f32)),
+        (shift, extra),
+    )
+    code = emit_depthwise(d, isa)
+    library = jit.load(jit.compile_objects([code], isa, "light"))
+    kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)(library.address(code.name))
+    arrays = {d.a: x, d.b: weights, d.out: out, shift: bias, extra: residual}
+    args = np.array([arrays[p].ctypes.data for p in code.params] + [dims[n] for n in code.dims], np.int64)
+    units = evaluate(code.units, dims)
+    for begin, end in ((0, units // 2), (units // 2, units)):
+        kernel(args.ctypes.data, begin, end, None)
+    expected = residual.astype(np.float64) + bias
+    for i in range(kh):
+        for j in range(kw):
+            y, z = i * dilation, j * dilation
+            part = x[:, y : y + stride * (oh - 1) + 1 : stride, z : z + stride * (ow - 1) + 1 : stride]
+            expected += part.astype(np.float64) * weights[i, j]
+    np.testing.assert_allclose(out, np.maximum(expected, 0), rtol=1e-5, atol=1e-5)
+    assert (wide[..., :4] == UNTOUCHED).all()
+    assert (wide[..., 4 + c :] == UNTOUCHED).all()
+    return out
+
+
+@each_isa
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("h, w, c, k", [(9, 9, 16, 3), (12, 30, 40, 3), (9, 18, 33, 5), (8, 8, 3, 7), (5, 5, 24, 1)])
+def test_depthwise(isa: Isa, h: int, w: int, c: int, k: int, stride: int, dilation: int) -> None:
+    if (k - 1) * dilation >= h:
+        dilation = 1
+    check(h, w, c, k, k, isa, stride, dilation)
+
+
+@each_isa
+@pytest.mark.parametrize("symbolic", ["W", "HW", "HWC"])
+def test_run_time_dims(isa: Isa, symbolic: str) -> None:
+    for h, w, c in [(3, 3, 1), (10, 17, 20), (7, 26, 48)]:
+        check(h, w, c, 3, 3, isa, 1, 1, symbolic)
+        check(h, w, c, 3, 3, isa, 2, 1, symbolic)
+
+
+@each_isa
+def test_kernels_that_are_not_square(isa: Isa) -> None:
+    check(9, 20, 24, 1, 9, isa)
+    check(20, 6, 24, 9, 1, isa)
+    check(1, 40, 17, 1, 31, isa)
+
+
+@each_isa
+def test_no_channels(isa: Isa) -> None:
+    check(5, 5, 0, 3, 3, isa)
+    check(5, 5, 0, 3, 3, isa, symbolic="C")
+
+
+@each_isa
+def test_nan_propagates(isa: Isa) -> None:
+    x = rng(2, 6, 6, 20)
+    clean = check(6, 6, 20, 3, 3, isa, x=x).copy()
+    x[0, 2, 2, 7] = np.nan
+    out = np.isnan(check_without_comparing(x, isa))
+    assert out[0, :3, :3, 7].all()
+    assert out.sum() == 9
+    assert np.isfinite(clean).all()
+
+
+def check_without_comparing(x: np.ndarray, isa: Isa) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return check(6, 6, 20, 3, 3, isa, x=x)
