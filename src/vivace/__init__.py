@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vivace.base.errors import VivaceError
-    from vivace.compiler import compile
+    from vivace.compiler import compile, load
     from vivace.runtime.engine import Engine, Placement
 
 __version__ = "0.1.0"
 _HOMES = {
     "compile": "vivace.compiler",
+    "load": "vivace.compiler",
     "Engine": "vivace.runtime.engine",
     "Placement": "vivace.runtime.engine",
     "VivaceError": "vivace.base.errors",
 }
-__all__ = ["Engine", "Placement", "VivaceError", "__version__", "compile"]
+__all__ = ["Engine", "Placement", "VivaceError", "__version__", "compile", "load"]
 
 
 def __getattr__(name: str) -> Any:

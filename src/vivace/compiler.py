@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vivace.base.cache import default_cache
-from vivace.base.errors import InputError, UnsupportedError
+from vivace.base.errors import EngineError, InputError, UnsupportedError
 from vivace.base.knobs import knobs
 from vivace.base.machine import ISAS, Isa, best_isa, host, isa, missing_flags
 
@@ -49,11 +49,39 @@ def compile(
     started = time.perf_counter()
     names = tuple(providers.split(",")) if isinstance(providers, str) else tuple(providers)
     graph = load_graph(source, shapes)
+    imported = graph
     graph = optimize_for_native(graph, level, disable)
     image = build_image(graph, choose_isa(target), cache, names, progress)
     n_threads = threads_for(threads)
     image.facts["compile_seconds"] = time.perf_counter() - started
-    return Engine(image, n_threads, placements(image), make_foreign(n_threads))
+    return Engine(image, n_threads, placements(image), make_foreign(n_threads), lambda: portable_model(imported))
+
+
+def load(path: str | Path, *, threads: int | None = None) -> Engine:
+    """Load a saved engine. On a CPU that lacks what its code needs, the model inside is compiled again.
+
+    Raises: EngineError for a damaged file, one of another format, or one that can neither run nor be compiled here.
+    """
+    from vivace.runtime.engine import Engine, Placement
+    from vivace.runtime.saved import SavedEngine
+
+    saved = SavedEngine(Path(path))
+    missing = sorted(set(saved.header["flags"]) - set(host().flags))
+    if missing:
+        model = saved.checked_bytes("portable")
+        if not model:
+            raise EngineError(f"needs a CPU with {', '.join(missing)}", where=str(path), hint="compiling the model on this machine")
+        return compile(model, threads=threads)
+    n_threads = threads_for(threads)
+    placement = [Placement(*p) for p in saved.header["placement"]]
+    return Engine(saved.image(), n_threads, placement, make_foreign(n_threads), lambda: saved.checked_bytes("portable"))
+
+
+def portable_model(graph: Graph) -> bytes:
+    """The graph as an ONNX model."""
+    from vivace.onnx.exporter import export
+
+    return export(graph).SerializeToString()
 
 
 def choose_isa(target: str) -> Isa:

@@ -397,3 +397,30 @@ def _parse(node: ast.expr, lo: Bound) -> Dim:
         case ast.Call(func=ast.Name(id="max" | "Max"), args=[x, y]):
             return maximum(_parse(x, lo), _parse(y, lo))
     raise ValueError(ast.dump(node))
+
+
+def to_data(d: Dim) -> object:
+    """A dim as JSON data: an int, or a list of `[coefficient, [atom, ..]]` where an atom is a name with bounds or a function."""
+    if not isinstance(d, Expr):
+        return int(d)
+    return [[c, [_atom_data(a) for a in m]] for m, c in d.terms]
+
+
+def _atom_data(a: Atom) -> object:
+    return [a.name, a.lo, a.hi] if isinstance(a, Symbol) else [a.fn, to_data(a.a), to_data(a.b), "fn"]
+
+
+def from_data(data: object) -> Dim:
+    """The inverse of `to_data`. Raises: ModelError for anything else."""
+    if isinstance(data, int):
+        return data
+    try:
+        total: Dim = 0
+        for c, atoms in data:  # type: ignore[attr-defined]
+            term: Dim = int(c)
+            for a in atoms:
+                term = term * (_FUNCTIONS[a[0]](from_data(a[1]), from_data(a[2])) if len(a) == 4 else symbol(*a))
+            total = total + term
+        return total
+    except (TypeError, ValueError, KeyError, IndexError) as e:
+        raise ModelError(f"cannot read the dim {data!r}", expected="a dim as `to_data` writes it") from e

@@ -9,20 +9,24 @@ a context of its own (arena and tables); contexts are kept for reuse.
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from vivace.base.dims import Dim, Expr, evaluate, symbol
+from vivace.base.dims import Dim, Expr, evaluate, maximum, symbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import InputError
 from vivace.base.events import Event
+from vivace.base.machine import isa
 from vivace.base.specs import TensorSpec
 from vivace.lower.link import ForeignEntry, Image, LineEntry
 from vivace.runtime.binding import MemoryPlanner, ShapeSolver
 from vivace.runtime.executable import Context, Executable
+from vivace.runtime.saved import save
 from vivace.targets.cpu import jit, steps
 
 Arrays = dict[str, np.ndarray]
@@ -45,15 +49,16 @@ class Engine:
     """A compiled model. Make it with `vivace.compile` or `vivace.load`."""
 
     def __init__(
-        self, image: Image, threads: int, placement: Sequence[Placement] = (), make_foreign: MakeForeign | None = None, keep: object = None
-    ) -> None:
+        self, image: Image, threads: int, placement: Sequence[Placement] = (), make_foreign: MakeForeign | None = None,
+        portable: bytes | Callable[[], bytes] | None = None,
+    ) -> None:  # fmt: skip
         started = time.perf_counter()
         self.image = image
         self.threads = threads
         self.inputs: tuple[TensorSpec, ...] = image.inputs
         self.outputs: tuple[TensorSpec, ...] = image.outputs
         self.placement = tuple(placement)
-        self._keep = keep
+        self._portable: bytes | Callable[[], bytes] = b"" if portable is None else portable
         self._names = tuple(s.name for s in self.inputs)
         self._solver = ShapeSolver(self.inputs)
         self._planner = MemoryPlanner(image)
@@ -141,6 +146,12 @@ class Engine:
         )
         raise InputError(what, where="engine.run", expected=", ".join(map(str, self.inputs)))
 
+    def save(self, path: str | Path) -> int:
+        """Write the engine to one file (see `vivace.runtime.saved`), atomically; returns its size in bytes."""
+        portable = self._portable() if callable(self._portable) else self._portable
+        placement = [[p.node, p.op, p.kernel, p.provider, p.reason] for p in self.placement]
+        return save(Path(path), self.image, isa(self.image.isa), portable, placement)
+
     # ---- looking inside ---------------------------------------------------------------------------------------------
 
     @property
@@ -194,8 +205,6 @@ class Engine:
     def _link(self, runners: Sequence[ForeignRunner | None]) -> Executable:
         image = self.image
         scratch: Dim = 0
-        from vivace.base.dims import maximum
-
         for k in image.kernels:
             scratch = maximum(scratch, k.scratch_bytes)
         made: list[steps.Step] = []
@@ -274,8 +283,6 @@ def _address(array: np.ndarray) -> int:
 
 
 def _array_at(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    import ctypes
-
     n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = (ctypes.c_char * max(n_bytes, 1)).from_address(address)
     return np.frombuffer(raw, np.uint8, n_bytes).view(dtype).reshape(shape)

@@ -105,7 +105,7 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
     elif b_full.strides[-1] == 1 or n == 1:
         b_view, packing = b_full, Packing("plain")
     elif b_full.strides[-2] == 1:
-        b_view, packing = b_full, Packing("transposed")
+        b_view, packing = b_full, Packing("transposed", n_stride=b_full.strides[-1])
     else:
         b_view, packing = ctx.contiguous(b, f"{b_value.name}_dense").expand((*lead, k, n)), Packing("plain")
     b_strides = b_view.strides

@@ -13,8 +13,8 @@ from vivace.loops.kernel import Kernel
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.contraction import emit_contraction
-from vivace.targets.cpu.depthwise import emit_depthwise
-from vivace.targets.cpu import llvm
+
+from vivace.targets.cpu.llvm import emit_kernel
 
 Spec = Kernel | Contraction | Depthwise
 
@@ -23,10 +23,12 @@ def emit(spec: Spec, isa: Isa) -> KernelCode:
     """The LLVM text of a spec."""
     match spec:
         case Kernel():
-            return llvm.generate(spec, isa)
+            return emit_kernel(spec, isa)
         case Contraction():
             return emit_contraction(spec, isa)
         case Depthwise():
+            from vivace.targets.cpu.depthwise import emit_depthwise
+
             return emit_depthwise(spec, isa)
 
 

@@ -1,0 +1,196 @@
+"""Saved engines: one file that loads in milliseconds.
+
+    8 bytes   magic "VIVACE\\0E"
+    4 bytes   format version, little-endian
+    8 bytes   length of the header
+    32 bytes  SHA-256 of the header
+    header    JSON: the image without its bytes, and a table of sections (offset, length, check)
+    sections  each at a multiple of 64: `code/N` (machine code), `constant/N` (weights), `foreign/N`, `portable` (the model as ONNX)
+
+Rules:
+* CHECKED: nothing is mapped executable before header and code match their SHA-256. Weights carry block sums (see `block_check`), which find
+  damage, not malice: weights cannot run code.
+* MAPPED: weights stay in the file, memory-mapped and shared between processes.
+* ELSEWHERE: on a CPU that lacks what the code needs the portable model is compiled again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vivace.base.cache import write_atomic
+from vivace.base.dims import Dim, from_data, to_data
+from vivace.base.dtypes import DType
+from vivace.base.errors import EngineError, ModelError
+from vivace.base.machine import Isa
+from vivace.base.specs import TensorSpec
+from vivace.lower.link import ForeignEntry, Image, KernelEntry, LineEntry, StorageEntry
+
+MAGIC = b"VIVACE\0E"
+FORMAT = 1
+_HEAD = struct.Struct("<8sIQ32s")
+_BLOCK = 1 << 22  # bytes per block sum
+_MAX_HEADER = 1 << 28
+
+
+def block_check(data: np.ndarray) -> str:
+    """A check of weights at memory speed: SHA-256 over the 64-bit sum and xor of each 4 MiB block and over the odd tail."""
+    raw = data.reshape(-1).view(np.uint8)
+    whole = raw[: raw.size // 8 * 8].view(np.uint64)
+    digest = hashlib.sha256(raw[raw.size // 8 * 8 :].tobytes())
+    step = _BLOCK // 8
+    for at in range(0, whole.size, step):
+        block = whole[at : at + step]
+        digest.update(struct.pack("<QQQ", at, int(block.sum(dtype=np.uint64)), int(np.bitwise_xor.reduce(block))))
+    return digest.hexdigest()
+
+
+def save(path: Path, image: Image, isa: Isa, portable: bytes, placement: list[list[str]]) -> int:
+    """Write an engine atomically; returns its size in bytes."""
+    sections: dict[str, tuple[bytes | np.ndarray, str]] = {}
+    for i, code in enumerate(image.objects):
+        sections[f"code/{i}"] = (code, hashlib.sha256(code).hexdigest())
+    for i, f in enumerate(image.foreign):
+        sections[f"foreign/{i}"] = (f.model, hashlib.sha256(f.model).hexdigest())
+    for i, c in enumerate(image.constants):
+        sections[f"constant/{i}"] = (c, block_check(np.ascontiguousarray(c)))
+    sections["portable"] = (portable, hashlib.sha256(portable).hexdigest())
+    table, at = {}, 0
+    for name, (data, check) in sections.items():
+        size = data.nbytes if isinstance(data, np.ndarray) else len(data)
+        table[name] = [at, size, check]
+        at = -(-(at + size) // 64) * 64
+    header = json.dumps(
+        {"image": _image_data(image), "sections": table, "flags": list(isa.flags), "placement": placement, "schema_version": 1}
+    ).encode()
+    start = _data_start(len(header))
+
+    def chunks() -> Iterator[bytes | memoryview]:
+        yield _HEAD.pack(MAGIC, FORMAT, len(header), hashlib.sha256(header).digest())
+        yield header
+        yield bytes(start - _HEAD.size - len(header))
+        for data, _ in sections.values():
+            raw = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8)) if isinstance(data, np.ndarray) else memoryview(data)
+            yield raw
+            yield bytes(-raw.nbytes % 64)
+
+    return write_atomic(path, chunks())
+
+
+def _data_start(header_bytes: int) -> int:
+    return -(-(_HEAD.size + header_bytes) // 4096) * 4096
+
+
+class SavedEngine:
+    """An engine file, opened and checked. Raises: EngineError when it is damaged, of another format, or no engine."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            n_bytes = path.stat().st_size
+            if n_bytes < _HEAD.size:
+                raise self._damaged("it is shorter than its head")
+            self.data = np.memmap(path, np.uint8, "r")
+        except OSError as e:
+            raise EngineError(f"cannot be read: {e.strerror}", where=str(path), expected="a saved engine") from e
+        magic, version, length, digest = _HEAD.unpack(self.data[: _HEAD.size].tobytes())
+        if magic != MAGIC:
+            raise EngineError("is no saved engine", where=str(path), expected="a file written by engine.save", hint="vivace.compile for models")
+        if version != FORMAT:
+            raise EngineError(f"has format {version}", where=str(path), expected=f"format {FORMAT}", hint="compiling the model again")
+        if length > min(_MAX_HEADER, n_bytes - _HEAD.size):
+            raise self._damaged("its header is cut off")
+        raw = self.data[_HEAD.size : _HEAD.size + length].tobytes()
+        if hashlib.sha256(raw).digest() != digest:
+            raise self._damaged("its header does not match its checksum")
+        self.header: dict[str, Any] = json.loads(raw)
+        self.start = _data_start(length)
+
+    def _damaged(self, why: str) -> EngineError:
+        return EngineError(f"is damaged: {why}", where=str(self.path), hint="saving it again from the model")
+
+    def section(self, name: str) -> np.ndarray:
+        """The bytes of a section, still mapped, not checked."""
+        at, size, _ = self.header["sections"][name]
+        if size and self.start + at + size > self.data.size:
+            raise self._damaged(f"section {name} is cut off")
+        return self.data[self.start + at : self.start + at + size]
+
+    def checked_bytes(self, name: str) -> bytes:
+        """A copy of a section that matches its SHA-256."""
+        raw = self.section(name).tobytes()
+        if hashlib.sha256(raw).hexdigest() != self.header["sections"][name][2]:
+            raise self._damaged(f"section {name} does not match its checksum")
+        return raw
+
+    def image(self) -> Image:
+        """The image, its weights mapped. Raises: EngineError where a check fails."""
+        try:
+            return self._image(self.header["image"])
+        except (KeyError, IndexError, TypeError, ValueError, ModelError) as e:
+            raise self._damaged(f"its header does not describe an image ({e})") from e
+
+    def _image(self, data: dict[str, Any]) -> Image:
+        constants = []
+        for i, (dtype, shape) in enumerate(data["constants"]):
+            raw = self.section(f"constant/{i}")
+            if block_check(raw) != self.header["sections"][f"constant/{i}"][2]:
+                raise self._damaged(f"weights number {i} do not match their check")
+            constants.append(raw.view(DType(dtype).numpy).reshape(shape))
+        return Image(
+            data["isa"],
+            tuple(map(_spec, data["inputs"])),
+            tuple(map(_spec, data["outputs"])),
+            tuple(StorageEntry(k, from_data(n), i, a, b) for k, n, i, a, b in data["storages"]),
+            tuple(KernelEntry(s, tuple(d), from_data(u), from_data(g), from_data(m)) for s, d, u, g, m in data["kernels"]),
+            tuple(
+                LineEntry(k, n, tuple((s, from_data(o)) for s, o in ops), t, se, be, la, tuple(no), from_data(f), from_data(b))
+                for k, n, ops, t, se, be, la, no, f, b in data["lines"]
+            ),
+            tuple(
+                ForeignEntry(self.checked_bytes(f"foreign/{i}"), _places(ins), _places(outs))
+                for i, (ins, outs) in enumerate(data["foreign"])
+            ),
+            tuple(self.checked_bytes(f"code/{i}") for i in range(data["n_objects"])),
+            tuple(constants),
+            data["facts"],
+        )
+
+
+def _image_data(image: Image) -> dict[str, Any]:
+    def places(items: tuple[tuple[int, Dim, str, tuple[Dim, ...]], ...]) -> list[object]:
+        return [[s, to_data(o), t, [to_data(d) for d in shape]] for s, o, t, shape in items]
+
+    return {
+        "isa": image.isa,
+        "inputs": [[s.name, str(s.dtype), [to_data(d) for d in s.shape]] for s in image.inputs],
+        "outputs": [[s.name, str(s.dtype), [to_data(d) for d in s.shape]] for s in image.outputs],
+        "storages": [[s.kind, to_data(s.n_bytes), s.index, s.first, s.last] for s in image.storages],
+        "kernels": [[k.symbol, list(k.dims), to_data(k.units), to_data(k.grain), to_data(k.scratch_bytes)] for k in image.kernels],
+        "lines": [
+            [
+                line.kind, line.kernel, [[s, to_data(o)] for s, o in line.operands], line.target, line.serial, line.beside, line.label,
+                list(line.nodes), to_data(line.flops), to_data(line.n_bytes),
+            ]
+            for line in image.lines
+        ],
+        "foreign": [[places(f.inputs), places(f.outputs)] for f in image.foreign],
+        "n_objects": len(image.objects),
+        "constants": [[str(DType.of(c.dtype)), list(c.shape)] for c in image.constants],
+        "facts": image.facts,
+    }  # fmt: skip
+
+
+def _spec(data: list[Any]) -> TensorSpec:
+    return TensorSpec(data[0], DType(data[1]), tuple(map(from_data, data[2])))
+
+
+def _places(items: list[Any]) -> tuple[tuple[int, Dim, str, tuple[Dim, ...]], ...]:
+    return tuple((s, from_data(o), t, tuple(map(from_data, shape))) for s, o, t, shape in items)
