@@ -94,6 +94,7 @@ class Context:
         self._trampolines = [self._trampoline(call) for call in layout.calls]
         self._write_header()
         self.dims: dict[str, int] | None = None
+        self.n_threads = executable.n_threads
         if executable.is_static:
             self.bind({})
 
@@ -102,12 +103,18 @@ class Context:
         """The arena, for reading intermediate values in tests and tools."""
         return self._arena
 
-    def bind(self, dims: Mapping[str, int]) -> None:
-        """Makes the context ready for these dims; does nothing when it is."""
-        if self.dims is not None and self.dims == dims:
+    def bind(self, dims: Mapping[str, int], n_threads: int | None = None) -> None:
+        """Makes the context ready for these dims; does nothing when it is.
+
+        `n_threads` lessens the executable's: waking a sleeping worker pays from about 100 us of work on.
+        """
+        n_threads = max(1, min(n_threads or self.executable.n_threads, self.executable.n_threads))
+        if self.dims is not None and self.dims == dims and self.n_threads == n_threads:
             return
         with _Exclusive(self._lock):
             self.dims = None
+            self.n_threads = n_threads
+            self._words[Header.N_THREADS] = n_threads
             arena_bytes, scratch_bytes = self.executable.sizes(dims)
             if arena_bytes > self._arena.n_bytes:
                 self._arena.release()
@@ -139,7 +146,7 @@ class Context:
             while status:
                 if status != Status.NEEDS_WORKERS:
                     self._raise_failure()
-                self._words[Header.N_THREADS] = self._pool.ensure(self.executable.n_threads)
+                self._words[Header.N_THREADS] = self._pool.ensure(self.n_threads)
                 status = self._run(self._base, self._io_address)
         finally:
             self._lock.release()
@@ -169,7 +176,6 @@ class Context:
     def _write_header(self) -> None:
         layout, words = self.executable.layout, self._words
         words[Header.TEAM_CELL] = self._pool.cell_address
-        words[Header.N_THREADS] = self.executable.n_threads
         words[Header.PROGRAM] = self._base + 8 * layout.program
         words[Header.PATCHES] = self._base + 8 * layout.patches
         words[Header.N_PATCHES] = layout.n_patches

@@ -288,12 +288,12 @@ share:
   %unused = sub i64 64, %n.here
   %members = lshr i64 -1, %unused
   %divisor = shl i64 %n.here, 1
-  call void @publish(ptr %team, ptr %ctx, ptr %at.parallel, ptr %parts, i64 %n_parts, i64 %total, i64 %members, i64 %divisor)
+  call void @publish(ptr %team, ptr %ctx, ptr %at.parallel, ptr %parts, i64 %n_parts, i64 %total, i64 %members, i64 %divisor, i64 %id)
   ret i1 false
 end:
   br i1 %is.worker, label %handoff, label %finish
 handoff:
-  call void @publish(ptr %team, ptr %ctx, ptr %at, ptr null, i64 0, i64 1, i64 1, i64 1)
+  call void @publish(ptr %team, ptr %ctx, ptr %at, ptr null, i64 0, i64 1, i64 1, i64 1, i64 %id)
   ret i1 false
 finish:
   ret i1 true
