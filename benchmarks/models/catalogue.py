@@ -115,7 +115,7 @@ MODELS: tuple[Model, ...] = (
     ),
     Model(
         "silero-vad-ifless",
-        "the same, branches flattened by Where",
+        "the same, one If (the rate), opset 18",
         "MIT",
         (sources.SILERO,),
         generators.silero,
