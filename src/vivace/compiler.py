@@ -13,8 +13,6 @@ from vivace.base.knobs import knobs
 from vivace.base.machine import ISAS, Isa, best_isa, host, isa, missing_flags
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
-
     from vivace.graph.graph import Graph
     from vivace.lower.link import Image
     from vivace.runtime.engine import Engine
@@ -23,7 +21,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def compile(
-    source: str | Path | bytes | ModelProto | Graph,
+    source: object,
     *,
     precision: str = "f32",
     threads: int | None = None,
@@ -38,7 +36,7 @@ def compile(
 ) -> Engine:
     """Compile a model for this machine.
 
-    `source`: path, bytes, ModelProto, or a graph. `shapes` fixes the dims of named inputs; others stay symbolic. `target` is
+    `source`: a path, bytes, an onnx.ModelProto, or a graph. `shapes` fixes the dims of named inputs; others stay symbolic. `target` is
     `host` or an instruction set (`sse`, `avx2`, `avx512`). `progress(stage, done, total)` is called as work goes on.
     Raises: ModelError, UnsupportedError (a node has no provider), InputError (a bad option).
     """
