@@ -7,18 +7,23 @@ twice: a kernel may then add to what it overwrites. A *unit* of parallel work is
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 
-from vivace.base.dims import Dim
+from vivace.base.dims import Dim, prod
 from vivace.base.machine import Isa, Machine, host
 from vivace.loops.contraction import Axis, Contraction, merge_axes
 
 Segment = tuple[Dim, int]  # count, size
 
-# One unit should cost a thread some tens of microseconds, and a step should offer each of a few threads several units to even out.
-_UNIT_FLOPS = 2_000_000
-_UNITS_WANTED = 16
+# One unit should cost a thread some microseconds more than claiming it does, and a step should offer each of a few threads several units,
+# to even out. Rates are those of one core today, to the nearest half order of magnitude.
+_UNIT_NS = 8_000
+_UNITS_WANTED = 32
+_FLOPS_PER_NS = 100
+_BYTES_PER_NS = 30
+_LEAST_K_BLOCK = 512  # below it, reading and writing the accumulators once more per pass begins to show
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +32,8 @@ class Tile:
 
     `outer` and `inner` split the last two row axes (a missing axis is `((1, 1),)`); a tile takes one piece of each. `tiles_per_unit`
     and `panels_per_unit` make the unit; `rows_outer` tells which of the two block numbers varies slowest over the units. `stage_a` copies a block's rows of A to scratch, an odd number of cache lines apart;
-    `stage_b` makes panels in scratch from a run-time B.
+    `stage_b` makes panels in scratch from a run-time B. `k_block` channels are summed in one pass over a unit (0: all); accumulators wait in
+    scratch between passes.
     """
 
     nv: int
@@ -40,6 +46,7 @@ class Tile:
     rows_outer: bool
     stage_a: bool
     stage_b: bool = False
+    k_block: int = 0
 
 
 def max_rows(nv: int, isa: Isa) -> int:
@@ -98,35 +105,65 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None) -> Til
     lanes = c.packing.lanes or panel_lanes(c.n, isa)
     nv = lanes // isa.n_f32_lanes
     outer, inner = _split_rows(c.rows, max_rows(nv, isa))
-    channel = c.taps[-1].extent if c.taps else 1
-    unroll = next((u for u in (4, 3, 2, 5) if isinstance(channel, int) and channel % u == 0), 4)
-    k = _known([t.extent for t in c.taps])
-    n = _known([c.n])
-    rows = _known([r.extent for r in c.rows])
-    n_tiles = max(1, _known([r.extent for r in c.rows[:-2]]) * _known([pieces(outer)]) * _known([pieces(inner)]))
-    n_panels = max(1, -(-n // lanes))
-    n_batch = max(1, _known([b.extent for b in c.batch]))
-    tiles_per_unit, panels_per_unit = n_tiles, n_panels
-    stage_a = len(c.taps) == 1 and n_panels > 1 and collides(c.rows, outer, inner, machine)
-    if len(c.taps) > 1 and collides(c.rows, outer, inner, machine):
+    n_panels = max(1, -(-_known([c.n]) // lanes))
+    colliding = collides(c.rows, outer, inner, machine)
+    stage_a = colliding and len(c.taps) == 1 and n_panels > 1
+    if colliding and len(c.taps) > 1:
         outer, inner = _split_rows(c.rows, max(1, max_rows(nv, isa) // 2))
+    n_tiles = max(1, _known([r.extent for r in c.rows[:-2]]) * _known([pieces(outer)]) * _known([pieces(inner)]))
     stage_b = c.packing.kind == "transposed" or (c.packing.kind == "plain" and _pays_to_stage_b(c, isa, n_tiles, lanes))
-    flops = 2 * rows * n * k
-    wanted = max(1, min(_UNITS_WANTED, flops * n_batch // _UNIT_FLOPS) // n_batch)
-    a_bytes, b_bytes = rows * c_channel(c) * 4, n * k * 4
-    half_l2 = machine.cache_bytes(2) // 2
-    if a_bytes > half_l2:
-        tiles_per_unit = max(1, n_tiles * half_l2 // a_bytes)
+    k_block = _k_block(c, machine)
+    unroll = next((u for u in (4, 3, 2, 5) if isinstance(k := _channel(c), int) and k % u == 0), 4)
+    tiles, panels, rows_outer = _unit(c, n_tiles, n_panels, k_block, machine)
     if stage_b:
-        panels_per_unit = max(1, min(n_panels, half_l2 // max(1, k * lanes * 4)))
-    if b_bytes > a_bytes:
-        panels_per_unit = max(1, -(-n_panels // max(1, wanted // -(-n_tiles // tiles_per_unit))))
-    if (have := -(-n_tiles // tiles_per_unit) * -(-n_panels // panels_per_unit)) < wanted:
-        tiles_per_unit = max(1, -(-tiles_per_unit // -(-wanted // have)))
-    tiles_per_unit = -(-n_tiles // -(-n_tiles // tiles_per_unit))
-    panels_per_unit = -(-n_panels // -(-n_panels // panels_per_unit))
-    rows_outer = not stage_b and (stage_a or b_bytes <= a_bytes)
-    return Tile(nv, lanes, outer, inner, unroll, tiles_per_unit, panels_per_unit, rows_outer, stage_a, stage_b)
+        rows_outer = False
+        panels = max(1, min(panels, _half_l2(machine) // max(1, _known([_k(c)]) * lanes * 4)))
+    return Tile(nv, lanes, outer, inner, unroll, tiles, panels, rows_outer or stage_a, stage_a, stage_b, k_block)
+
+
+def _unit(c: Contraction, n_tiles: int, n_panels: int, k_block: int, machine: Machine) -> tuple[int, int, bool]:
+    """Tiles and panels per unit, and whether blocks of tiles vary slowest.
+
+    A block of A stays in half of the second-level cache while panels of B pass. What is larger, A or B, is cut first, so that the
+    smaller one is read again, until there are enough units for the threads.
+    """
+    rows, k, n = _known([r.extent for r in c.rows]), _known([_k(c)]), _known([c.n])
+    n_batch = max(1, _known([b.extent for b in c.batch]))
+    channels = k_block or _known([_channel(c)])
+    a_bytes, b_bytes = rows * channels * 4, n * k * 4
+    work_ns = max(2 * rows * n * k / _FLOPS_PER_NS, (b_bytes + a_bytes) / _BYTES_PER_NS)
+    wanted = max(1, math.ceil(min(_UNITS_WANTED, n_batch * work_ns / _UNIT_NS) / n_batch))
+    tiles = n_tiles if a_bytes <= _half_l2(machine) else max(1, n_tiles * _half_l2(machine) // a_bytes)
+    panels = n_panels
+    if k_block or b_bytes > a_bytes:
+        panels = max(1, n_panels // max(1, -(-wanted // -(-n_tiles // tiles))))
+    if (have := -(-n_tiles // tiles) * -(-n_panels // panels)) < wanted:
+        tiles = max(1, tiles // -(-wanted // have))
+    tiles, panels = (-(-total // -(-total // size)) for total, size in ((n_tiles, tiles), (n_panels, panels)))
+    return tiles, panels, b_bytes <= a_bytes
+
+
+def _k_block(c: Contraction, machine: Machine) -> int:
+    """Channels per pass where A and B are both too large to stay in the second-level cache over all of them; 0 for all at once."""
+    k = _channel(c)
+    rows, n = _known([r.extent for r in c.rows]), _known([c.n])
+    room = _half_l2(machine)
+    if len(c.taps) != 1 or not isinstance(k, int) or k < 2 * _LEAST_K_BLOCK or rows * k * 4 <= room or n * k * 4 <= room:
+        return 0
+    divisors = [k // passes for passes in range(2, k // _LEAST_K_BLOCK + 1) if k % (passes * 16) == 0]
+    return next((size for size in divisors if rows * size * 4 <= room), divisors[-1] if divisors else 0)
+
+
+def _half_l2(machine: Machine) -> int:
+    return machine.cache_bytes(2) // 2
+
+
+def _channel(c: Contraction) -> Dim:
+    return c.taps[-1].extent if c.taps else 1
+
+
+def _k(c: Contraction) -> Dim:
+    return prod([t.extent for t in c.taps])
 
 
 def _pays_to_stage_b(c: Contraction, isa: Isa, n_tiles: int, lanes: int) -> bool:
@@ -159,11 +196,6 @@ def staged_stride(k: Dim) -> Dim:
     """Elements between staged rows of A: an odd number of cache lines, so that neighbours fall into different sets."""
     lines = (k + 15) // 16
     return (lines + 1 - lines % 2) * 16
-
-
-def c_channel(c: Contraction) -> int:
-    """The innermost tap's extent, or a guess."""
-    return _known([c.taps[-1].extent]) if c.taps else 1
 
 
 def _known(dims: list[Dim], guess: int = 64) -> int:

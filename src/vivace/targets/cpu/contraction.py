@@ -6,12 +6,14 @@ row counts split into tiles of one or two sizes, and the last panel may be narro
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from vivace.base.dims import Dim, ceildiv, prod
 from vivace.base.machine import Isa
 from vivace.loops.contraction import Contraction, contraction_dims, contraction_params, merge_axes
 from vivace.lower.tile import Tile, choose_tile, staged_stride
 from vivace.targets.cpu.code import KernelCode
-from vivace.targets.cpu.contraction_body import F32_BYTES, Operands, Shape, accumulate, mask_text
+from vivace.targets.cpu.contraction_body import F32_BYTES, Operands, Shape, accumulate, load, mask_text, store
 from vivace.targets.cpu.contraction_driver import driver
 from vivace.targets.cpu.contraction_epilogue import Epilogue
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol_of, variants
@@ -57,10 +59,12 @@ def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict
     if p.tile.stage_a:
         staged = t.mul(t.dim(staged_stride(p.k), dims), F32_BYTES)
         row_offsets = [t.mul(staged, r) for r in range(len(rows))]
-    operands = Operands(p.c.taps, p.in_panels, p.tile.lanes, [None] * vectors if p.in_panels else masks)
-    acc = accumulate(
-        t, isa, Shape(rows, vectors, p.tile.unroll), operands, "%a", "%b", row_offsets, dims
-    )
+    taps = p.c.taps if not p.tile.k_block else (replace(p.c.taps[0], extent=p.tile.k_block),)
+    operands = Operands(taps, p.in_panels, p.tile.lanes, [None] * vectors if p.in_panels else masks)
+    start = _waiting(t, p, len(rows), vectors) if p.tile.k_block else None
+    acc = accumulate(t, isa, Shape(rows, vectors, p.tile.unroll), operands, "%a", "%b", row_offsets, dims, start)
+    if p.tile.k_block:
+        _wait_unless_last(t, p, acc)
     symbols: dict[str, Int] = {**dims, **{x.name: f"%x{i}" for i, x in enumerate(p.axes())}, "n": "%n"}
     out_offsets = offsets(p.outer.out, p.inner.out)
     buffers = {x: base_of(t, p, x) for x in dict.fromkeys(p.c.extra)}
@@ -72,6 +76,29 @@ def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict
             epilogue.store(p.c.epilogue, value, moved, p.c.out, "%out", t.add(offset, j * isa.vector_bits // 8), masks[j])
     epilogue.close()
     t.put("ret void")
+    between = ", ptr %waiting, i1 %last" if p.tile.k_block else ""
     axes = "".join(f", i64 %x{i}" for i in range(len(p.axes())))
-    head = f"define internal void @{symbol_of(p, outer, inner, tail)}(ptr %args, ptr %a, ptr %b, ptr %out, i64 %n{axes}) noinline #0 {{"
-    return "\n".join([head, "entry:", *t.lines, "}"]), t.declares
+    head = f"define internal void @{symbol_of(p, outer, inner, tail)}(ptr %args, ptr %a, ptr %b, ptr %out, i64 %n{axes}{between})"
+    return "\n".join([f"{head} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
+
+
+def _waiting_places(t: Text, p: Plan, rows: int, vectors: int) -> list[list[str]]:
+    row_bytes, vector_bytes = p.tile.lanes * F32_BYTES, p.isa.vector_bits // 8
+    return [[t.at("%waiting", r * row_bytes + j * vector_bytes) for j in range(vectors)] for r in range(rows)]
+
+
+def _waiting(t: Text, p: Plan, rows: int, vectors: int) -> list[list[str]]:
+    """Accumulators from the pass before."""
+    return [[load(t, p.isa, x, None) for x in row] for row in _waiting_places(t, p, rows, vectors)]
+
+
+def _wait_unless_last(t: Text, p: Plan, acc: list[list[str]]) -> None:
+    """Returns with the accumulators in scratch, but goes on in the last pass."""
+    early, finish = t.label(), t.label()
+    t.branch("%last", finish, early)
+    t.start(early)
+    for places, values in zip(_waiting_places(t, p, len(acc), len(acc[0])), acc):
+        for place, value in zip(places, values):
+            store(t, p.isa, value, place, None)
+    t.put("ret void")
+    t.start(finish)

@@ -62,11 +62,19 @@ def broadcast(t: Text, isa: Isa, pointer: str) -> str:
 
 
 def accumulate(
-    t: Text, isa: Isa, shape: Shape, operands: Operands, a: str, b: str, row_offsets: list[Int], dims: Mapping[str, Int]
+    t: Text,
+    isa: Isa,
+    shape: Shape,
+    operands: Operands,
+    a: str,
+    b: str,
+    row_offsets: list[Int],
+    dims: Mapping[str, Int],
+    start: list[list[str]] | None = None,
 ) -> list[list[str]]:
-    """Sums over all taps. Returns accumulators by row and vector."""
+    """Sums over all taps, onto `start` if there is one. Returns accumulators by row and vector."""
     kind = vector_type(isa)
-    zero = [["zeroinitializer"] * shape.vectors for _ in shape.rows]
+    zero = start or [["zeroinitializer"] * shape.vectors for _ in shape.rows]
     if any(tap.extent == 0 for tap in operands.taps):
         return zero
     *outer, channel = operands.taps or (Axis("k", 1, 1, operands.lanes),)

@@ -15,7 +15,7 @@ from vivace.loops.contraction import Axis
 from vivace.lower.tile import Segment, pieces, staged_stride
 from vivace.targets.cpu.contraction_body import F32_BYTES
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol_of, variants
-from vivace.targets.cpu.contraction_stage import copy_panel, copy_row, transpose_panel
+from vivace.targets.cpu.contraction_stage import clear, copy_panel, copy_row, transpose_panel
 from vivace.targets.cpu.contraction_text import Int, Text
 
 
@@ -91,22 +91,36 @@ def driver(p: Plan) -> tuple[str, dict[str, str]]:
             with _unless_staged(t, "b", t.at(b_image, t.mul(first_panel, column))), t.loop(first_panel, panel_end) as panel:
                 to = t.at(b_staged, t.mul(t.sub(panel, first_panel), panel_bytes))
                 _stage_panel(t, p, dims, panel, t.at(b_image, t.mul(panel, column)), to)
-        with t.loop(first_panel, panel_end) as panel:
+        waiting = t.at("%scratch", t.dim(p.staged_a_bytes + p.staged_b_bytes, dims))
+        if p.tile.k_block:
+            n_waiting = t.mul(t.sub(panel_end, first_panel), t.sub(tile_end, first_tile))
+            clear(t, p.isa, waiting, t.mul(n_waiting, p.waiting_bytes))
+        channel = p.c.taps[-1] if p.c.taps else Axis("k", 1)
+        pass_a = t.mul(t.dim(channel.a, dims), p.tile.k_block * F32_BYTES)
+        pass_b = t.mul(p.tile.lanes if p.in_panels else t.dim(channel.b, dims), p.tile.k_block * F32_BYTES)
+        with t.times(p.n_passes) as passed, t.loop(first_panel, panel_end) as panel:
             n = t.mul(panel, p.tile.lanes)
             if p.tile.stage_b:
                 b_panel = t.at(b_staged, t.mul(t.sub(panel, first_panel), panel_bytes))
             else:
                 b_panel = t.at(b_image, t.mul(panel, panel_bytes if p.in_panels else p.tile.lanes * F32_BYTES))
+            b_panel = t.at(b_panel, t.mul(passed, pass_b))
             with t.loop(first_tile, tile_end) as tile:
                 spot = _locate(t, p, dims, tile)
                 if p.tile.stage_a:
                     from_a = t.at("%scratch", t.mul(t.sub(tile, first_tile), t.mul(staged, p.tile_rows)))
                 else:
                     from_a = _corner(t, p, dims, spot, a_image)
+                from_a = t.at(from_a, t.mul(passed, pass_a))
                 to = t.at(out_image, t.mul(n, F32_BYTES))
                 for axis in p.c.rows:
                     to = t.at(to, t.mul(spot.at[axis.name], t.mul(t.dim(axis.out, dims), F32_BYTES)))
-                _call_tile(t, p, dims, spot, n, at | spot.at, from_a, b_panel, to)
+                between = ""
+                if p.tile.k_block:
+                    number = t.add(t.mul(t.sub(panel, first_panel), t.sub(tile_end, first_tile)), t.sub(tile, first_tile))
+                    last = t.op(f"icmp eq i64 {passed}, {p.n_passes - 1}")
+                    between = f", ptr {t.at(waiting, t.mul(number, p.waiting_bytes))}, i1 {last}"
+                _call_tile(t, p, dims, spot, n, at | spot.at, (from_a, b_panel, to), between)
     t.put("ret void")
     head = f"define void @{p.name}(ptr %args, i64 %begin, i64 %end, ptr %scratch) #0 {{"
     return "\n".join([head, "entry:", *t.lines, "}"]), t.declares
@@ -191,10 +205,19 @@ def _stage_panel(t: Text, p: Plan, dims: Mapping[str, Int], panel: Int, b: str, 
 
 
 def _call_tile(
-    t: Text, p: Plan, dims: Mapping[str, Int], spot: _Spot, n: Int, at: Mapping[str, Int], a: str, b: str, out: str
+    t: Text,
+    p: Plan,
+    dims: Mapping[str, Int],
+    spot: _Spot,
+    n: Int,
+    at: Mapping[str, Int],
+    corners: tuple[str, str, str],
+    between: str,
 ) -> None:
-    """Calls the micro-kernel of the tile's shape."""
-    arguments = f"ptr %args, ptr {a}, ptr {b}, ptr {out}, i64 {n}" + "".join(f", i64 {at[x.name]}" for x in p.axes())
+    """Calls the micro-kernel of the tile's shape. `between` are the arguments that passes need."""
+    a, b, out = corners
+    axes = "".join(f", i64 {at[x.name]}" for x in p.axes())
+    arguments = f"ptr %args, ptr {a}, ptr {b}, ptr {out}, i64 {n}{axes}{between}"
 
     def call(outer: int, inner: int) -> None:
         there = [tail for o, i, tail in variants(p) if (o, i) == (outer, inner)]

@@ -79,8 +79,23 @@ class Plan:
         return staged_rows(self.k, self.isa) * self.tile.lanes * F32_BYTES
 
     @property
+    def staged_b_bytes(self) -> Dim:
+        return self.tile.panels_per_unit * self.staged_panel_bytes if self.tile.stage_b else 0
+
+    @property
+    def waiting_bytes(self) -> int:
+        """Scratch for the accumulators of one tile between passes; those of a unit follow what is staged."""
+        return self.tile_rows * self.tile.lanes * F32_BYTES if self.tile.k_block else 0
+
+    @property
     def scratch_bytes(self) -> Dim:
-        return self.staged_a_bytes + (self.tile.panels_per_unit * self.staged_panel_bytes if self.tile.stage_b else 0)
+        n_waiting = self.tile.tiles_per_unit * self.tile.panels_per_unit
+        return self.staged_a_bytes + self.staged_b_bytes + n_waiting * self.waiting_bytes
+
+    @property
+    def n_passes(self) -> int:
+        channel = self.c.taps[-1].extent if self.c.taps else 1
+        return channel // self.tile.k_block if self.tile.k_block and isinstance(channel, int) else 1
 
     @property
     def in_panels(self) -> bool:

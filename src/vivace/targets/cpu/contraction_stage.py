@@ -7,6 +7,12 @@ from vivace.targets.cpu.contraction_body import F32_BYTES, load, mask_text, stor
 from vivace.targets.cpu.contraction_text import Int, Text
 
 
+def clear(t: Text, isa: Isa, to: str, n_bytes: Int) -> None:
+    """Zeroes memory, a whole number of vectors."""
+    with t.loop(0, n_bytes, isa.vector_bits // 8) as i:
+        store(t, isa, "zeroinitializer", t.at(to, i), None)
+
+
 def copy_row(t: Text, isa: Isa, source: str, to: str, count: Int) -> None:
     """Copies `count` neighbouring f32."""
     w, kind = isa.n_f32_lanes, vector_type(isa)

@@ -170,6 +170,15 @@ class Text:
         self.jump(head)
         self.start(done)
 
+    @contextmanager
+    def times(self, n: int) -> Iterator[Int]:
+        """`for i in range(n)`, without a loop where `n` is 1."""
+        if n == 1:
+            yield 0
+            return
+        with self.loop(0, n) as i:
+            yield i
+
     def reduce_loop(
         self, times: Int, carried: list[tuple[str, str]], body: Callable[[str, list[str]], list[str]]
     ) -> list[str]:
