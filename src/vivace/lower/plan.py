@@ -51,6 +51,22 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True)
+class Loop:
+    """`loop`: with the i64 in `counter` from 0, run `body` while it is below the i64 at `limit` and the bool in `go` holds (None: always).
+
+    What the body changes and reads again in the next turn lies in storages of its own (`carried`), which live through the whole loop.
+    """
+
+    label: str
+    counter: Storage
+    limit: Operand
+    go: Storage | None
+    body: tuple[Instruction, ...]
+    carried: tuple[Storage, ...]
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Foreign:
     """A node that another provider runs: dense inputs and outputs, called from the thread that runs the engine."""
 
@@ -61,7 +77,7 @@ class Foreign:
     reason: str
 
 
-Instruction = Step | Branch | Foreign
+Instruction = Step | Branch | Loop | Foreign
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +92,7 @@ class Plan:
 
 
 def steps_of(body: tuple[Instruction, ...]) -> list[Step]:
-    """Every kernel call, those of branches included, in program order."""
+    """Every kernel call, those of branches and loops included, in program order."""
     found: list[Step] = []
     for i in body:
         match i:
@@ -84,4 +100,6 @@ def steps_of(body: tuple[Instruction, ...]) -> list[Step]:
                 found.append(i)
             case Branch(then=a, otherwise=b):
                 found += steps_of(a) + steps_of(b)
+            case Loop(body=b):
+                found += steps_of(b)
     return found

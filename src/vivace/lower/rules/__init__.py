@@ -8,6 +8,7 @@ from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.rules.attention import lower_attention
 from vivace.lower.rules.contraction import lower_conv, lower_conv_transpose, lower_matmul
+from vivace.lower.rules.control import lower_if, lower_loop, lower_onnx
 from vivace.lower.rules.elementwise import dims_values, lower_elementwise
 from vivace.lower.rules.placement import lower_concat, lower_pad
 from vivace.lower.rules.pool import lower_pool
@@ -29,4 +30,7 @@ RULES: dict[str, Callable[[Lowering, Group], None]] = {
     "concat": lower_concat,
     "pad": lower_pad,
     "attention": lower_attention,
+    "if": lower_if,
+    "loop": lower_loop,
+    "onnx": lower_onnx,
 }

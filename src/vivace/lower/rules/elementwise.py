@@ -116,7 +116,7 @@ def emit_pointwise(ctx: Lowering, label: str, leaves: Sequence[View], out: View,
     out_view, leaf_views = merged[0], merged[1:]
     if not shape:  # a single element
         shape = (1,)
-        out_view, *leaf_views = [View(v.storage, v.dtype, (1,), (0,), v.offset) for v in merged]
+        out_view, *leaf_views = [View(v.storage, v.dtype, (1,), (1,), v.offset) for v in merged]
     order = loop_order(shape, out_view, leaf_views)
     params = Params()
     index = [loop_var(i, n) for i, n in enumerate(shape)]
