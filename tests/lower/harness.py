@@ -1,0 +1,177 @@
+"""Runs lowered plans step by step on NumPy arrays: each kernel by the loop IR's reference, or as generated code of one instruction set.
+
+Every storage lies between guard zones that no kernel may write, and is filled with garbage before the run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from vivace.base.dims import Dim, evaluate
+from vivace.base.machine import ISAS, Isa, host, missing_flags
+from vivace.graph import reference as graph_reference
+from vivace.graph.build import Builder
+from vivace.graph.graph import Graph, Type, Value
+from vivace.loops import reference as loops_reference
+from vivace.loops.kernel import Kernel
+from vivace.loops.verify import verify_kernel
+from vivace.lower.lowering import lower
+from vivace.lower.plan import Branch, Foreign, Instruction, Loop, Operand, Plan, Step, steps_of
+from vivace.lower.views import Storage
+from vivace.targets.cpu import jit
+from vivace.targets.cpu.code import KernelCode
+from vivace.targets.cpu.codegen import emit
+
+Array = np.ndarray
+GUARD = 4096  # elements: more than any single wrong vector would reach
+HERE = [name for name, isa in ISAS.items() if not missing_flags(host(), isa)]
+BEST = HERE[-1]
+_ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)
+_loaded: dict[tuple[str, str], tuple[KernelCode, jit.Library]] = {}
+
+
+class Memory:
+    """The arrays behind the storages of a plan for one binding of the dims."""
+
+    def __init__(self, plan: Plan, inputs: Sequence[Array], dims: Mapping[str, int]) -> None:
+        self.dims = dict(dims)
+        self.whole: dict[Storage, Array] = {}
+        for s in plan.storages:
+            size = evaluate(s.size, self.dims)
+            whole = np.frombuffer(bytearray(b"\xc5" * ((size + 2 * GUARD) * s.dtype.size_bytes)), s.dtype.numpy)
+            self.whole[s] = whole
+            if s.kind == "constant":
+                assert s.data is not None
+                whole[GUARD : GUARD + size] = s.data.reshape(-1)
+            elif s.kind == "input":
+                whole[GUARD : GUARD + size] = inputs[s.index].reshape(-1)
+
+    def array(self, s: Storage, start: Dim = 0) -> Array:
+        """From an element to the end of the storage."""
+        return self.whole[s][GUARD + evaluate(start, self.dims) : len(self.whole[s]) - GUARD]
+
+    def address(self, o: Operand) -> int:
+        return self.whole[o.storage].ctypes.data + (GUARD + evaluate(o.offset, self.dims)) * o.storage.dtype.size_bytes
+
+    def check_guards(self) -> None:
+        for s, whole in self.whole.items():
+            for zone in (whole[:GUARD], whole[len(whole) - GUARD :]):
+                assert np.all(zone.view(np.uint8) == 0xC5), f"{s.name} was written outside its bounds"
+
+
+def run_plan(plan: Plan, inputs: Sequence[Array], dims: Mapping[str, int], isa: str | None, parts: int = 3) -> list[Array]:
+    """The outputs; `isa` None runs loop kernels by the reference interpreter."""
+    memory = Memory(plan, inputs, dims)
+    for step in steps_of(plan.body):
+        if isinstance(step.spec, Kernel):
+            verify_kernel(step.spec)
+    _body(plan.body, memory, isa, parts)
+    memory.check_guards()
+    outputs: dict[int, Array] = {s.index: memory.array(s) for s in plan.storages if s.kind == "output"}
+    return [outputs[i].reshape([evaluate(d, dims) for d in v.shape]) for i, v in enumerate(plan.outputs)]
+
+
+def _body(body: Sequence[Instruction], memory: Memory, isa: str | None, parts: int) -> None:
+    for item in body:
+        match item:
+            case Step():
+                _step(item, memory, isa, parts)
+            case Branch():
+                taken = bool(memory.array(item.cond.storage, item.cond.offset)[0])
+                _body(item.then if taken else item.otherwise, memory, isa, parts)
+            case Loop():
+                counter = memory.array(item.counter)
+                counter[0] = 0
+                while counter[0] < memory.array(item.limit.storage, item.limit.offset)[0]:
+                    if item.go is not None and not memory.array(item.go)[0]:
+                        break
+                    _body(item.body, memory, isa, parts)
+                    counter[0] += 1
+            case Foreign():
+                _foreign(item, memory)
+
+
+def _step(step: Step, memory: Memory, isa: str | None, parts: int) -> None:
+    if isa is None and isinstance(step.spec, Kernel):
+        arrays = []
+        for o, p in zip(step.operands, step.spec.params, strict=True):
+            # A negative stride walks towards lower addresses: the reference wants no negative index.
+            arrays.append(memory.array(o.storage, o.offset).view(p.dtype.numpy))
+        loops_reference.run(step.spec, arrays, memory.dims)
+        return
+    code, library = _compiled(step.spec, ISAS[isa or BEST])
+    words = [memory.address(o) for o in step.operands] + [memory.dims[d] for d in code.dims]
+    args = np.array(words, np.int64)
+    scratch = np.full(evaluate(code.scratch_bytes, memory.dims) + 128, 0xC5, np.uint8)
+    aligned = scratch.ctypes.data + -scratch.ctypes.data % 64
+    units = evaluate(code.units, memory.dims)
+    call = _ENTRY(library.address(code.name))
+    edges = [units * k // parts for k in range(parts + 1)]
+    for begin, end in zip(edges, edges[1:], strict=False):
+        call(args.ctypes.data, begin, end, aligned)
+
+
+def _compiled(spec: object, isa: Isa) -> tuple[KernelCode, jit.Library]:
+    key = (repr(spec), isa.name)
+    if key not in _loaded:
+        code = emit(replace(spec, name="k"), isa)  # type: ignore[type-var]
+        _loaded[key] = (code, jit.load(jit.compile_objects([code], isa)))
+    return _loaded[key]
+
+
+def _foreign(item: Foreign, memory: Memory) -> None:
+    xs = []
+    for v in item.inputs:
+        if v is None:
+            xs.append(None)
+            continue
+        assert v.storage is not None
+        shape = [evaluate(d, memory.dims) for d in v.shape]
+        xs.append(memory.array(v.storage, v.offset)[: int(np.prod(shape))].reshape(shape))
+    for v, y in zip(item.outputs, item.node.op.evaluate(xs, item.node.attrs), strict=True):
+        assert v.storage is not None
+        memory.array(v.storage, v.offset)[: y.size] = y.reshape(-1)
+
+
+def build(make: Callable[..., object], *types: Type) -> Graph:
+    """A graph from a function of a builder and values."""
+    b = Builder()
+    values: list[Value] = [b.input(f"x{i}", t) for i, t in enumerate(types)]
+    outs = make(b, *values)
+    return b.finish(outs if isinstance(outs, (tuple, list)) else [outs])
+
+
+def check(graph: Graph, *inputs: Array, isas: Sequence[str | None] = (None, BEST), tol: float | None = None, parts: int = 3) -> Plan:
+    """Lower and run a graph; every output must be what the graph means."""
+    want = graph_reference.evaluate(graph, list(inputs))
+    dims = graph_reference.bind((v, x.shape) for v, x in zip(graph.inputs, inputs, strict=True))
+    exact = all(n.op.exact for n in graph.walk())
+    tol = tol if tol is not None else 0.0 if exact else 2e-5
+    plan = None
+    for isa in isas:
+        plan = lower(graph, ISAS[isa or BEST])
+        got = run_plan(plan, inputs, dims, isa, parts)
+        for i, (g, w) in enumerate(zip(got, want, strict=True)):
+            assert g.shape == w.shape and g.dtype == w.dtype
+            compare(g, w, tol, f"output {i} on {isa or 'the reference'}")
+    assert plan is not None
+    return plan
+
+
+def compare(got: Array, want: Array, tol: float, where: str) -> None:
+    """Equal, or for floats within `tol * (1 + |want|)`; NaN equals NaN."""
+    if got.dtype.kind in "iub":
+        assert np.array_equal(got, want), f"{where}: {got!r} instead of {want!r}"
+        return
+    g, w = got.astype(np.float64), want.astype(np.float64)
+    same = (g == w) | (np.isnan(g) & np.isnan(w))
+    with np.errstate(invalid="ignore"):
+        near = np.abs(g - w) <= tol * (1 + np.abs(w))
+    bad = ~(same | near)
+    if bad.any():
+        at = tuple(int(i[0]) for i in np.nonzero(bad))
+        raise AssertionError(f"{where}: {int(bad.sum())} of {bad.size} differ, first at {at}: {g[at]} instead of {w[at]}")

@@ -1,0 +1,95 @@
+"""`if`, `loop` and `onnx`: branches write the same results, loops keep their state apart, both inside each other."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vivace.base.dims import symbol
+from vivace.base.dtypes import DType
+from vivace.graph.build import Builder
+from vivace.graph.graph import Graph, Type
+from vivace.lower.plan import Branch, Loop, steps_of
+
+from tests.lower.harness import build, check
+
+f32, i64, boolean = DType.f32, DType.i64, DType.bool
+SCALAR = Type(boolean, ())
+
+
+def body(make, *types: Type) -> Graph:  # type: ignore[no-untyped-def]
+    return build(make, *types)
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_if_writes_one_result_from_either_branch(taken: bool) -> None:
+    t = Type(f32, (3, 5))
+    then = body(lambda b, x, y: [b.add(x, y), x], t, t)
+    other = body(lambda b, x, y: [b.relu(b.sub(x, y)), b.const(np.ones((3, 5), np.float32))], t, t)
+    graph = build(lambda b, c, x, y: [b.neg(v) for v in b.if_(c, x, b.exp(y), then=then, **{"else": other})], SCALAR, t, t)
+    rng = np.random.default_rng(0)
+    plan = check(graph, np.asarray(taken), *rng.standard_normal((2, 3, 5)).astype(np.float32))
+    assert any(isinstance(i, Branch) for i in plan.body)
+
+
+def test_if_with_symbolic_dims_and_views_as_captures() -> None:
+    n = symbol("N", 1)
+    t, turned = Type(f32, (n, 4)), Type(f32, (4, n))
+    then = body(lambda b, x: b.reshape(x, shape=(4 * n,)), turned)
+    other = body(lambda b, x: b.reshape(b.mul(x, x), shape=(4 * n,)), turned)
+    graph = build(lambda b, c, x: b.if_(c, b.transpose(x, perm=(1, 0)), then=then, **{"else": other}), SCALAR, t)
+    for taken in (True, False):
+        check(graph, np.asarray(taken), np.arange(28, dtype=np.float32).reshape(7, 4))
+
+
+def test_if_that_returns_its_capture_and_one_value_twice() -> None:
+    t = Type(f32, (6,))
+    then = body(lambda b, x: [x, x], t)
+    other = body(lambda b, x: [s := b.sin(x), s], t)
+    graph = build(lambda b, c, x: list(b.if_(c, x, then=then, **{"else": other})), SCALAR, t)
+    for taken in (True, False):
+        check(graph, np.asarray(taken), np.linspace(0, 1, 6).astype(np.float32))
+
+
+def _fibonacci(b: Builder, i, go, x, y):  # type: ignore[no-untyped-def]
+    return [b.const(True), y, b.add(x, y), b.mul(x, b.cast(i, to=f32))]
+
+
+@pytest.mark.parametrize("turns", [0, 1, 5, 40])
+def test_loop_with_constant_trip_count(turns: int) -> None:
+    t = Type(f32, (3,))
+    inner = body(_fibonacci, Type(i64, ()), SCALAR, t, t)
+    graph = build(
+        lambda b, x, y: list(b.loop(b.const(np.int64(turns)), None, x, y, body=inner, n_state=2, n_scan=1, length=turns)), t, t
+    )
+    plan = check(graph, np.ones(3, np.float32), np.ones(3, np.float32))
+    assert any(isinstance(i, Loop) for i in plan.body) == (turns == 40)
+
+
+@pytest.mark.parametrize("trip", [0, 3, 100])
+def test_loop_until_the_body_says_stop(trip: int) -> None:
+    t = Type(f32, (2, 2))
+    inner = body(
+        lambda b, i, go, x, step: [b.lt(b.reduce_max(x, axes=(0, 1), keepdims=False), b.const(np.float32(50))), b.add(x, step)],
+        Type(i64, ()), SCALAR, t, t,
+    )
+    graph = build(
+        lambda b, n, c, x, s: b.loop(n, c, x, b.exp(s), body=inner, n_state=1, n_scan=0, length=0), Type(i64, ()), SCALAR, t, t
+    )
+    for go in (True, False):
+        plan = check(graph, np.asarray(trip), np.asarray(go), np.zeros((2, 2), np.float32), np.ones((2, 2), np.float32))
+    assert len([i for i in plan.body if isinstance(i, Loop)]) == 1 and steps_of(plan.body)
+
+
+def test_loop_over_a_branch_with_states_that_change_places() -> None:
+    t = Type(f32, (4,))
+    then = body(lambda b, x, y: [y, x], t, t)
+    other = body(lambda b, x, y: [b.add(x, y), y], t, t)
+
+    def turn(b: Builder, i, go, x, y):  # type: ignore[no-untyped-def]
+        odd = b.eq(b.mod(i, b.const(np.int64(2)), fmod=False), b.const(np.int64(1)))
+        return [go, *b.if_(odd, x, y, then=then, **{"else": other})]
+
+    inner = body(turn, Type(i64, ()), SCALAR, t, t)
+    graph = build(lambda b, n, x, y: list(b.loop(n, None, x, y, body=inner, n_state=2, n_scan=0, length=0)), Type(i64, ()), t, t)
+    check(graph, np.asarray(9), np.arange(4, dtype=np.float32), np.ones(4, np.float32))
