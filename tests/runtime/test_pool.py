@@ -17,7 +17,7 @@ from vivace.base.errors import InternalError
 from vivace.runtime.executable import Context, Executable
 from vivace.runtime.pool import pool
 from vivace.targets.cpu.steps import Arena, Call, Kernel, Output, Step, Value
-from vivace.targets.cpu.threads import MAX_THREADS
+from vivace.targets.cpu.team import MAX_THREADS
 
 Address = Callable[[object], int]
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

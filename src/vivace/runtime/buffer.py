@@ -2,15 +2,17 @@
 
 Rules:
 * ALIGNED: every buffer starts at a multiple of 64 bytes (a cache line, a 512-bit vector).
-* HUGE: from 2 MiB on a buffer is its own mapping, aligned to 2 MiB, and asks for huge pages: fewer TLB misses where a kernel
-  walks megabytes, and one page fault in 512 at first touch.
-* VIEWS: a view keeps the memory alive. `release` drops the buffer's own hold, so nothing can be read after it was freed.
+* HUGE: from 2 MiB on a buffer is its own mapping, aligned to 2 MiB, and asks for huge pages: fewer TLB misses where a
+  kernel walks megabytes, and one page fault in 512 at first touch.
+* VIEWS: a view keeps the memory alive. `release` drops the buffer's own hold, so nothing can be read after it was
+  freed.
 
 Not handled: memory on chosen NUMA nodes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from typing import Any
 
@@ -64,8 +66,6 @@ def _map(n_bytes: int) -> npt.NDArray[np.uint8]:
         return np.zeros(n_bytes, np.uint8)
     mapping = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
             mapping.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without huge pages
     return np.frombuffer(mapping, np.uint8)

@@ -1,12 +1,14 @@
-"""A program with its machine code, ready to run: `Executable` is shared and constant, `Context` holds all that one run changes.
+"""A program ready to run: `Executable` is shared and constant, `Context` holds all that one run changes.
 
-    executable = Executable(steps, n_inputs=1, n_outputs=1, arena_bytes=..., scratch_bytes=..., n_threads=2, keep=(library, weights))
+    executable = Executable(steps, n_inputs=1, n_outputs=1, arena_bytes=..., scratch_bytes=..., n_threads=2,
+                            keep=(library, weights))
     context = executable.context()
     context.bind({"N": 4})                      # new dims: rewrites words, makes memory grow; well under 1 ms
     context.run([x_address], [y_address])       # one native call
 
 Rules:
-* ONE RUN: a context runs once at a time; a second `run` or `bind` meanwhile is an error. Several contexts of one executable run at once.
+* ONE RUN: a context runs once at a time; a second `run` or `bind` meanwhile is an error. Several contexts of one
+  executable run at once.
 * ADDRESSES: inputs and outputs are addresses of memory that fits the bound dims; nothing is checked here.
 * STEADY: `run` allocates nothing and calls no Python but the program's own `Call` steps.
 
@@ -19,6 +21,7 @@ import ctypes
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,8 +30,9 @@ from vivace.base.errors import InternalError
 from vivace.runtime.buffer import Buffer
 from vivace.runtime.pool import pool
 from vivace.targets.cpu.program import Header, Record, Ring, Status
-from vivace.targets.cpu.steps import Call, Layout, Step, Words, dims_function, encode
-from vivace.targets.cpu.threads import MAX_THREADS
+from vivace.targets.cpu.steps import Call, Step
+from vivace.targets.cpu.team import MAX_THREADS
+from vivace.targets.cpu.words import Layout, Words, dims_function, encode
 
 _Trampoline = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
 
@@ -66,7 +70,7 @@ class Executable:
         self.keep = keep
         self.layout: Layout = encode(self.steps, n_inputs)
         self.sizes: Callable[[Mapping[str, int]], list[int]] = dims_function([arena_bytes, scratch_bytes])
-        self.is_static = not self.layout.dims.size and not isinstance(arena_bytes, Expr) and not isinstance(scratch_bytes, Expr)
+        self.is_static = not (self.layout.dims.size or isinstance(arena_bytes, Expr) or isinstance(scratch_bytes, Expr))
 
     def context(self) -> Context:
         """New memory for runs. Without symbolic dims it is bound already."""
@@ -170,8 +174,9 @@ class Context:
         head[Ring.CURSOR] = 0
         clock = self._pool.clock()
         for part, thread, start, stop, begin, end in rows:
+            step = self.executable.layout.step_of_part[part - self._base]
             start_ns, stop_ns = clock(start), clock(stop)
-            yield Chunk(self.executable.layout.step_of_part[part - self._base], thread, start_ns, stop_ns - start_ns, begin, end)
+            yield Chunk(step, thread, start_ns, stop_ns - start_ns, begin, end)
 
     def _write_header(self) -> None:
         layout, words = self.executable.layout, self._words
@@ -180,7 +185,7 @@ class Context:
         words[Header.PATCHES] = self._base + 8 * layout.patches
         words[Header.N_PATCHES] = layout.n_patches
 
-    def _trampoline(self, call: tuple[int, int, int, int]) -> Callable[[int], int]:
+    def _trampoline(self, call: tuple[int, int, int, int]) -> Any:
         _, step, position, n_args = call
         function = self.executable.steps[step]
         assert isinstance(function, Call)

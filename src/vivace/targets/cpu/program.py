@@ -1,19 +1,19 @@
 """The program of an engine: a table of 64-bit words, and the one native function that interprets it.
 
-    at word 0   SERIAL    fn, args, units                                  fn(args, 0, units, scratch), by the thread that leads
-                PARALLEL  n_parts, grains, n_parts * (fn, args, units, grain, end)
-                JUMP      target
-                UNLESS    flag, width, target                              jump when the flag (1 or 8 bytes wide) is zero
-                SET       cell, value
-                COUNT     cell                                             add one to a 64-bit cell
-                LESS      a, b, target                                     jump unless cell a < cell b
-                CALL      fn, args                                         i64 fn(args) on the caller's thread; not 0 ends the run
-                END
+    SERIAL    fn, args, units             fn(args, 0, units, scratch), by the thread that leads
+    PARALLEL  n_parts, grains, n_parts * (fn, args, units, grain, end)
+    JUMP      target
+    UNLESS    flag, width, target         jump when the flag (1 or 8 bytes wide) is zero
+    SET       cell, value
+    COUNT     cell                        add one to a 64-bit cell
+    LESS      a, b, target                jump unless cell a < cell b
+    CALL      fn, args                    i64 fn(args) on the caller's thread; not 0 ends the run
+    END
 
-The parts of one PARALLEL are independent of each other: their grains (`grain` units each; `end` is the part's running total of
-grains) form one space that the threads share out; that is how branches of a graph run side by side without barriers.
-Targets are byte offsets from the start of the table; everything else that is an address is absolute. Units, addresses and
-dims live in words and never in code, so one compiled program serves every shape, and this function serves every program.
+The parts of one PARALLEL are independent of each other: their grains (`grain` units each; `end` is the part's running
+total of grains) form one space that the threads share out; so branches of a graph run side by side without barriers.
+Targets are byte offsets from the start of the table; everything else that is an address is absolute. Units, addresses
+and dims live in words and never in code, so one program serves every shape, and this function serves every program.
 
 Rules:
 * ONE CALL: `vivace_run(ctx, io)` applies the patches (word = io[index] + offset), runs to END, and returns a `Status`.
@@ -28,7 +28,8 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from vivace.targets.cpu.threads import Team, threads_text
+from vivace.targets.cpu.team import Team
+from vivace.targets.cpu.threads import threads_text
 
 
 class Op(IntEnum):
@@ -288,7 +289,8 @@ share:
   %unused = sub i64 64, %n.here
   %members = lshr i64 -1, %unused
   %divisor = shl i64 %n.here, 1
-  call void @publish(ptr %team, ptr %ctx, ptr %at.parallel, ptr %parts, i64 %n_parts, i64 %total, i64 %members, i64 %divisor, i64 %id)
+  call void @publish(ptr %team, ptr %ctx, ptr %at.parallel, ptr %parts, i64 %n_parts, i64 %total,
+                     i64 %members, i64 %divisor, i64 %id)
   ret i1 false
 end:
   br i1 %is.worker, label %handoff, label %finish
