@@ -21,7 +21,7 @@ from vivace.lower.group import VIEWS, Group, group
 from vivace.lower.plan import Instruction, Operand, Plan, Spec, Step
 from vivace.lower.views import Storage, View, dense, iota
 
-Placement = Callable[[], View]
+Placement = Callable[[], View | None]
 Rule = Callable[["Lowering", Group], None]
 
 
@@ -110,7 +110,8 @@ class Lowering:
         """Where a computed value is to be written, decided on the first call."""
         if value not in self.views:
             place = self.placement.get(value)
-            self.views[value] = place() if place else self.temporary(value.name, value.dtype, value.shape)
+            wanted = place() if place else None
+            self.views[value] = wanted or self.temporary(value.name, value.dtype, value.shape)
         return self.views[value]
 
     def emit(
@@ -141,34 +142,48 @@ class Lowering:
     # ---- placement --------------------------------------------------------------------------------------------------
 
     def plan_placement(self, groups: Sequence[Group], outputs: Sequence[tuple[Value, View]]) -> None:
-        """Decide which group outputs are written straight into an output, a concatenation or a padded buffer."""
+        """Decide which group outputs are written straight into an output, a concatenation, a padded buffer, or transposed."""
         computed = {v for g in groups for v in (g.output, *g.anchor.outputs)}
         for value, out in outputs:
-            source = value
-            while source not in computed and source in self.producer and self.producer[source].op.name == "reshape":
-                assert self.producer[source].inputs[0] is not None
-                source = self.producer[source].inputs[0]  # type: ignore[assignment]
-            if source in computed and source not in self.placement:
-                self.placement[source] = lambda s=source, o=out: _required(o.reshape(s.shape))
+            self._place(value, lambda o=out: o, computed)
         for g in groups:
-            node = g.anchor
+            node, y = g.anchor, g.anchor.outputs[0]
             if node.op.name == "concat":
                 start: Dim = 0
-                axis = node.attrs["axis"] % node.outputs[0].rank
+                axis = node.attrs["axis"] % y.rank
                 for x in node.inputs:
                     assert x is not None
-                    if x in computed and x not in self.placement:
-                        self.placement[x] = lambda y=node.outputs[0], x=x, start=start, axis=axis: self._part(y, x, axis, start)
+                    self._place(x, lambda y=y, x=x, start=start, axis=axis: self._part(y, x, axis, start), computed)
                     start = start + x.shape[axis]
             elif node.op.name == "pad" and node.attrs["mode"] == "constant":
                 x = node.inputs[0]
                 assert x is not None
-                if x in computed and x not in self.placement:
-                    self.placement[x] = lambda y=node.outputs[0], x=x, before=node.attrs["before"]: self.target(y).slice(
-                        before, x.shape, (1,) * x.rank
-                    )
+                self._place(x, lambda y=y, x=x, at=node.attrs["before"]: self.target(y).slice(at, x.shape, (1,) * x.rank), computed)
+        users = self.graph.users()
+        for node in self.graph.nodes:
+            x = node.inputs[0] if node.inputs else None
+            if node.op.name == "transpose" and x in computed and users[x] == [node] and _keeps_last(node):  # type: ignore[index]
+                self._place(node.outputs[0], lambda y=node.outputs[0]: self.temporary(y.name, y.dtype, y.shape), computed)
 
-    def _part(self, y: Value, x: Value, axis: int, start: Dim) -> View:
+    def _place(self, value: Value, make: Placement, computed: set[Value]) -> None:
+        """Have `value` written into the view that `make` gives, through reshapes and transposes back to what computes it."""
+        while value not in computed and value in self.producer:
+            node = self.producer[value]
+            x = node.inputs[0] if node.inputs else None
+            if x is None or x.data is not None:
+                return
+            if node.op.name == "reshape":
+                make = lambda m=make, x=x: _and_then(m(), lambda v: v.reshape(x.shape))  # noqa: E731
+            elif node.op.name == "transpose" and _keeps_last(node):
+                back = tuple(node.attrs["perm"].index(i) for i in range(x.rank))
+                make = lambda m=make, back=back: _and_then(m(), lambda v: v.transpose(back))  # noqa: E731
+            else:
+                return
+            value = x
+        if value in computed:
+            self.placement.setdefault(value, make)
+
+    def _part(self, y: Value, x: Value, axis: int, start: Dim) -> View | None:
         starts = tuple(start if i == axis else 0 for i in range(y.rank))
         return self.target(y).slice(starts, x.shape, (1,) * y.rank)
 
@@ -208,9 +223,14 @@ def lower(graph: Graph, isa: Isa) -> Plan:
     return Plan(graph.inputs, graph.outputs, body, tuple(state.storages))
 
 
-def _required(view: View | None) -> View:
-    assert view is not None
-    return view
+def _and_then(view: View | None, change: Callable[[View], View | None]) -> View | None:
+    return None if view is None else change(view)
+
+
+def _keeps_last(transpose: Node) -> bool:
+    """Whether the innermost axis stays innermost, so that rows stay contiguous."""
+    perm = transpose.attrs["perm"]
+    return bool(perm) and perm[-1] == len(perm) - 1
 
 
 def _touched(v: View) -> Dim:
