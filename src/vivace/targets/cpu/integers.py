@@ -6,6 +6,8 @@ or the sign. Floating-point remainders are exact.
 
 from __future__ import annotations
 
+import math
+
 from vivace.base.dtypes import DType
 from vivace.targets.cpu.builder import Builder, Value, literal
 
@@ -48,52 +50,61 @@ def remainder(b: Builder, fn: str, x: Value, y: Value, t: DType) -> Value:
 
 
 def _float_remainder(b: Builder, fn: str, x: Value, y: Value) -> Value:
-    """Long division in f64, some bits of the quotient per round, each subtracted exactly."""
+    """Long division in f64, some bits of the quotient per round, each multiple subtracted exactly."""
     x, y = b.match(x, y)
     narrow = x.type == "float"
     p = b.convert("fpext", x, "double") if narrow else x
     q = b.convert("fpext", y, "double") if narrow else y
     a, d = b.call("llvm.fabs", p), b.call("llvm.fabs", q)
-    # f32: quotients up to 2**277; f64: up to 2**2098. Without fma, only 24-bit divisors times 28 bits are exact.
-    exact_bits = 50 if b.isa.has_fma else 28
-    rounds = -(-(278 if narrow else 2100) // exact_bits)
-    mask = -1 << (53 - exact_bits - 1)
+    zero, infinity = literal(0.0, "double"), literal(math.inf, "double")
+    divisors = [d]
+    if not narrow:  # Quotients of f64 may overflow: first take the remainder of multiples of the divisor.
+        for _ in range(2):
+            small = b.compare("fcmp olt", divisors[0], literal(1.0, "double"))
+            larger = b.select(small, b.op("fmul", divisors[0], literal(2.0**1000, "double")), divisors[0])
+            divisors.insert(0, larger)
+    r = a
+    for divisor in divisors:
+        r = _long_division(b, r, divisor, narrow)
+    # x / inf is x; everything that is no number, or has no quotient, gives NaN.
+    r = b.select(b.compare("fcmp oeq", d, infinity), a, r)
+    bad = b.op("or", b.compare("fcmp oeq", d, zero), b.compare("fcmp oeq", a, infinity))
+    bad = b.op("or", bad, b.compare("fcmp uno", a, d))
+    r = b.call("llvm.copysign", b.select(bad, literal(math.nan, "double"), r), p)
+    if fn == "mod":
+        one = literal(1.0, "double")
+        signs = b.op("fmul", b.call("llvm.copysign", one, r), b.call("llvm.copysign", one, q))
+        moved = b.select(b.compare("fcmp olt", signs, zero), b.op("fadd", r, q), r)
+        r = b.select(b.compare("fcmp oeq", r, zero), b.call("llvm.copysign", zero, q), moved)
+    return b.convert("fptrunc", r, "float") if narrow else r
+
+
+def _long_division(b: Builder, r: Value, d: Value, narrow: bool) -> Value:
+    """The remainder of r / d, both positive. `narrow`: they are numbers of f32."""
+    has_fma = b.isa.has_fma
+    # Bits of the quotient whose product with d is exact: in a fused operation, with 24 bits of d, with half of d.
+    exact_bits = 50 if has_fma else 28 if narrow else 25
+    rounds = -(-(278 if narrow else 1025) // (exact_bits - 1))
+    mask = literal(-1 << (53 - exact_bits), "i64")
+    high = b.bitcast(b.op("and", b.bitcast(d, "i64"), literal(-1 << 27, "i64")), "double")
+    low = b.op("fsub", d, high)
     zero = literal(0.0, "double")
 
     def step(_: Value, carried: list[Value]) -> list[Value]:
         (r,) = carried
-        # The quotient may overflow only in f64; then a smaller multiple is subtracted first.
-        scaled = b.op("fdiv", r, d)
-        cut = b.bitcast(b.op("and", b.bitcast(scaled, "i64"), literal(mask, "i64")), "double")
-        big = b.call("llvm.trunc", cut)
-        rest = _subtract_product(b, r, big, d)
-        low = b.compare("fcmp olt", rest, zero)
-        rest = b.select(low, b.op("fadd", rest, d), rest)
-        return [rest]
+        cut = b.bitcast(b.op("and", b.bitcast(b.op("fdiv", r, d), "i64"), mask), "double")
+        m = b.call("llvm.trunc", cut)
+        if has_fma:
+            rest = b.fma(b.fneg(m), d, r)
+        elif narrow:
+            rest = b.op("fsub", r, b.op("fmul", m, d))
+        else:
+            rest = b.op("fsub", b.op("fsub", r, b.op("fmul", m, high)), b.op("fmul", m, low))
+        # The quotient may have been rounded up to a whole number.
+        return [b.select(b.compare("fcmp olt", rest, zero), b.op("fadd", rest, d), rest)]
 
-    (r,) = b.loop(literal(0, "i64"), literal(rounds, "i64"), 1, step, [a])
-    over = b.compare("fcmp oge", r, d)
-    r = b.select(over, b.op("fsub", r, d), r)
-    # x / inf is x; everything that is no number, or has no quotient, gives NaN.
-    r = b.select(b.compare("fcmp oeq", d, literal(float("inf"), "double")), a, r)
-    bad = b.op("or", b.compare("fcmp oeq", d, zero), b.compare("fcmp oeq", a, literal(float("inf"), "double")))
-    bad = b.op("or", bad, b.compare("fcmp uno", a, d))
-    r = b.select(bad, literal(float("nan"), "double"), r)
-    r = b.call("llvm.copysign", r, p)
-    if fn == "mod":
-        apart = b.compare("fcmp olt", b.op("fmul", b.call("llvm.copysign", literal(1.0, "double"), r),
-                                           b.call("llvm.copysign", literal(1.0, "double"), q)), zero)  # fmt: skip
-        is_zero = b.compare("fcmp oeq", r, zero)
-        shifted = b.select(apart, b.op("fadd", r, q), r)
-        r = b.select(is_zero, b.call("llvm.copysign", zero, q), shifted)
-    return b.convert("fptrunc", r, "float") if narrow else r
-
-
-def _subtract_product(b: Builder, r: Value, m: Value, d: Value) -> Value:
-    """r - m*d."""
-    if b.isa.has_fma:
-        return b.fma(b.fneg(m), d, r)
-    return b.op("fsub", r, b.op("fmul", m, d))
+    (r,) = b.loop(literal(0, "i64"), literal(rounds, "i64"), 1, step, [r])
+    return b.select(b.compare("fcmp oge", r, d), b.op("fsub", r, d), r)
 
 
 def shift(b: Builder, fn: str, x: Value, y: Value, t: DType) -> Value:

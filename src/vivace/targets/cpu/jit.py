@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import hashlib
+import struct
 import threading
 from collections.abc import Sequence
 from functools import cache
@@ -26,6 +27,7 @@ from vivace.targets.cpu.isa import TRIPLE, cpu_name
 
 CODE_VERSION = f"llvmlite-{llvmlite.__version__}-1"
 
+_SYMBOL_TABLE, _SYMBOL_BYTES = 2, 24
 _OBJECT_MAGIC = b"\x7fELF\x02\x01"
 _lock = threading.RLock()
 
@@ -136,12 +138,42 @@ def object_key(code: KernelCode, isa: Isa) -> str:
     return hashlib.sha256(facts.encode() + b"\0" + code.llvm_text.encode()).hexdigest()
 
 
+def _symbols(data: bytes) -> tuple[set[str], set[str]]:
+    """The symbols that an ELF object defines, and those that it wants from others. Source: the ELF-64 specification."""
+    if not data.startswith(_OBJECT_MAGIC):
+        raise InternalError("compiled code cannot be loaded: it is no ELF object", hint="emptying the code cache")
+    start = struct.unpack_from("<Q", data, 40)[0]
+    size, count = struct.unpack_from("<HH", data, 58)
+    sections = [struct.unpack_from("<IIQQQQIIQQ", data, start + k * size) for k in range(count)]
+    defined: set[str] = set()
+    wanted: set[str] = set()
+    for _, kind, _, _, offset, n_bytes, names, *_ in sections:
+        if kind != _SYMBOL_TABLE:
+            continue
+        for at in range(offset + _SYMBOL_BYTES, offset + n_bytes, _SYMBOL_BYTES):
+            name, _, _, section = struct.unpack_from("<IBBH", data, at)
+            begin = sections[names][4] + name
+            text = data[begin : data.index(b"\0", begin)].decode()
+            (defined if section else wanted).add(text)
+    return defined, wanted
+
+
+def _require_symbols(objects: Sequence[bytes]) -> None:
+    """Rule CLOSED: what is missing at load time would be called at address 0."""
+    tables = [_symbols(data) for data in objects]
+    wanted = set().union(*(w for _, w in tables)) - set().union(*(d for d, _ in tables))
+    missing = sorted(name for name in wanted if not llvm.address_of_symbol(name))
+    if missing:
+        raise InternalError(f"generated code calls {', '.join(missing)}", expected="code that calls nothing")
+
+
 def load(objects: Sequence[bytes]) -> Library:
     """Machine code in executable memory. No two objects may define the same symbol.
 
     Cost: about 2 ms for 50 kernels.
     Raises: InternalError for bytes that are no object; other damage is not found here: a cache checks its entries.
     """
+    _require_symbols(objects)
     with _lock:
         machine = _target().create_target_machine(opt=2, reloc="pic", codemodel="small")
         engine = llvm.create_mcjit_compiler(llvm.parse_assembly("", context=llvm.create_context()), machine)

@@ -81,7 +81,7 @@ def _half_to_float(b: Builder, v: Value) -> Value:
 
 def _float_to_half(b: Builder, v: Value) -> Value:
     if "+f16c" in b.isa.features:
-        return b.bitcast(b.convert("fptrunc", v, "half"), "i16")
+        return _float_to_half_by_instruction(b, v)
     bits = b.bitcast(v, "i32")
     sign = b.op("and", b.op("lshr", bits, literal(16, "i32")), literal(0x8000, "i32"))
     x = b.op("and", bits, literal(0x7FFFFFFF, "i32"))
@@ -95,6 +95,31 @@ def _float_to_half(b: Builder, v: Value) -> Value:
     result = b.select(b.compare("icmp uge", x, literal(0x477FF000, "i32")), literal(0x7C00, "i32"), result)
     result = b.select(b.compare("icmp ugt", x, literal(0x7F800000, "i32")), literal(0x7E00, "i32"), result)
     return b.convert("trunc", b.op("or", result, sign), "i16")
+
+
+def _float_to_half_by_instruction(b: Builder, v: Value) -> Value:
+    """By name: LLVM makes a `fptrunc` that follows one from f64 a single conversion, and that is a call."""
+    lanes, width = v.lanes, min(max(v.lanes, 4), b.isa.vector_bits // 32)
+    if lanes < 4:
+        full = f"<{max(lanes, 1)} x float>"
+        if not lanes:
+            v = b.inst(f"insertelement {full} poison, {v}, i64 0", "float", 1, v)
+        order = ", ".join(f"i32 {k % max(lanes, 1)}" for k in range(4))
+        v = b.inst(f"shufflevector {v}, {full} poison, <4 x i32> <{order}>", "float", 4, v)
+    out = max(width, 8)
+    name = "llvm.x86.avx512.mask.vcvtps2ph.512" if width == 16 else f"llvm.x86.vcvtps2ph.{width * 32}"
+    extra = (f", <{out} x i16>", ", i16") if width == 16 else ("", "")
+    b.declare(f"<{out} x i16> @{name}(<{width} x float>, i32{''.join(extra)})", name)
+
+    def one(x: Value) -> Value:
+        rest = f", <{out} x i16> poison, i16 -1" if width == 16 else ""
+        half = b.inst(f"call <{out} x i16> @{name}({x}, i32 0{rest})", "i16", out, x)
+        return b.part(half, 0, width) if out > width else half
+
+    half = b.per_part(width, one, v)
+    if lanes >= 4:
+        return half
+    return b.part(half, 0, lanes) if lanes else b.inst(f"extractelement {half}, i64 0", "i16", 0, half)
 
 
 def flat_index(buffer: Buffer, index: tuple[Dim, ...]) -> Dim:
