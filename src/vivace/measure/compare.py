@@ -1,0 +1,82 @@
+"""How far two sets of outputs are apart.
+
+Rules:
+* FINITE: errors are taken over the elements that are finite in both; NaN must meet NaN and an infinity its like, and
+  every place where they do not is counted.
+* SCALE: the relative error is |got - want| / (1 + |want|), so that values near zero do not dominate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from vivace.base.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """An element agrees when |got - want| <= absolute + relative * |want|."""
+
+    absolute: float = 1e-3
+    relative: float = 1e-3
+
+    def __str__(self) -> str:
+        return f"|got - want| <= {self.absolute:g} + {self.relative:g} |want|"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One output of two engines. `n_special` counts NaN or infinity on one side only, `n_over` what is over tolerance.
+
+    `snr_db` is the power of the wanted values over that of the errors; infinite for equal arrays.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    max_absolute: float
+    max_relative: float
+    snr_db: float
+    n_special: int
+    n_over: int
+
+    @property
+    def agrees(self) -> bool:
+        return self.n_special == 0 and self.n_over == 0
+
+
+def compare_arrays(name: str, got: np.ndarray, want: np.ndarray, tolerance: Tolerance) -> Difference:
+    """Raises: InputError where the arrays have different shapes."""
+    if got.shape != want.shape:
+        raise InputError(
+            f"shapes differ: {list(got.shape)} and {list(want.shape)}", where=name, expected="equal shapes"
+        )
+    if want.dtype.kind in "OUS":
+        n_over = int(np.count_nonzero(got != want))
+        return Difference(name, want.shape, float(n_over > 0), float(n_over > 0), math.inf, 0, n_over)
+    a, b = got.astype(np.float64), want.astype(np.float64)
+    finite = np.isfinite(a) & np.isfinite(b)
+    same_special = (np.isnan(a) & np.isnan(b)) | (np.isinf(a) & (a == b))
+    n_special = int(np.count_nonzero(~finite & ~same_special))
+    x, y = a[finite], b[finite]
+    if x.size == 0:
+        return Difference(name, want.shape, 0.0, 0.0, math.inf, n_special, 0)
+    errors = np.abs(x - y)
+    noise, signal = float(np.sum(errors**2)), float(np.sum(y**2))
+    snr_db = math.inf if noise == 0 else 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+    n_over = int(np.count_nonzero(errors > tolerance.absolute + tolerance.relative * np.abs(y)))
+    largest_relative = float(np.max(errors / (1 + np.abs(y))))
+    return Difference(name, want.shape, float(errors.max()), largest_relative, snr_db, n_special, n_over)
+
+
+def compare(
+    got: Mapping[str, np.ndarray], want: Mapping[str, np.ndarray], tolerance: Tolerance | None = None
+) -> tuple[Difference, ...]:
+    """One record per wanted output. Raises: InputError where one is missing or has another shape."""
+    missing = [name for name in want if name not in got]
+    if missing:
+        raise InputError(f"output {missing[0]!r} is missing", expected=", ".join(want))
+    return tuple(compare_arrays(name, got[name], want[name], tolerance or Tolerance()) for name in want)
