@@ -234,7 +234,7 @@ done:
 
 ; Forbids the sleeping thread %id the CPUs on which others of the team are awake; it restores its affinity when it
 ; wakes (rule STEER).
-define internal void @steer(ptr %team, i64 %id) noinline {{
+define internal void @steer(ptr %team, i64 %id) noinline "no-builtins" {{
 entry:
   %mask = alloca [16 x i64], align 8
   %seat = call ptr @seat(ptr %team, i64 %id)
