@@ -32,7 +32,7 @@ class Tile:
 
     `outer` and `inner` split the last two row axes (a missing axis is `((1, 1),)`); a tile takes one piece of each. `tiles_per_unit`
     and `panels_per_unit` make the unit; `rows_outer` tells which of the two block numbers varies slowest over the units. `stage_a` copies a block's rows of A to scratch, an odd number of cache lines apart;
-    `stage_b` makes panels in scratch from a run-time B. `k_block` channels are summed in one pass over a unit (0: all); accumulators wait in
+    `stage_b` makes panels in scratch from a run-time B. `k_block` steps of the outermost tap are summed in one pass over a unit (0: all); accumulators wait in
     scratch between passes.
     """
 
@@ -129,13 +129,13 @@ def _unit(c: Contraction, n_tiles: int, n_panels: int, k_block: int, machine: Ma
     """
     rows, k, n = _known([r.extent for r in c.rows]), _known([_k(c)]), _known([c.n])
     n_batch = max(1, _known([b.extent for b in c.batch]))
-    channels = k_block or _known([_channel(c)])
+    channels = k_block if len(c.taps) == 1 and k_block else _known([_channel(c)])
     a_bytes, b_bytes = rows * channels * 4, n * k * 4
     work_ns = max(2 * rows * n * k / _FLOPS_PER_NS, (b_bytes + a_bytes) / _BYTES_PER_NS)
     wanted = max(1, math.ceil(min(_UNITS_WANTED, n_batch * work_ns / _UNIT_NS) / n_batch))
     tiles = n_tiles if a_bytes <= _half_l2(machine) else max(1, n_tiles * _half_l2(machine) // a_bytes)
     panels = n_panels
-    if k_block or b_bytes > a_bytes:
+    if (k_block and len(c.taps) == 1) or b_bytes > a_bytes:
         panels = max(1, n_panels // max(1, -(-wanted // -(-n_tiles // tiles))))
     if (have := -(-n_tiles // tiles) * -(-n_panels // panels)) < wanted:
         tiles = max(1, tiles // -(-wanted // have))
@@ -144,11 +144,15 @@ def _unit(c: Contraction, n_tiles: int, n_panels: int, k_block: int, machine: Ma
 
 
 def _k_block(c: Contraction, machine: Machine) -> int:
-    """Channels per pass where A and B are both too large to stay in the second-level cache over all of them; 0 for all at once."""
-    k = _channel(c)
-    rows, n = _known([r.extent for r in c.rows]), _known([c.n])
+    """Steps of the outermost tap per pass where A and B are too large to stay in the second-level cache over all; 0 for all at once."""
+    first = c.taps[0].extent if c.taps else 1
+    rows, k, n = _known([r.extent for r in c.rows]), _k(c), _known([c.n])
     room = _half_l2(machine)
-    if len(c.taps) != 1 or not isinstance(k, int) or k < 2 * _LEAST_K_BLOCK or rows * k * 4 <= room or n * k * 4 <= room:
+    if not isinstance(first, int) or not isinstance(k, int) or k < 2 * _LEAST_K_BLOCK or n * k * 4 <= room:
+        return 0
+    if len(c.taps) > 1:  # whole kernel rows, where a panel leaves little room for A and the panel that comes next
+        return 1 if first > 1 and k * c.packing.lanes * 4 > room // 2 else 0
+    if rows * k * 4 <= room:
         return 0
     divisors = [k // passes for passes in range(2, k // _LEAST_K_BLOCK + 1) if k % (passes * 16) == 0]
     return next((size for size in divisors if rows * size * 4 <= room), divisors[-1] if divisors else 0)

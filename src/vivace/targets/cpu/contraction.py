@@ -6,19 +6,22 @@ row counts split into tiles of one or two sizes, and the last panel may be narro
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
-from vivace.base.dims import Dim, ceildiv, prod
+from vivace.base.dims import Dim, ceildiv, linear, prod, symbols
 from vivace.base.machine import Isa
 from vivace.loops.contraction import Contraction, contraction_dims, contraction_params, merge_axes
+from vivace.loops.kernel import Load, walk
 from vivace.lower.tile import Tile, choose_tile, staged_stride
 from vivace.targets.cpu.code import KernelCode
-from vivace.targets.cpu.contraction_body import F32_BYTES, Operands, Shape, accumulate, load, mask_text, store
+from vivace.targets.cpu.contraction_body import F32_BYTES, LINE_BYTES, Operands, Shape, Sum, load, mask_text, store
 from vivace.targets.cpu.contraction_driver import driver
 from vivace.targets.cpu.contraction_epilogue import Epilogue
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol_of, variants
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.isa import kernel_attributes
+from vivace.targets.cpu.memory import flat_index
 
 
 def emit_contraction(c: Contraction, isa: Isa, tile: Tile | None = None) -> KernelCode:
@@ -59,10 +62,15 @@ def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict
     if p.tile.stage_a:
         staged = t.mul(t.dim(staged_stride(p.k), dims), F32_BYTES)
         row_offsets = [t.mul(staged, r) for r in range(len(rows))]
-    taps = p.c.taps if not p.tile.k_block else (replace(p.c.taps[0], extent=p.tile.k_block),)
+    taps = p.c.taps if not p.tile.k_block else (replace(p.c.taps[0], extent=p.tile.k_block), *p.c.taps[1:])
     operands = Operands(taps, p.in_panels, p.tile.lanes, [None] * vectors if p.in_panels else masks)
     start = _waiting(t, p, len(rows), vectors) if p.tile.k_block else None
-    acc = accumulate(t, isa, Shape(rows, vectors, p.tile.unroll), operands, "%a", "%b", row_offsets, dims, start)
+    if not p.tile.k_block:
+        _fetch_destination(t, p, rows, vectors, dims)
+    summed = Sum(t, isa, Shape(rows, vectors, p.tile.unroll), operands, row_offsets, dims)
+    if p.fetches_ahead:
+        summed.ahead, summed.ahead_lines = "%ahead", p.ahead_lines
+    acc = summed.emit("%a", "%b", start)
     if p.tile.k_block:
         _wait_unless_last(t, p, acc)
     symbols: dict[str, Int] = {**dims, **{x.name: f"%x{i}" for i, x in enumerate(p.axes())}, "n": "%n"}
@@ -77,8 +85,9 @@ def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict
     epilogue.close()
     t.put("ret void")
     between = ", ptr %waiting, i1 %last" if p.tile.k_block else ""
+    ahead = ", ptr %ahead" if p.fetches_ahead else ""
     axes = "".join(f", i64 %x{i}" for i in range(len(p.axes())))
-    head = f"define internal void @{symbol_of(p, outer, inner, tail)}(ptr %args, ptr %a, ptr %b, ptr %out, i64 %n{axes}{between})"
+    head = f"define internal void @{symbol_of(p, outer, inner, tail)}(ptr %args, ptr %a, ptr %b, ptr %out, i64 %n{axes}{between}{ahead})"
     return "\n".join([f"{head} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
 
 
@@ -102,3 +111,23 @@ def _wait_unless_last(t: Text, p: Plan, acc: list[list[str]]) -> None:
             store(t, p.isa, value, place, None)
     t.put("ret void")
     t.start(finish)
+
+
+def _fetch_destination(t: Text, p: Plan, rows: tuple[tuple[int, int], ...], vectors: int, dims: Mapping[str, Int]) -> None:
+    """Asks for what the epilogue will read and write row by row, so that it comes while the taps are summed."""
+    at: dict[str, Int] = {**dims, **{x.name: f"%x{i}" for i, x in enumerate(p.axes())}, "n": "%n"}
+    moving = {p.outer.name, p.inner.name} - {""}
+    read = [e for e in walk(p.c.epilogue) if isinstance(e, Load)] if p.c.epilogue is not None else []
+    bases: list[tuple[str, Dim, Dim]] = [("%out", p.outer.out, p.inner.out)]
+    for e in read:
+        flat = flat_index(e.buffer, e.index)
+        steps = [linear(flat, name) if name else (0, flat) for name in (p.outer.name, p.inner.name)]
+        known = all(step is not None for step in steps) and e.buffer.dtype.size_bytes == F32_BYTES
+        if known and not e.inside and any(s.name in moving for s in symbols(flat)):
+            corner = t.at(base_of(t, p, e.buffer), t.mul(t.dim(flat, at), F32_BYTES))
+            bases.append((corner, *(step[0] for step in steps if step is not None)))  # type: ignore[arg-type]
+    for corner, per_outer, per_inner in dict.fromkeys(bases):
+        for o, i in rows:
+            offset = t.mul(t.dim(per_outer * o + per_inner * i, dims), F32_BYTES)
+            for j in range(0, vectors * p.isa.vector_bits // 8, LINE_BYTES):
+                t.fetch(t.at(t.at(corner, offset), j))

@@ -7,14 +7,16 @@ addresses all of A. B rows are whole vectors, contiguous in a panel or a run-tim
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from vivace.base.dims import Dim
 from vivace.base.machine import Isa
 from vivace.loops.contraction import Axis
 from vivace.targets.cpu.contraction_text import Int, Text
 
 F32_BYTES = 4
+LINE_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,104 +63,143 @@ def broadcast(t: Text, isa: Isa, pointer: str) -> str:
     return t.op(f"shufflevector {kind} {first}, {kind} poison, <{isa.n_f32_lanes} x i32> zeroinitializer")
 
 
-def accumulate(
-    t: Text,
-    isa: Isa,
-    shape: Shape,
-    operands: Operands,
-    a: str,
-    b: str,
-    row_offsets: list[Int],
-    dims: Mapping[str, Int],
-    start: list[list[str]] | None = None,
-) -> list[list[str]]:
-    """Sums over all taps, onto `start` if there is one. Returns accumulators by row and vector."""
-    kind = vector_type(isa)
-    zero = start or [["zeroinitializer"] * shape.vectors for _ in shape.rows]
-    if any(tap.extent == 0 for tap in operands.taps):
-        return zero
-    *outer, channel = operands.taps or (Axis("k", 1, 1, operands.lanes),)
-    step_a = t.mul(t.dim(channel.a, dims), F32_BYTES)
-    step_b = operands.lanes * F32_BYTES if operands.panel else t.mul(t.dim(channel.b, dims), F32_BYTES)
-    extent = t.dim(channel.extent, dims)
+@dataclass(slots=True)
+class _State:
+    """What moves along the taps: addresses in A, in B, and of what is fetched ahead; accumulators by row and vector."""
 
-    def one_step(ap: str, bp: str, acc: list[list[str]], u: int) -> list[list[str]]:
-        columns = [
-            load(t, isa, t.at(bp, t.add(t.mul(step_b, u), j * isa.vector_bits // 8)), mask)
-            for j, mask in enumerate(operands.masks)
-        ]
-        result = []
-        for offset, row in zip(row_offsets, acc):
-            x = broadcast(t, isa, t.at(t.at(ap, t.mul(step_a, u)), offset))
-            result.append([multiply_add(t, isa, x, y, s) for y, s in zip(columns, row)])
-        return result
+    pointers: list[str]
+    acc: list[list[str]]
 
-    def steps(ap: str, bp: str, acc: list[list[str]], n: int) -> tuple[str, str, list[list[str]]]:
-        for u in range(n):
-            acc = one_step(ap, bp, acc, u)
-            acc = _grid(t.pin(kind, _flat(acc)), shape.vectors)
-        return t.at(ap, t.mul(step_a, n)), t.at(bp, t.mul(step_b, n)), acc
 
-    def run(times: Int, ap: str, bp: str, acc: list[list[str]], n: int) -> tuple[str, str, list[list[str]]]:
+@dataclass(slots=True)
+class Sum:
+    """Writes the sum over all taps of one tile. `rows` are byte offsets in A; `dims` values of run-time dims.
+
+    `ahead` is memory that will be needed later, a panel of B as a rule: so many cache lines of it are fetched into the second-level
+    cache in every round of `unroll` steps.
+    """
+
+    t: Text
+    isa: Isa
+    shape: Shape
+    operands: Operands
+    rows: list[Int]
+    dims: Mapping[str, Int]
+    ahead: str | None = None
+    ahead_lines: int = 0
+
+    def emit(self, a: str, b: str, start: list[list[str]] | None = None) -> list[list[str]]:
+        """Accumulators by row and vector, summed onto `start` if there is one."""
+        acc = start or [["zeroinitializer"] * self.shape.vectors for _ in self.shape.rows]
+        if any(tap.extent == 0 for tap in self.operands.taps):
+            return acc
+        *outer, _ = self._taps
+        state = _State([a, b] if self.ahead is None else [a, b, self.ahead], acc)
+        return (self._outer(outer, state) if outer else self._channels(state)).acc
+
+    @property
+    def _taps(self) -> tuple[Axis, ...]:
+        return self.operands.taps or (Axis("k", 1, 1, self.operands.lanes),)
+
+    def _bytes(self, elements: Dim) -> Int:
+        return self.t.mul(self.t.dim(elements, self.dims), F32_BYTES)
+
+    @property
+    def _step_b(self) -> Int:
+        return self.operands.lanes * F32_BYTES if self.operands.panel else self._bytes(self._taps[-1].b)
+
+    def _outer(self, outer: list[Axis], state: _State) -> _State:
+        """All taps but the channel as one loop."""
+        t, b = self.t, state.pointers[1]
+        counts = [t.dim(x.extent, self.dims) for x in outer]
+        total: Int = 1
+        for count in counts:
+            total = t.mul(total, count)
+        a = state.pointers[0]
+
+        def tap(i: str, inside: _State) -> _State:
+            in_a: Int = 0
+            in_b: Int = 0
+            rest: Int = i
+            for depth, axis in reversed(list(enumerate(outer))):
+                rest, at = t.divmod(rest, counts[depth]) if depth else (0, rest)
+                in_a = t.add(in_a, t.mul(at, self._bytes(axis.a)))
+                in_b = t.add(in_b, t.mul(at, self._bytes(axis.b)))
+            inside.pointers[0] = t.at(a, in_a)
+            if not self.operands.panel:
+                inside.pointers[1] = t.at(b, in_b)
+            return self._channels(inside)
+
+        return self._loop(total, state, tap)
+
+    def _channels(self, state: _State) -> _State:
+        extent, unroll = self.t.dim(self._taps[-1].extent, self.dims), self.shape.unroll
+        if isinstance(extent, int):
+            times, rest = divmod(extent, unroll)
+            return self._steps(self._run(times, state, unroll), rest)
+        whole, left = self.t.divmod(extent, unroll)
+        return self._maybe(left, self._maybe(whole, state, unroll), 1)
+
+    def _run(self, times: Int, state: _State, n: int) -> _State:
         """`times` rounds of `n` steps."""
         if times == 0:
-            return ap, bp, acc
+            return state
         if times == 1:
-            return steps(ap, bp, acc, n)
+            return self._steps(state, n)
+        return self._loop(times, state, lambda _, inside: self._steps(inside, n))
 
-        def body(_: str, carried: list[str]) -> list[str]:
-            p, q, grid = steps(carried[0], carried[1], _grid(carried[2:], shape.vectors), n)
-            return [p, q, *_flat(grid)]
-
-        out = t.reduce_loop(times, [("ptr", ap), ("ptr", bp), *((kind, x) for x in _flat(acc))], body)
-        return out[0], out[1], _grid(out[2:], shape.vectors)
-
-    def maybe(times: Int, ap: str, bp: str, acc: list[list[str]], n: int) -> tuple[str, str, list[list[str]]]:
-        """`run`, where `times` may turn out to be 0."""
+    def _maybe(self, times: Int, state: _State, n: int) -> _State:
+        """`_run`, where `times` may turn out to be 0."""
+        t, kind = self.t, vector_type(self.isa)
         enter, done = t.label(), t.label()
         before = t.block
         t.branch(t.less(0, times), enter, done)
         t.start(enter)
-        p, q, grid = run(times, ap, bp, acc, n)
+        after = self._run(times, state, n)
         t.jump(done)
         last = t.block
         t.start(done)
-        ap, bp = (t.op(f"phi ptr [ {x}, %{before} ], [ {y}, %{last} ]") for x, y in ((ap, p), (bp, q)))
-        pairs = zip(_flat(acc), _flat(grid))
-        joined = [t.op(f"phi {kind} [ {x}, %{before} ], [ {y}, %{last} ]") for x, y in pairs]
-        return ap, bp, _grid(joined, shape.vectors)
 
-    def channels(ap: str, bp: str, acc: list[list[str]]) -> tuple[str, list[list[str]]]:
-        if isinstance(extent, int):
-            times, rest = divmod(extent, shape.unroll)
-            ap, bp, acc = run(times, ap, bp, acc, shape.unroll)
-            _, bp, acc = steps(ap, bp, acc, rest)
-            return bp, acc
-        whole, rest = t.divmod(extent, shape.unroll)
-        ap, bp, acc = maybe(whole, ap, bp, acc, shape.unroll)
-        _, bp, acc = maybe(rest, ap, bp, acc, 1)
-        return bp, acc
+        def join(type_text: str, x: str, y: str) -> str:
+            return t.op(f"phi {type_text} [ {x}, %{before} ], [ {y}, %{last} ]")
 
-    if not outer:
-        return channels(a, b, acc=zero)[1]
-    counts = [t.dim(x.extent, dims) for x in outer]
-    total: Int = 1
-    for count in counts:
-        total = t.mul(total, count)
+        pointers = [join("ptr", x, y) for x, y in zip(state.pointers, after.pointers)]
+        acc = [join(kind, x, y) for x, y in zip(_flat(state.acc), _flat(after.acc))]
+        return _State(pointers, _grid(acc, self.shape.vectors))
 
-    def tap(i: str, carried: list[str]) -> list[str]:
-        offset_a: Int = 0
-        offset_b: Int = 0
-        rest: Int = i
-        for depth, axis in reversed(list(enumerate(outer))):
-            rest, at = t.divmod(rest, counts[depth]) if depth else (0, rest)
-            offset_a = t.add(offset_a, t.mul(at, t.mul(t.dim(axis.a, dims), F32_BYTES)))
-            offset_b = t.add(offset_b, t.mul(at, t.mul(t.dim(axis.b, dims), F32_BYTES)))
-        bp = carried[0] if operands.panel else t.at(b, offset_b)
-        bp, acc = channels(t.at(a, offset_a), bp, _grid(carried[1:], shape.vectors))
-        return [bp, *_flat(acc)]
+    def _loop(self, times: Int, state: _State, body: Callable[[str, _State], _State]) -> _State:
+        kind, n = vector_type(self.isa), len(state.pointers)
 
-    return _grid(t.reduce_loop(total, [("ptr", b), *((kind, x) for x in _flat(zero))], tap)[1:], shape.vectors)
+        def flat_body(i: str, carried: list[str]) -> list[str]:
+            after = body(i, _State(carried[:n], _grid(carried[n:], self.shape.vectors)))
+            return [*after.pointers, *_flat(after.acc)]
+
+        carried = [("ptr", x) for x in state.pointers] + [(kind, x) for x in _flat(state.acc)]
+        out = self.t.reduce_loop(times, carried, flat_body)
+        return _State(out[:n], _grid(out[n:], self.shape.vectors))
+
+    def _steps(self, state: _State, n: int) -> _State:
+        """`n` steps of the channel."""
+        t, step_a, step_b = self.t, self._bytes(self._taps[-1].a), self._step_b
+        acc = state.acc
+        for u in range(n):
+            acc = self._step(state.pointers, acc, t.mul(step_a, u), t.mul(step_b, u))
+            if u == 0 and len(state.pointers) > 2 and n == self.shape.unroll:
+                for line in range(self.ahead_lines):
+                    t.fetch(t.at(state.pointers[2], line * LINE_BYTES), level=2)
+            acc = _grid(t.pin(vector_type(self.isa), _flat(acc)), self.shape.vectors)
+        moves = (t.mul(step_a, n), t.mul(step_b, n), self.ahead_lines * LINE_BYTES)
+        return _State([t.at(x, move) for x, move in zip(state.pointers, moves)], acc)
+
+    def _step(self, pointers: list[str], acc: list[list[str]], in_a: Int, in_b: Int) -> list[list[str]]:
+        t, isa, width = self.t, self.isa, self.isa.vector_bits // 8
+        row_b = t.at(pointers[1], in_b)
+        columns = [load(t, isa, t.at(row_b, j * width), mask) for j, mask in enumerate(self.operands.masks)]
+        result = []
+        for offset, row in zip(self.rows, acc):
+            x = broadcast(t, isa, t.at(t.at(pointers[0], in_a), offset))
+            result.append([multiply_add(t, isa, x, y, s) for y, s in zip(columns, row)])
+        return result
 
 
 def _flat(grid: list[list[str]]) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from vivace.base.dims import ceildiv, prod
 from vivace.loops.contraction import Axis
 from vivace.lower.tile import Segment, pieces, staged_stride
-from vivace.targets.cpu.contraction_body import F32_BYTES
+from vivace.targets.cpu.contraction_body import F32_BYTES, LINE_BYTES
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol_of, variants
 from vivace.targets.cpu.contraction_stage import clear, copy_panel, copy_row, transpose_panel
 from vivace.targets.cpu.contraction_text import Int, Text
@@ -95,9 +95,11 @@ def driver(p: Plan) -> tuple[str, dict[str, str]]:
         if p.tile.k_block:
             n_waiting = t.mul(t.sub(panel_end, first_panel), t.sub(tile_end, first_tile))
             clear(t, p.isa, waiting, t.mul(n_waiting, p.waiting_bytes))
-        channel = p.c.taps[-1] if p.c.taps else Axis("k", 1)
+        channel = p.c.taps[0] if p.c.taps else Axis("k", 1)
         pass_a = t.mul(t.dim(channel.a, dims), p.tile.k_block * F32_BYTES)
-        pass_b = t.mul(p.tile.lanes if p.in_panels else t.dim(channel.b, dims), p.tile.k_block * F32_BYTES)
+        pass_b = t.mul(t.dim(p.pass_rows, dims), p.tile.lanes * F32_BYTES)
+        if not p.in_panels:
+            pass_b = t.mul(t.dim(channel.b, dims), p.tile.k_block * F32_BYTES)
         with t.times(p.n_passes) as passed, t.loop(first_panel, panel_end) as panel:
             n = t.mul(panel, p.tile.lanes)
             if p.tile.stage_b:
@@ -120,6 +122,11 @@ def driver(p: Plan) -> tuple[str, dict[str, str]]:
                     number = t.add(t.mul(t.sub(panel, first_panel), t.sub(tile_end, first_tile)), t.sub(tile, first_tile))
                     last = t.op(f"icmp eq i64 {passed}, {p.n_passes - 1}")
                     between = f", ptr {t.at(waiting, t.mul(number, p.waiting_bytes))}, i1 {last}"
+                if p.fetches_ahead:
+                    following = pass_b if p.n_passes > 1 and p.tile.panels_per_unit == 1 else panel_bytes
+                    rounds = t.divmod(t.dim(p.pass_rows, dims), p.tile.unroll)[0]
+                    share = t.mul(t.sub(tile, first_tile), t.mul(rounds, p.ahead_lines * LINE_BYTES))
+                    between += f", ptr {t.at(t.at(b_panel, following), share)}"
                 _call_tile(t, p, dims, spot, n, at | spot.at, (from_a, b_panel, to), between)
     t.put("ret void")
     head = f"define void @{p.name}(ptr %args, i64 %begin, i64 %end, ptr %scratch) #0 {{"

@@ -9,7 +9,7 @@ from vivace.base.machine import Isa
 from vivace.loops.contraction import Axis, Contraction
 from vivace.loops.kernel import Buffer
 from vivace.lower.tile import Tile, pieces, staged_rows, staged_stride
-from vivace.targets.cpu.contraction_body import F32_BYTES
+from vivace.targets.cpu.contraction_body import F32_BYTES, LINE_BYTES
 from vivace.targets.cpu.contraction_text import Int, Text
 
 _NONE = Axis("", 1)
@@ -94,8 +94,24 @@ class Plan:
 
     @property
     def n_passes(self) -> int:
-        channel = self.c.taps[-1].extent if self.c.taps else 1
-        return channel // self.tile.k_block if self.tile.k_block and isinstance(channel, int) else 1
+        """Passes go over the outermost tap axis."""
+        extent = self.c.taps[0].extent if self.c.taps else 1
+        return extent // self.tile.k_block if self.tile.k_block and isinstance(extent, int) else 1
+
+    @property
+    def pass_rows(self) -> Dim:
+        """Rows of a panel that one pass reads."""
+        return self.tile.k_block * prod([x.extent for x in self.c.taps[1:]]) if self.tile.k_block else self.k
+
+    @property
+    def fetches_ahead(self) -> bool:
+        """Whether micro-kernels fetch what comes next in B while they work: constant panels, which may lie in memory."""
+        return self.c.packing.kind == "panels"
+
+    @property
+    def ahead_lines(self) -> int:
+        """Cache lines to fetch per round of the unrolled channel, so that the tiles of a unit together fetch one panel."""
+        return -(-self.tile.unroll * self.tile.lanes * F32_BYTES // LINE_BYTES // self.tile.tiles_per_unit)
 
     @property
     def in_panels(self) -> bool:

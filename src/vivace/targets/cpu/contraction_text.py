@@ -138,6 +138,11 @@ class Text:
             return pointer
         return self.op(f"getelementptr i8, ptr {pointer}, i64 {offset_bytes}")
 
+    def fetch(self, pointer: str, level: int = 1) -> None:
+        """Asks for a cache line, wherever it is; harmless where there is no memory."""
+        self.declare("llvm.prefetch.p0", "void @llvm.prefetch.p0(ptr, i32, i32, i32)")
+        self.put(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 {4 - level}, i32 1)")
+
     def pin(self, kind: str, values: list[str]) -> list[str]:
         """The same values, computed before any load that follows in the text.
 
