@@ -1,0 +1,98 @@
+"""The optimizer's table of contents: every pass in its order, at its level, and why it stands there.
+
+Levels carry ONNX Runtime's names and numbers. Up to EXTENDED the graph stays portable: the exporter writes it as standard ONNX. LAYOUT
+is for our own code generator.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from vivace.base.errors import InputError
+from vivace.base.knobs import knobs
+from vivace.graph.graph import Graph
+from vivace.graph.passes import Pass, Run, remove_dead, run_passes
+from vivace.optimize.layout import put_channels_last, sink_transposes
+from vivace.optimize.report import Report, count_ops, moved_bytes
+from vivace.optimize.rules import activations, attention, constants, identities, movement, normalization, weights
+from vivace.optimize.share import share_common
+
+
+class Level(IntEnum):
+    """How far to go; each level includes those before it."""
+
+    DISABLE = 0
+    BASIC = 1
+    EXTENDED = 2
+    LAYOUT = 3
+    ALL = 99
+
+
+SIMPLIFY = (*constants.RULES, *identities.RULES, *movement.RULES)
+
+PIPELINE: tuple[Pass, ...] = (
+    Pass(
+        "remove_dead", "drop what no output needs, so that nothing is spent on it", Level.BASIC,
+        function=lambda g, log: remove_dead(g),
+    ),
+    Pass(
+        "simplify", "fold constants, follow known conditions, cancel and join neighbours", Level.BASIC,
+        rules=SIMPLIFY, ensures=frozenset({"simple"}),
+    ),
+    Pass(
+        "share_common", "compute equal things once; before fusions, which match nodes that have one reader", Level.BASIC,
+        function=share_common,
+    ),
+    Pass(
+        "fold_into_weights", "scales, biases and pads into conv and matmul", Level.BASIC,
+        rules=(*SIMPLIFY, *weights.RULES), requires=frozenset({"simple"}),
+    ),
+    Pass(
+        "sink_transposes", "move transposes until they cancel; after folding, so that fewer ops stand in between", Level.BASIC,
+        function=sink_transposes,
+    ),
+    Pass(
+        "fuse", "write every spelling of an activation, a normalization or attention as the one op", Level.EXTENDED,
+        rules=(*activations.RULES, *normalization.RULES, *attention.RULES),
+        requires=frozenset({"simple"}), destroys=frozenset({"simple"}),
+    ),
+    Pass(
+        "simplify_again", "join what the moves and fusions brought together", Level.BASIC,
+        rules=(*SIMPLIFY, *weights.RULES), ensures=frozenset({"simple"}),
+    ),
+    Pass("share_again", "and share what became equal", Level.BASIC, function=share_common),
+    Pass(
+        "put_channels_last", "convolutions and pools on NHWC; last, since it decides for the whole graph", Level.LAYOUT,
+        function=put_channels_last, requires=frozenset({"simple"}), ensures=frozenset({"channels_last"}),
+    ),
+    Pass(
+        "finish_layout", "join the transposes and reshapes that remain; constant gathers become views", Level.LAYOUT,
+        rules=(*SIMPLIFY, *weights.RULES, *movement.NATIVE_RULES), requires=frozenset({"channels_last"}),
+    ),
+    Pass("share_last", "one transpose per value", Level.LAYOUT, function=share_common),
+)  # fmt: skip
+
+
+def rule_names() -> list[str]:
+    """Every pass and every rule, the names that `disable` takes."""
+    return list(dict.fromkeys([*(p.name for p in PIPELINE), *(r.name for p in PIPELINE for r in p.rules)]))
+
+
+def optimize(graph: Graph, level: int = Level.ALL, disable: tuple[str, ...] = (), report: Report | None = None) -> Graph:
+    """The graph, rewritten by every pass of `level` and below, except the passes and rules in `disable`.
+
+    `report` is filled with counts, times and near misses. Raises: InputError for an unknown name or level; GraphError naming a broken pass.
+    """
+    if level not in list(Level):
+        raise InputError(f"unknown level {level}", where="optimize", expected=", ".join(f"{x.name.lower()} ({x.value})" for x in Level))
+    if unknown := sorted(set(disable) - set(rule_names())):
+        raise InputError(f"nothing is called {unknown[0]!r}", where="disable", expected="a pass or a rule of docs/rules.md")
+    explain = tuple(dict.fromkeys((*knobs.explain, *(report.explain if report else ()))))
+    record = Run()
+    chosen = [p for p in PIPELINE if p.level <= level]
+    result = run_passes(graph, chosen, disabled=frozenset(disable), dump=knobs.dump, explain=explain, record=record)
+    if report is not None:
+        report.stages, report.notes = record.stages, record.notes
+        report.ops_before, report.ops_after = count_ops(graph), count_ops(result)
+        report.bytes_before, report.bytes_after = moved_bytes(graph), moved_bytes(result)
+    return result
