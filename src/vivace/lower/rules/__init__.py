@@ -12,6 +12,7 @@ from vivace.lower.rules.control import lower_if, lower_loop, lower_onnx
 from vivace.lower.rules.elementwise import dims_values, lower_elementwise
 from vivace.lower.rules.placement import lower_concat, lower_pad
 from vivace.lower.rules.pool import lower_pool
+from vivace.lower.rules.recurrent import lower_recurrent
 from vivace.lower.rules.rowwise import lower_norm, lower_reduce, lower_softmax
 
 RULES: dict[str, Callable[[Lowering, Group], None]] = {
@@ -30,6 +31,7 @@ RULES: dict[str, Callable[[Lowering, Group], None]] = {
     "concat": lower_concat,
     "pad": lower_pad,
     "attention": lower_attention,
+    **dict.fromkeys(("lstm", "gru", "rnn"), lower_recurrent),
     "if": lower_if,
     "loop": lower_loop,
     "onnx": lower_onnx,
