@@ -47,12 +47,11 @@ def compile(
     started = time.perf_counter()
     names = tuple(providers.split(",")) if isinstance(providers, str) else tuple(providers)
     graph = load_graph(source, shapes)
-    imported = graph
     graph = optimize_for_native(graph, level, disable)
     image = build_image(graph, choose_isa(target), cache, names, progress)
     n_threads = threads_for(threads)
     image.facts["compile_seconds"] = time.perf_counter() - started
-    return Engine(image, n_threads, placements(image), make_foreign(n_threads), lambda: portable_model(imported))
+    return Engine(image, n_threads, placements(image), make_foreign(n_threads), lambda: portable_model(source, shapes))
 
 
 def load(path: str | Path, *, threads: int | None = None) -> Engine:
@@ -75,11 +74,11 @@ def load(path: str | Path, *, threads: int | None = None) -> Engine:
     return Engine(saved.image(), n_threads, placement, make_foreign(n_threads), lambda: saved.checked_bytes("portable"))
 
 
-def portable_model(graph: Graph) -> bytes:
-    """The graph as an ONNX model."""
+def portable_model(source: object, shapes: Mapping[str, Sequence[int]] | None) -> bytes:
+    """The model as one ONNX file. A path is read again, so that an engine need not keep a second copy of the weights."""
     from vivace.onnx.exporter import export
 
-    return export(graph).SerializeToString()
+    return export(load_graph(source, shapes)).SerializeToString()
 
 
 def choose_isa(target: str) -> Isa:

@@ -16,7 +16,7 @@ from vivace.base.dims import Dim, Expr, substitute, symbols
 from vivace.lower.plan import Branch, Foreign, Instruction, Operand, Plan, Step
 from vivace.lower.views import Storage, View
 
-SERIAL_NS = 6_000  # two barriers of ~0.3 us and a claim cost about 1 us; half of 6 us is the least worth saving
+SERIAL_NS = 2_000  # handing a step over costs about 0.1 us, but its data then comes from the other core's cache
 GUESS = 64  # for symbolic dims, in estimates only
 FLOPS_PER_NS, BYTES_PER_NS = 50.0, 10.0
 
@@ -42,9 +42,9 @@ class Schedule:
     lifetimes: dict[Storage, tuple[int, int]]
 
 
-def estimate_ns(step: Step) -> float:
-    """A rough time on one core, for ordering decisions only."""
-    return max(_guess(step.flops) / FLOPS_PER_NS, _guess(step.bytes) / BYTES_PER_NS) + 200
+def estimate_ns(flops: int, n_bytes: int) -> float:
+    """A rough time of a step on one core: only for deciding what is worth sharing."""
+    return max(flops / FLOPS_PER_NS, n_bytes / BYTES_PER_NS)
 
 
 def _guess(d: Dim) -> int:
@@ -66,7 +66,7 @@ def _append(lines: list[Line], body: Sequence[Instruction]) -> None:
     for item in body:
         match item:
             case Step():
-                serial = estimate_ns(item) < SERIAL_NS
+                serial = estimate_ns(_guess(item.flops), _guess(item.bytes)) < SERIAL_NS
                 beside = (
                     not serial and bool(writes) and not writes.intersection(item.reads) and not reads.intersection(item.writes)
                 )

@@ -47,6 +47,7 @@ class Tile:
     stage_a: bool
     stage_b: bool = False
     k_block: int = 0
+    tiles_outside: bool = False
 
 
 def max_rows(nv: int, isa: Isa) -> int:

@@ -11,9 +11,10 @@ from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.scalar import literal, scalar
 from vivace.lower.views import View, collapse
-from vivace.loops.kernel import Buffer, Expr, For, Index, Kernel, Load, Stmt, Store
+from vivace.loops.kernel import Buffer, Expr, For, Index, Kernel, Load, LoopKind, Stmt, Store
 
 BLOCK = 4096  # elements of a flat loop that one unit of parallel work computes: 16 KiB of f32, half of the smallest L1 in use
+NARROW = 6  # below this an innermost axis is copied element by element: a masked vector costs more (measured on 3-channel images)
 Build = Callable[[list[Expr]], Expr]
 
 
@@ -135,9 +136,12 @@ def emit_pointwise(ctx: Lowering, label: str, leaves: Sequence[View], out: View,
         else:
             loops = For("b", ceildiv(n, BLOCK), (For("i0", minimum(BLOCK, n - symbol("b", 0) * BLOCK), (store,), "vector"),), "parallel")
     else:
-        loops = For(f"i{inner}", shape[inner], (store,), "vector")
+        n_inner = shape[inner]
+        narrow = isinstance(n_inner, int) and n_inner < NARROW and len(shape) > 2
+        loops = For(f"i{inner}", n_inner, (store,), "unroll" if narrow else "vector")
         for axis in reversed(order[:-1]):
-            loops = For(f"i{axis}", shape[axis], (loops,), "parallel")
+            kind: LoopKind = "serial" if narrow and axis == order[-2] else "parallel"
+            loops = For(f"i{axis}", shape[axis], (loops,), kind)
     moved: Dim = prod(out.shape) * out.dtype.size_bytes
     for v in leaves:
         if v.storage is not None:
