@@ -101,6 +101,7 @@ class Builder:
         self.name, self.isa, self._parameters = name, isa, parameters
         self._scopes = [_Scope("entry", False, True)]
         self._count = 0
+        self._floor = 0
         self._declared: dict[str, str] = {}
         self._globals: dict[str, str] = {}
 
@@ -126,6 +127,7 @@ class Builder:
     def inst(self, text: str, t: str, lanes: int, *operands: Value, here: bool = False) -> Value:
         """The result of an instruction without effects; `here` keeps it in the innermost scope."""
         level = self.level if here else max([v.level for v in operands], default=0)
+        level = max(level, self._floor)
         scope = self._scopes[level]
         found = scope.seen.get(text)
         if found is None:
@@ -221,13 +223,16 @@ class Builder:
         return results
 
     def branch(
-        self, cond: Value, body: Callable[[], Sequence[Value]], otherwise: Sequence[Value] = (), likely: bool = True
+        self, cond: Value, body: Callable[[], Sequence[Value]], otherwise: Sequence[Value] = (), is_rare: bool = False
     ) -> list[Value]:
-        """`if (cond) values = body()`, else the values are `otherwise`."""
+        """`if (cond) values = body()`, else the values are `otherwise`. Nothing is moved out of a rare branch."""
         parent, top, after = self._scopes[-1], self._label(), self._label()
-        scope = _Scope(top, False, False)
+        scope, floor = _Scope(top, False, False), self._floor
         self._scopes.append(scope)
+        if is_rare:
+            self._floor = self.level
         values = list(body())
+        self._floor = floor
         self._scopes.pop()
         parent.lines += [f"  br i1 {cond.text}, label %{top}, label %{after}", f"{top}:"]
         parent.lines.extend(scope.lines)

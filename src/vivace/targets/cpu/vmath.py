@@ -3,16 +3,15 @@
 `f32` emits one function. Exact where IEEE says so: infinities, NaN, signed zeros, overflow and gradual underflow.
 Largest errors in units in the last place (tests measure them on dense samples; without fused multiply-add in parentheses):
 
-    exp 1.1 (1.5)   log 1.5 (2)   tanh 2.5 (3)   sigmoid 2 (2.5)   erf 1.5 (2)   sin cos 1.5 (1.5)
-    tan asin acos atan sinh cosh asinh acosh atanh log1p expm1 pow: 0.51, computed in f64 (`vmath64`)
-
-sin, cos and tan reduce their argument in f64: the bound holds for |x| up to 1e8; beyond, the error grows with x.
+    exp 0.9 (1.2)   log 0.8   erf 1 (1.1)   sin cos 1.6   sigmoid 2.1   tanh 2.3 (2.6)
+    tan asin acos atan sinh cosh asinh acosh atanh log1p expm1 pow, computed in f64 (`vmath64`): 0.51
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
 from vivace.targets.cpu import vmath64
 from vivace.targets.cpu.builder import Builder, Value, literal
@@ -152,14 +151,67 @@ def erf(b: Builder, x: Value) -> Value:
     return b.select(b.compare("fcmp ogt", a, _c(0.927734375)), copy_sign(b, large, x), small)
 
 
+_FAR, _LEAST_EXPONENT = 1e5, -7  # numbers above 1e5 are m * 2**e with a 24-bit m and e >= -7
+_TWO_OVER_PI = 0xa2f9836e4e441529fc2757d1f534ddc0db6295993c439041fe5163abdebbc561  # times 2**256
+
+
+@cache
+def _far_table() -> str:
+    """For each exponent e from -7 to 104, (2**e * 2/pi) mod 4 as three numbers: two of 28 bits and the rest."""
+    numbers = []
+    for e in range(_LEAST_EXPONENT, 105):
+        rest = (_TWO_OVER_PI << (e + 7)) % (4 << 263)
+        for unit in (26, 54):
+            part = rest >> (263 - unit)
+            numbers.append(math.ldexp(part, -unit))
+            rest -= part << (263 - unit)
+        numbers.append(math.ldexp(rest >> 110, 110 - 263))
+    text = ", ".join(f"double {literal(v, 'double').text}" for v in numbers)
+    return f"[{len(numbers)} x double] [{text}]"
+
+
+def _reduced_far(b: Builder, x: Value) -> tuple[Value, Value]:
+    """The same for large numbers: the quotient modulo 4 from as many bits of 2/pi as matter. Source: Payne and Hanek, 1983."""
+    bits = b.bitcast(x, "i32")
+    exponent = b.op("and", b.op("lshr", bits, _i(23)), _i(255))
+    row = b.op("sub", exponent, _i(150 + _LEAST_EXPONENT))
+    # Lanes that are not large, or no number, read any row.
+    row = b.call("llvm.umin", row, _i(104 - _LEAST_EXPONENT))
+    m = b.op("or", b.op("and", bits, _i(0x7FFFFF)), _i(0x800000))
+    m = b.convert("sitofp", m, "double")
+    table, start = b.global_constant("two_over_pi", _far_table()), b.op("mul", row, _i(3))
+    parts = [b.lookup(table, b.convert("zext", b.op("add", start, _i(k)), "i64"), "double") for k in range(3)]
+    q, middle, last = (b.op("fmul", m, p) for p in parts)
+    whole = b.call("llvm.roundeven", q)
+    f = b.op("fsub", q, whole)
+    step = b.call("llvm.roundeven", b.op("fadd", f, middle))
+    t = b.op("fadd", b.op("fadd", b.op("fsub", f, step), middle), last)
+    # Infinity must give NaN.
+    t = b.op("fadd", t, b.convert("fpext", b.op("fsub", x, x), "double"))
+    r = b.op("fmul", t, literal(math.pi / 2, "double"))
+    n = b.convert("fptosi", b.op("fadd", whole, step), "i32")
+    negative = b.compare("icmp slt", bits, _i(0))
+    return b.select(negative, b.fneg(r), r), b.select(negative, b.op("sub", _i(0), n), n)
+
+
 def _reduced(b: Builder, x: Value) -> tuple[Value, Value]:
-    """x - n * pi/2 in f32, and n mod 4 as i32."""
-    n, r = vmath64.reduce_half_pi(b, b.convert("fpext", x, "double"))
-    return b.convert("fptrunc", r, "float"), b.convert("trunc", n, "i32")
+    """x - n * pi/2 in f64, and n mod 4 as i32."""
+    bits, r = vmath64.reduce_half_pi(b, b.convert("fpext", x, "double"))
+    n = b.convert("trunc", bits, "i32")
+    far = b.compare("fcmp ogt", b.call("llvm.fabs", x), _c(_FAR))
+    some = b.call("llvm.vector.reduce.or", far, t="i1") if far.lanes else far
+
+    def slow() -> list[Value]:
+        far_r, far_n = _reduced_far(b, x)
+        return [b.select(far, far_r, r), b.select(far, far_n, n)]
+
+    r, n = b.branch(some, slow, [r, n], is_rare=True)
+    return r, n
 
 
 def _sine_of_quadrant(b: Builder, r: Value, n: Value) -> Value:
     """sin(r + n * pi/2). Source: Cephes sinf, cosf."""
+    r = b.convert("fptrunc", r, "float")
     z = b.op("fmul", r, r)
     sine = polynomial(b, z, (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1))
     sine = b.fma(b.op("fmul", sine, z), r, r)
@@ -173,7 +225,7 @@ def _sine_of_quadrant(b: Builder, r: Value, n: Value) -> Value:
 
 def sin(b: Builder, x: Value) -> Value:
     r, n = _reduced(b, x)
-    return _sine_of_quadrant(b, r, n)
+    return b.select(b.compare("fcmp oeq", x, _c(0.0)), x, _sine_of_quadrant(b, r, n))
 
 
 def cos(b: Builder, x: Value) -> Value:
@@ -181,8 +233,17 @@ def cos(b: Builder, x: Value) -> Value:
     return _sine_of_quadrant(b, r, b.op("add", n, _i(1)))
 
 
+def tan(b: Builder, x: Value) -> Value:
+    r, n = _reduced(b, x)
+    n = b.convert("zext", n, "i64")
+    one = literal(1, "i64")
+    wide = b.op("fdiv", vmath64.sine_of_quadrant(b, r, n), vmath64.sine_of_quadrant(b, r, b.op("add", n, one)))
+    return b.select(b.compare("fcmp oeq", x, _c(0.0)), x, b.convert("fptrunc", wide, "float"))
+
+
 _OWN: dict[str, Callable[[Builder, Value], Value]] = {
     "exp": exp, "log": log, "sigmoid": sigmoid, "tanh": tanh, "erf": erf, "sin": sin, "cos": cos,
+    "tan": tan,
 }  # fmt: skip
 
 
