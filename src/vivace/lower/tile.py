@@ -31,9 +31,11 @@ class Tile:
     """The plan of one contraction kernel.
 
     `outer` and `inner` split the last two row axes (a missing axis is `((1, 1),)`); a tile takes one piece of each. `tiles_per_unit`
-    and `panels_per_unit` make the unit; `rows_outer` tells which of the two block numbers varies slowest over the units. `stage_a` copies a block's rows of A to scratch, an odd number of cache lines apart;
-    `stage_b` makes panels in scratch from a run-time B. `k_block` steps of the outermost tap are summed in one pass over a unit (0: all); accumulators wait in
-    scratch between passes.
+    and `panels_per_unit` make the unit; `rows_outer` tells which of the two block numbers varies slowest over the units.
+
+    `stage_a` copies a block's rows of A to scratch, an odd number of cache lines apart; `stage_b` makes panels in scratch from a
+    run-time B. `k_block` steps of the outermost tap are summed in one pass over a unit (0: all); accumulators wait in scratch between
+    passes. `tiles_outside` walks all panels of a unit for each tile, which touches A and out in order, where the panels are small.
     """
 
     nv: int
@@ -119,7 +121,11 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None) -> Til
     if stage_b:
         rows_outer = False
         panels = max(1, min(panels, _half_l2(machine) // max(1, _known([_k(c)]) * lanes * 4)))
-    return Tile(nv, lanes, outer, inner, unroll, tiles, panels, rows_outer or stage_a, stage_a, stage_b, k_block)
+    b_block = panels * lanes * _known([_k(c)]) * 4
+    tiles_outside = panels > 1 and not k_block and b_block <= machine.cache_bytes(2) // 16
+    return Tile(
+        nv, lanes, outer, inner, unroll, tiles, panels, rows_outer or stage_a, stage_a, stage_b, k_block, tiles_outside
+    )
 
 
 def _unit(c: Contraction, n_tiles: int, n_panels: int, k_block: int, machine: Machine) -> tuple[int, int, bool]:

@@ -37,100 +37,141 @@ def _find_piece(t: Text, split: tuple[Segment, ...], piece: Int, dims: Mapping[s
     return start, conditions
 
 
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """What is known of a unit: addresses of its batch element, its ranges of panels and tiles, where staged blocks begin."""
+
+    at: dict[str, Int]
+    a: str
+    b: str
+    out: str
+    first_panel: Int
+    panel_end: Int
+    first_tile: Int
+    tile_end: Int
+    staged_b: str
+    waiting: str
+
+
 def driver(p: Plan) -> tuple[str, dict[str, str]]:
+    """The text of the exported function, and what it declares."""
     t = Text()
     dims = load_dims(t, p)
-    a, b, out = (base_of(t, p, x) for x in (p.c.a, p.c.b, p.c.out))
-    n_tiles, n_panels = t.dim(p.n_tiles, dims), t.dim(p.n_panels, dims)
-    tile_blocks = t.dim(ceildiv(p.n_tiles, p.tile.tiles_per_unit), dims)
-    panel_blocks = t.dim(ceildiv(p.n_panels, p.tile.panels_per_unit), dims)
-    panel_bytes = t.mul(t.dim(p.k, dims), p.tile.lanes * F32_BYTES)
+    bases = (base_of(t, p, p.c.a), base_of(t, p, p.c.b), base_of(t, p, p.c.out))
     for staged, name in ((p.tile.stage_a, "a"), (p.tile.stage_b, "b")):
         if staged:
             t.put(f"%staged_{name} = alloca ptr, align 8")
             t.put(f"store ptr null, ptr %staged_{name}, align 8")
-    with t.loop("%begin", "%end") as unit:
-        if p.tile.rows_outer:
-            rest, panel_block = t.divmod(unit, panel_blocks)
-            image, tile_block = t.divmod(rest, tile_blocks)
-        else:
-            rest, tile_block = t.divmod(unit, tile_blocks)
-            image, panel_block = t.divmod(rest, panel_blocks)
-        at: dict[str, Int] = {}
-        offset_a: Int = 0
-        offset_b: Int = 0
-        offset_out: Int = 0
-        packed: Int = 0
-        scale: Int = 1
-        for axis in reversed(p.c.batch):
-            image, at[axis.name] = t.divmod(image, t.dim(axis.extent, dims)) if axis is not p.c.batch[0] else (0, image)
-            offset_a = t.add(offset_a, t.mul(at[axis.name], t.mul(t.dim(axis.a, dims), F32_BYTES)))
-            offset_out = t.add(offset_out, t.mul(at[axis.name], t.mul(t.dim(axis.out, dims), F32_BYTES)))
-            offset_b = t.add(offset_b, t.mul(at[axis.name], t.mul(t.dim(axis.b, dims), F32_BYTES)))
-            if axis.b != 0:
-                packed = t.add(packed, t.mul(at[axis.name], scale))
-                scale = t.mul(scale, t.dim(axis.extent, dims))
-        if p.c.packing.kind == "panels":
-            offset_b = t.mul(packed, t.mul(n_panels, panel_bytes))
-        a_image, b_image, out_image = t.at(a, offset_a), t.at(b, offset_b), t.at(out, offset_out)
-        first_panel, first_tile = t.mul(panel_block, p.tile.panels_per_unit), t.mul(tile_block, p.tile.tiles_per_unit)
-        panel_end = t.minimum(t.add(first_panel, p.tile.panels_per_unit), n_panels)
-        tile_end = t.minimum(t.add(first_tile, p.tile.tiles_per_unit), n_tiles)
-        staged: Int = 0
+    with t.loop("%begin", "%end") as number:
+        unit = _decode(t, p, dims, number, bases)
         if p.tile.stage_a:
-            staged = t.mul(t.dim(staged_stride(p.k), dims), F32_BYTES)
-            corner = _corner(t, p, dims, _locate(t, p, dims, first_tile), a_image)
-            with _unless_staged(t, "a", corner), t.loop(first_tile, tile_end) as tile:
-                spot = _locate(t, p, dims, tile)
-                to = t.at("%scratch", t.mul(t.sub(tile, first_tile), t.mul(staged, p.tile_rows)))
-                _stage_tile(t, p, dims, spot, _corner(t, p, dims, spot, a_image), to, staged)
+            _stage_a(t, p, dims, unit)
         if p.tile.stage_b:
-            column = t.mul(p.tile.lanes * F32_BYTES, t.dim(p.c.packing.n_stride, dims))
-            panel_bytes = t.dim(p.staged_panel_bytes, dims)
-            b_staged = t.at("%scratch", t.dim(p.staged_a_bytes, dims))
-            with _unless_staged(t, "b", t.at(b_image, t.mul(first_panel, column))), t.loop(first_panel, panel_end) as panel:
-                to = t.at(b_staged, t.mul(t.sub(panel, first_panel), panel_bytes))
-                _stage_panel(t, p, dims, panel, t.at(b_image, t.mul(panel, column)), to)
-        waiting = t.at("%scratch", t.dim(p.staged_a_bytes + p.staged_b_bytes, dims))
+            _stage_b(t, p, dims, unit)
         if p.tile.k_block:
-            n_waiting = t.mul(t.sub(panel_end, first_panel), t.sub(tile_end, first_tile))
-            clear(t, p.isa, waiting, t.mul(n_waiting, p.waiting_bytes))
-        channel = p.c.taps[0] if p.c.taps else Axis("k", 1)
-        pass_a = t.mul(t.dim(channel.a, dims), p.tile.k_block * F32_BYTES)
-        pass_b = t.mul(t.dim(p.pass_rows, dims), p.tile.lanes * F32_BYTES)
-        if not p.in_panels:
-            pass_b = t.mul(t.dim(channel.b, dims), p.tile.k_block * F32_BYTES)
-        with t.times(p.n_passes) as passed, t.loop(first_panel, panel_end) as panel:
-            n = t.mul(panel, p.tile.lanes)
-            if p.tile.stage_b:
-                b_panel = t.at(b_staged, t.mul(t.sub(panel, first_panel), panel_bytes))
+            n_waiting = t.mul(t.sub(unit.panel_end, unit.first_panel), t.sub(unit.tile_end, unit.first_tile))
+            clear(t, p.isa, unit.waiting, t.mul(n_waiting, p.waiting_bytes))
+        panels, tiles = (unit.first_panel, unit.panel_end), (unit.first_tile, unit.tile_end)
+        with t.times(p.n_passes) as passed:
+            if p.tile.tiles_outside:
+                with t.loop(*tiles) as tile, t.loop(*panels) as panel:
+                    _tile(t, p, dims, unit, passed, panel, tile)
             else:
-                b_panel = t.at(b_image, t.mul(panel, panel_bytes if p.in_panels else p.tile.lanes * F32_BYTES))
-            b_panel = t.at(b_panel, t.mul(passed, pass_b))
-            with t.loop(first_tile, tile_end) as tile:
-                spot = _locate(t, p, dims, tile)
-                if p.tile.stage_a:
-                    from_a = t.at("%scratch", t.mul(t.sub(tile, first_tile), t.mul(staged, p.tile_rows)))
-                else:
-                    from_a = _corner(t, p, dims, spot, a_image)
-                from_a = t.at(from_a, t.mul(passed, pass_a))
-                to = t.at(out_image, t.mul(n, F32_BYTES))
-                for axis in p.c.rows:
-                    to = t.at(to, t.mul(spot.at[axis.name], t.mul(t.dim(axis.out, dims), F32_BYTES)))
-                between = ""
-                if p.tile.k_block:
-                    number = t.add(t.mul(t.sub(panel, first_panel), t.sub(tile_end, first_tile)), t.sub(tile, first_tile))
-                    last = t.op(f"icmp eq i64 {passed}, {p.n_passes - 1}")
-                    between = f", ptr {t.at(waiting, t.mul(number, p.waiting_bytes))}, i1 {last}"
-                if p.fetches_ahead:
-                    following = pass_b if p.n_passes > 1 and p.tile.panels_per_unit == 1 else panel_bytes
-                    rounds = t.divmod(t.dim(p.pass_rows, dims), p.tile.unroll)[0]
-                    share = t.mul(t.sub(tile, first_tile), t.mul(rounds, p.ahead_lines * LINE_BYTES))
-                    between += f", ptr {t.at(t.at(b_panel, following), share)}"
-                _call_tile(t, p, dims, spot, n, at | spot.at, (from_a, b_panel, to), between)
+                with t.loop(*panels) as panel, t.loop(*tiles) as tile:
+                    _tile(t, p, dims, unit, passed, panel, tile)
     t.put("ret void")
     head = f"define void @{p.name}(ptr %args, i64 %begin, i64 %end, ptr %scratch) #0 {{"
     return "\n".join([head, "entry:", *t.lines, "}"]), t.declares
+
+
+def _panel_bytes(t: Text, p: Plan, dims: Mapping[str, Int]) -> Int:
+    """From one panel of B to the next, as micro-kernels read it."""
+    if p.tile.stage_b:
+        return t.dim(p.staged_panel_bytes, dims)
+    return t.dim(p.k * p.tile.lanes * F32_BYTES if p.in_panels else p.tile.lanes * F32_BYTES, dims)
+
+
+def _decode(t: Text, p: Plan, dims: Mapping[str, Int], number: Int, bases: tuple[str, str, str]) -> _Unit:
+    n_tiles, n_panels = t.dim(p.n_tiles, dims), t.dim(p.n_panels, dims)
+    tile_blocks = t.dim(ceildiv(p.n_tiles, p.tile.tiles_per_unit), dims)
+    panel_blocks = t.dim(ceildiv(p.n_panels, p.tile.panels_per_unit), dims)
+    if p.tile.rows_outer:
+        rest, panel_block = t.divmod(number, panel_blocks)
+        image, tile_block = t.divmod(rest, tile_blocks)
+    else:
+        rest, tile_block = t.divmod(number, tile_blocks)
+        image, panel_block = t.divmod(rest, panel_blocks)
+    at: dict[str, Int] = {}
+    a, b, out = bases
+    packed: Int = 0
+    scale: Int = 1
+    for axis in reversed(p.c.batch):
+        image, i = t.divmod(image, t.dim(axis.extent, dims)) if axis is not p.c.batch[0] else (0, image)
+        at[axis.name] = i
+        a, out = (t.at(x, t.mul(i, t.dim(step * F32_BYTES, dims))) for x, step in ((a, axis.a), (out, axis.out)))
+        if p.c.packing.kind != "panels":
+            b = t.at(b, t.mul(i, t.dim(axis.b * F32_BYTES, dims)))
+        elif axis.b != 0:
+            packed = t.add(packed, t.mul(i, scale))
+            scale = t.mul(scale, t.dim(axis.extent, dims))
+    if p.c.packing.kind == "panels":
+        b = t.at(b, t.mul(packed, t.mul(n_panels, _panel_bytes(t, p, dims))))
+    first_panel, first_tile = t.mul(panel_block, p.tile.panels_per_unit), t.mul(tile_block, p.tile.tiles_per_unit)
+    panel_end = t.minimum(t.add(first_panel, p.tile.panels_per_unit), n_panels)
+    tile_end = t.minimum(t.add(first_tile, p.tile.tiles_per_unit), n_tiles)
+    staged_b = t.at("%scratch", t.dim(p.staged_a_bytes, dims)) if p.tile.stage_b else b
+    waiting = t.at("%scratch", t.dim(p.staged_a_bytes + p.staged_b_bytes, dims)) if p.tile.k_block else ""
+    return _Unit(at, a, b, out, first_panel, panel_end, first_tile, tile_end, staged_b, waiting)
+
+
+def _stage_a(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit) -> None:
+    stride = t.dim(staged_stride(p.k) * F32_BYTES, dims)
+    corner = _corner(t, p, dims, _locate(t, p, dims, unit.first_tile), unit.a)
+    with _unless_staged(t, "a", corner), t.loop(unit.first_tile, unit.tile_end) as tile:
+        spot = _locate(t, p, dims, tile)
+        _stage_tile(t, p, dims, spot, _corner(t, p, dims, spot, unit.a), _staged_tile(t, p, dims, unit, tile), stride)
+
+
+def _staged_tile(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit, tile: Int) -> str:
+    return t.at("%scratch", t.mul(t.sub(tile, unit.first_tile), t.dim(staged_stride(p.k) * p.tile_rows * F32_BYTES, dims)))
+
+
+def _stage_b(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit) -> None:
+    column = t.dim(p.c.packing.n_stride * p.tile.lanes * F32_BYTES, dims)
+    first = t.at(unit.b, t.mul(unit.first_panel, column))
+    with _unless_staged(t, "b", first), t.loop(unit.first_panel, unit.panel_end) as panel:
+        to = t.at(unit.staged_b, t.mul(t.sub(panel, unit.first_panel), _panel_bytes(t, p, dims)))
+        _stage_panel(t, p, dims, panel, t.at(unit.b, t.mul(panel, column)), to)
+
+
+def _tile(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit, passed: Int, panel: Int, tile: Int) -> None:
+    """One pass over one tile and one panel."""
+    spot = _locate(t, p, dims, tile)
+    n = t.mul(panel, p.tile.lanes)
+    nth_panel, nth_tile = t.sub(panel, unit.first_panel), t.sub(tile, unit.first_tile)
+    panel_bytes = _panel_bytes(t, p, dims)
+    b = t.at(unit.staged_b, t.mul(nth_panel if p.tile.stage_b else panel, panel_bytes))
+    a = _staged_tile(t, p, dims, unit, tile) if p.tile.stage_a else _corner(t, p, dims, spot, unit.a)
+    pass_bytes = t.dim(p.pass_rows * p.tile.lanes * F32_BYTES, dims)
+    if p.tile.k_block:
+        first = p.c.taps[0]
+        a = t.at(a, t.mul(passed, t.dim(first.a * p.tile.k_block * F32_BYTES, dims)))
+        in_place = t.dim(first.b * p.tile.k_block * F32_BYTES, dims)
+        b = t.at(b, t.mul(passed, pass_bytes if p.in_panels else in_place))
+    out = t.at(unit.out, t.mul(n, F32_BYTES))
+    for axis in p.c.rows:
+        out = t.at(out, t.mul(spot.at[axis.name], t.dim(axis.out * F32_BYTES, dims)))
+    more = ""
+    if p.tile.k_block:
+        slot = t.add(t.mul(nth_panel, t.sub(unit.tile_end, unit.first_tile)), nth_tile)
+        last = t.op(f"icmp eq i64 {passed}, {p.n_passes - 1}")
+        more = f", ptr {t.at(unit.waiting, t.mul(slot, p.waiting_bytes))}, i1 {last}"
+    if p.fetches_ahead:
+        following = pass_bytes if p.n_passes > 1 and p.tile.panels_per_unit == 1 else panel_bytes
+        rounds = t.divmod(t.dim(p.pass_rows, dims), p.tile.unroll)[0]
+        share = t.mul(nth_tile, t.mul(rounds, p.ahead_lines * LINE_BYTES))
+        more += f", ptr {t.at(t.at(b, following), share)}"
+    _call_tile(t, p, dims, spot, n, unit.at | spot.at, (a, b, out), more)
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ class Plan:
     @property
     def fetches_ahead(self) -> bool:
         """Whether micro-kernels fetch what comes next in B while they work: constant panels, which may lie in memory."""
-        return self.c.packing.kind == "panels"
+        return self.c.packing.kind == "panels" and not self.tile.tiles_outside
 
     @property
     def ahead_lines(self) -> int:
