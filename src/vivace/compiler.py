@@ -67,7 +67,9 @@ def load(path: str | Path, *, threads: int | None = None) -> Engine:
     if missing:
         model = saved.checked_bytes("portable")
         if not model:
-            raise EngineError(f"needs a CPU with {', '.join(missing)}", where=str(path), hint="compiling the model on this machine")
+            raise EngineError(
+                f"needs a CPU with {', '.join(missing)}", where=str(path), hint="compiling the model on this machine"
+            )
         return compile(model, threads=threads)
     n_threads = threads_for(threads)
     placement = [Placement(*p) for p in saved.header["placement"]]

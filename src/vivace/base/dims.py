@@ -137,7 +137,7 @@ def symbol(name: str, lo: Bound = 0, hi: Bound = None) -> Dim:
 def as_symbol(d: Dim) -> Symbol | None:
     """The symbol that `d` is, if it is nothing but one symbol."""
     if isinstance(d, Expr) and len(d.terms) == 1:
-        (m, c), = d.terms
+        ((m, c),) = d.terms
         if c == 1 and len(m) == 1 and isinstance(m[0], Symbol):
             return m[0]
     return None

@@ -74,7 +74,9 @@ class DType(Enum):
         try:
             return _FROM_NUMPY[d]
         except KeyError:
-            raise ModelError(f"element type {d} has no counterpart in ONNX", expected="a numeric or bool array") from None
+            raise ModelError(
+                f"element type {d} has no counterpart in ONNX", expected="a numeric or bool array"
+            ) from None
 
 
 _NUMPY: dict[DType, np.dtype] = {

@@ -34,7 +34,9 @@ class Builder:
         self.inputs.append(v)
         return v
 
-    def const(self, data: np.ndarray | np.generic | float | int | bool, dtype: DType | None = None, name: str = "") -> Value:
+    def const(
+        self, data: np.ndarray | np.generic | float | int | bool, dtype: DType | None = None, name: str = ""
+    ) -> Value:
         """A constant; Python scalars need `dtype` unless NumPy's choice (f64, i64, bool) is wanted."""
         array = np.asarray(data, dtype=None if dtype is None else dtype.numpy)
         return constant(array, name or self.fresh("c"))
@@ -43,7 +45,9 @@ class Builder:
         self.count += 1
         return f"{prefix or self.prefix}{self.count}"
 
-    def emit(self, op: Op, inputs: Sequence[Value | None], attrs: dict[str, Any], names: Sequence[str] = ()) -> tuple[Value, ...]:
+    def emit(
+        self, op: Op, inputs: Sequence[Value | None], attrs: dict[str, Any], names: Sequence[str] = ()
+    ) -> tuple[Value, ...]:
         """Append a node and return its outputs; `names` overrides the generated names of the outputs."""
         ins = list(inputs)
         while ins and ins[-1] is None:

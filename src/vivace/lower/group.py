@@ -47,7 +47,9 @@ class _Grouping:
         self.users = graph.users()
         self.outputs = set(graph.outputs)
         self.producer = graph.producers()
-        self.position: dict[Value, int] = dict.fromkeys(graph.inputs, -1)  # when a value exists: the position of its group
+        self.position: dict[Value, int] = dict.fromkeys(
+            graph.inputs, -1
+        )  # when a value exists: the position of its group
         self.taken: set[Node] = set()
         self.index = {n: k for k, n in enumerate(graph.nodes)}
 
@@ -115,7 +117,9 @@ class _Grouping:
             self._exists(n, i)
         return Group(anchor, i, tuple(members), tail)
 
-    def _absorb(self, tail: Value, shape: tuple[Dim, ...], i: int, inside: set[Node]) -> tuple[list[Node], Value] | None:
+    def _absorb(
+        self, tail: Value, shape: tuple[Dim, ...], i: int, inside: set[Node]
+    ) -> tuple[list[Node], Value] | None:
         """The next run of element-wise nodes after `tail` that ends in a single value again, or None."""
         run: list[Node] = []
         open_values = {tail}
@@ -136,7 +140,9 @@ class _Grouping:
                 pending += self._pending(v)
             run += [*pending, node]
             open_values.add(node.outputs[0])
-            open_values = {v for v in open_values if any(u not in run for u in self.users.get(v, [])) or v in self.outputs}
+            open_values = {
+                v for v in open_values if any(u not in run for u in self.users.get(v, [])) or v in self.outputs
+            }
             if len(open_values) == 1 and node.outputs[0] in open_values:
                 return run, node.outputs[0]
         return None

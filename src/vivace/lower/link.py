@@ -132,7 +132,11 @@ def link(
             f = line.foreign
             lines.append(LineEntry("foreign", len(foreign), label=f.label, nodes=tuple(f.node.origin)))
             foreign.append(
-                ForeignEntry(foreign_model(f.node), tuple(place(v) for v in f.inputs if v is not None), tuple(map(place, f.outputs)))
+                ForeignEntry(
+                    foreign_model(f.node),
+                    tuple(place(v) for v in f.inputs if v is not None),
+                    tuple(map(place, f.outputs)),
+                )
             )
         else:
             cond = () if line.cond is None else (operand(line.cond),)

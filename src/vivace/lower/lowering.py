@@ -136,7 +136,16 @@ class Lowering:
                 reads.append(v.storage)
             total = total + _touched(v)
         self.body.append(
-            Step(label, spec, tuple(operands), tuple(reads), tuple(writes), tuple(nodes), flops, total if moved is None else moved)
+            Step(
+                label,
+                spec,
+                tuple(operands),
+                tuple(reads),
+                tuple(writes),
+                tuple(nodes),
+                flops,
+                total if moved is None else moved,
+            )
         )
 
     # ---- placement --------------------------------------------------------------------------------------------------
@@ -158,12 +167,18 @@ class Lowering:
             elif node.op.name == "pad" and node.attrs["mode"] == "constant":
                 x = node.inputs[0]
                 assert x is not None
-                self._place(x, lambda y=y, x=x, at=node.attrs["before"]: self.target(y).slice(at, x.shape, (1,) * x.rank), computed)
+                self._place(
+                    x,
+                    lambda y=y, x=x, at=node.attrs["before"]: self.target(y).slice(at, x.shape, (1,) * x.rank),
+                    computed,
+                )
         users = self.graph.users()
         for node in self.graph.nodes:
             x = node.inputs[0] if node.inputs else None
             if node.op.name == "transpose" and x in computed and users[x] == [node] and _keeps_last(node):  # type: ignore[index]
-                self._place(node.outputs[0], lambda y=node.outputs[0]: self.temporary(y.name, y.dtype, y.shape), computed)
+                self._place(
+                    node.outputs[0], lambda y=node.outputs[0]: self.temporary(y.name, y.dtype, y.shape), computed
+                )
 
     def _place(self, value: Value, make: Placement, computed: set[Value]) -> None:
         """Have `value` written into the view that `make` gives, through reshapes and transposes back to what computes it."""
@@ -253,5 +268,3 @@ def merge_axes(extents: Sequence[Dim], strides: Sequence[Sequence[Dim]]) -> list
         else:
             runs.append([axis])
     return runs
-
-

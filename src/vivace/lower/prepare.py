@@ -34,6 +34,8 @@ def prepare(graph: Graph) -> Graph:
                 padded[key] = b.pad(x, before=tuple(before), after=tuple(after), mode="constant", value=fill)
                 nodes += b.nodes
             zeros = (0,) * len(pads[0])
-            n = replace(n, inputs=(padded[key], *n.inputs[1:]), attrs=freeze({**n.attrs, "before": zeros, "after": zeros}))
+            n = replace(
+                n, inputs=(padded[key], *n.inputs[1:]), attrs=freeze({**n.attrs, "before": zeros, "after": zeros})
+            )
         nodes.append(n)
     return replace(graph, nodes=tuple(nodes))

@@ -11,10 +11,11 @@ from vivace.graph.graph import Attrs, Node
 from vivace.loops.kernel import Binary, Cast, Const, Expr, Select, Unary, dtype_of
 
 _DIRECT_UNARY = frozenset(
-    "neg abs sqrt exp log log1p expm1 erf sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh sigmoid floor ceil round sign "
-    "not bitnot isnan isinf".split()
+    ["neg", "abs", "sqrt", "exp", "log", "log1p", "expm1", "erf", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "sigmoid", "floor", "ceil", "round", "sign", "not", "bitnot", "isnan", "isinf"]
 )
-_DIRECT_BINARY = frozenset("add sub mul div pow max min eq ne lt le gt ge and or xor bitand bitor bitxor shl shr".split())
+_DIRECT_BINARY = frozenset(
+    ["add", "sub", "mul", "div", "pow", "max", "min", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "bitand", "bitor", "bitxor", "shl", "shr"]
+)
 
 
 def _const(value: float, like: Expr) -> Const:
@@ -46,7 +47,9 @@ _COMPOSED: dict[str, Callable[[Expr, Attrs], Expr]] = {
     "silu": lambda x, a: Binary("mul", x, Unary("sigmoid", x)),
     "gelu": _gelu,
     "leaky_relu": lambda x, a: Select(Binary("lt", x, _const(0, x)), Binary("mul", x, _const(a["alpha"], x)), x),
-    "hard_sigmoid": lambda x, a: _clip(Binary("add", Binary("mul", x, _const(a["alpha"], x)), _const(a["beta"], x)), 0.0, 1.0),
+    "hard_sigmoid": lambda x, a: _clip(
+        Binary("add", Binary("mul", x, _const(a["alpha"], x)), _const(a["beta"], x)), 0.0, 1.0
+    ),
     "hard_swish": lambda x, a: Binary(
         "mul", x, _clip(Binary("add", Binary("mul", x, _const(1 / 6, x)), _const(0.5, x)), 0.0, 1.0)
     ),

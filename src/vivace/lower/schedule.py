@@ -68,7 +68,10 @@ def _append(lines: list[Line], body: Sequence[Instruction]) -> None:
             case Step():
                 serial = estimate_ns(_guess(item.flops), _guess(item.bytes)) < SERIAL_NS
                 beside = (
-                    not serial and bool(writes) and not writes.intersection(item.reads) and not reads.intersection(item.writes)
+                    not serial
+                    and bool(writes)
+                    and not writes.intersection(item.reads)
+                    and not reads.intersection(item.writes)
                 )
                 if not beside:
                     reads, writes = set(), set()

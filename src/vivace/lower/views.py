@@ -50,7 +50,9 @@ class View:
     @property
     def is_dense(self) -> bool:
         """Row-major without gaps (axes of extent 1 may have any stride)."""
-        return all(s == d or n == 1 for s, d, n in zip(self.strides, dense_strides(self.shape), self.shape, strict=True))
+        return all(
+            s == d or n == 1 for s, d, n in zip(self.strides, dense_strides(self.shape), self.shape, strict=True)
+        )
 
     def buffer(self, name: str, writable: bool = False) -> Buffer:
         return Buffer(name, self.dtype, self.shape, self.strides, writable)
@@ -122,7 +124,9 @@ def iota(shape: Sequence[Dim], axis: int, dtype: DType) -> View:
     return View(None, dtype, tuple(shape), tuple(1 if i == axis else 0 for i in range(len(shape))))
 
 
-def collapse(shape: tuple[Dim, ...], views: Sequence[View], keep: int = 0) -> tuple[tuple[Dim, ...], list[View], list[list[int]]]:
+def collapse(
+    shape: tuple[Dim, ...], views: Sequence[View], keep: int = 0
+) -> tuple[tuple[Dim, ...], list[View], list[list[int]]]:
     """Merge adjacent axes that every view walks as one; drop axes of extent 1. All views have the given shape.
 
     `keep` leading axes stay apart. Returns the merged shape, the views over it, and the original axes in each merged one.

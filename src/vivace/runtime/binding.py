@@ -31,7 +31,9 @@ class ShapeSolver:
         for spec, shape in zip(self.specs, shapes, strict=True):
             if len(shape) != len(spec.shape):
                 raise InputError(
-                    f"the array has rank {len(shape)}, shape {list(shape)}", where=f"input {spec.name!r}", expected=str(spec)
+                    f"the array has rank {len(shape)}, shape {list(shape)}",
+                    where=f"input {spec.name!r}",
+                    expected=str(spec),
                 )
             for axis, (want, have) in enumerate(zip(spec.shape, shape, strict=True)):
                 if isinstance(want, Expr):
@@ -52,7 +54,11 @@ class ShapeSolver:
                     coefficient, rest = (evaluate(d, env) for d in form)
                     value, off = divmod(have - rest, coefficient)
                     if off or value < 0:
-                        raise InputError(f"axis {axis} is {have}", where=f"input {spec.name!r}", expected=f"{want} for some {unknown[0]}")
+                        raise InputError(
+                            f"axis {axis} is {have}",
+                            where=f"input {spec.name!r}",
+                            expected=f"{want} for some {unknown[0]}",
+                        )
                     env[unknown[0]] = value
                 else:
                     waiting.append((spec, axis, want, have))
@@ -63,7 +69,11 @@ class ShapeSolver:
 
 
 def _mismatch(spec: TensorSpec, axis: int, shape: tuple[int, ...], want: str) -> InputError:
-    return InputError(f"axis {axis} is {shape[axis]}, shape {list(shape)}", where=f"input {spec.name!r}", expected=f"{want}, as in {spec}")
+    return InputError(
+        f"axis {axis} is {shape[axis]}, shape {list(shape)}",
+        where=f"input {spec.name!r}",
+        expected=f"{want}, as in {spec}",
+    )
 
 
 class MemoryPlanner:
@@ -99,5 +109,3 @@ def _size(n: Dim, dims: Mapping[str, int]) -> int:
 
 def _round_up(v: int) -> int:
     return v if v <= ROUNDING else -(-v // ROUNDING) * ROUNDING
-
-

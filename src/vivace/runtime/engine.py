@@ -74,7 +74,8 @@ class Engine:
         self._executable = self._link(runners)
         self._idle: list[tuple[Context, dict[str, int] | None]] = []
         self._static_outputs = [
-            (tuple(s.shape), s.dtype.numpy) if all(isinstance(d, int) for d in s.shape) else None for s in self.outputs  # type: ignore[misc]
+            (tuple(s.shape), s.dtype.numpy) if all(isinstance(d, int) for d in s.shape) else None
+            for s in self.outputs  # type: ignore[misc]
         ]
         self.ready_seconds = time.perf_counter() - started
 
@@ -95,7 +96,9 @@ class Engine:
     def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...] | np.ndarray:
         """One inference with inputs in the model's order; a single output comes bare."""
         if len(arrays) != len(self.inputs):
-            raise InputError(f"{len(arrays)} arrays were given", expected=f"{len(self.inputs)}: " + ", ".join(map(str, self.inputs)))
+            raise InputError(
+                f"{len(arrays)} arrays were given", expected=f"{len(self.inputs)}: " + ", ".join(map(str, self.inputs))
+            )
         results = self._run(list(arrays), None)
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -137,7 +140,12 @@ class Engine:
         shape, dtype = static if static else (tuple(evaluate(d, dims) for d in spec.shape), spec.dtype.numpy)
         if outputs is not None and spec.name in outputs:
             array = outputs[spec.name]
-            if array.dtype != dtype or array.shape != shape or not array.flags.c_contiguous or not array.flags.writeable:
+            if (
+                array.dtype != dtype
+                or array.shape != shape
+                or not array.flags.c_contiguous
+                or not array.flags.writeable
+            ):
                 raise InputError(
                     f"the array is {array.dtype}{list(array.shape)}", where=f"output {spec.name!r}",
                     expected=f"writable C-contiguous {dtype}{list(shape)}",
@@ -231,7 +239,9 @@ class Engine:
             kernel = self.image.kernels[line.kernel]
             assert self._library is not None
             args = [*refs, *(steps.Value(self._symbols[d]) for d in kernel.dims)]
-            return steps.Kernel(self._library.address(kernel.symbol), tuple(args), kernel.units, kernel.grain, line.serial, line.beside)
+            return steps.Kernel(
+                self._library.address(kernel.symbol), tuple(args), kernel.units, kernel.grain, line.serial, line.beside
+            )
         if line.kind == "jump":
             return steps.Jump(line.target)
         if line.kind == "unless":
@@ -299,5 +309,3 @@ def _array_at(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarr
 
 def _value(d: Dim, dims: Mapping[str, int]) -> int:
     return evaluate(d, dims) if isinstance(d, Expr) else d
-
-

@@ -68,7 +68,13 @@ def save(path: Path, image: Image, isa: Isa, portable: bytes, placement: list[li
         table[name] = [at, size, check]
         at = -(-(at + size) // 64) * 64
     header = json.dumps(
-        {"image": _image_data(image), "sections": table, "flags": list(isa.flags), "placement": placement, "schema_version": 1}
+        {
+            "image": _image_data(image),
+            "sections": table,
+            "flags": list(isa.flags),
+            "placement": placement,
+            "schema_version": 1,
+        }
     ).encode()
     start = _data_start(len(header))
 
@@ -77,7 +83,11 @@ def save(path: Path, image: Image, isa: Isa, portable: bytes, placement: list[li
         yield header
         yield bytes(start - _HEAD.size - len(header))
         for data, _ in sections.values():
-            raw = memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8)) if isinstance(data, np.ndarray) else memoryview(data)
+            raw = (
+                memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+                if isinstance(data, np.ndarray)
+                else memoryview(data)
+            )
             yield raw
             yield bytes(-raw.nbytes % 64)
 
@@ -102,9 +112,16 @@ class SavedEngine:
             raise EngineError(f"cannot be read: {e.strerror}", where=str(path), expected="a saved engine") from e
         magic, version, length, digest = _HEAD.unpack(self.data[: _HEAD.size].tobytes())
         if magic != MAGIC:
-            raise EngineError("is no saved engine", where=str(path), expected="a file written by engine.save", hint="vivace.compile for models")
+            raise EngineError(
+                "is no saved engine",
+                where=str(path),
+                expected="a file written by engine.save",
+                hint="vivace.compile for models",
+            )
         if version != FORMAT:
-            raise EngineError(f"has format {version}", where=str(path), expected=f"format {FORMAT}", hint="compiling the model again")
+            raise EngineError(
+                f"has format {version}", where=str(path), expected=f"format {FORMAT}", hint="compiling the model again"
+            )
         if length > min(_MAX_HEADER, n_bytes - _HEAD.size):
             raise self._damaged("its header is cut off")
         raw = self.data[_HEAD.size : _HEAD.size + length].tobytes()
@@ -149,9 +166,13 @@ class SavedEngine:
             tuple(map(_spec, data["inputs"])),
             tuple(map(_spec, data["outputs"])),
             tuple(StorageEntry(k, from_data(n), i, a, b) for k, n, i, a, b in data["storages"]),
-            tuple(KernelEntry(s, tuple(d), from_data(u), from_data(g), from_data(m)) for s, d, u, g, m in data["kernels"]),
             tuple(
-                LineEntry(k, n, tuple((s, from_data(o)) for s, o in ops), t, se, be, la, tuple(no), from_data(f), from_data(b))
+                KernelEntry(s, tuple(d), from_data(u), from_data(g), from_data(m)) for s, d, u, g, m in data["kernels"]
+            ),
+            tuple(
+                LineEntry(
+                    k, n, tuple((s, from_data(o)) for s, o in ops), t, se, be, la, tuple(no), from_data(f), from_data(b)
+                )
                 for k, n, ops, t, se, be, la, no, f, b in data["lines"]
             ),
             tuple(

@@ -6,10 +6,30 @@ An op is core only if it has its own lowering or cannot be written with the othe
 from __future__ import annotations
 
 from vivace.graph.graph import Op
-from vivace.graph.ops import contraction, control, elementwise, indexing, movement, normalization, recurrent, reduction, resampling
+from vivace.graph.ops import (
+    contraction,
+    control,
+    elementwise,
+    indexing,
+    movement,
+    normalization,
+    recurrent,
+    reduction,
+    resampling,
+)
 
 OPS: dict[str, Op] = {
     op.name: op
-    for family in (elementwise, movement, indexing, reduction, contraction, normalization, resampling, recurrent, control)
+    for family in (
+        elementwise,
+        movement,
+        indexing,
+        reduction,
+        contraction,
+        normalization,
+        resampling,
+        recurrent,
+        control,
+    )
     for op in family.FAMILY
 }

@@ -72,7 +72,18 @@ def _cast(x: Array, to: DType) -> Array:
         return x.astype(to.numpy)
 
 
-UNARY_FLOPS = {"exp": 8, "log": 8, "erf": 10, "sin": 8, "cos": 8, "tanh": 10, "sigmoid": 10, "gelu": 14, "silu": 11, "cast": 0}
+UNARY_FLOPS = {
+    "exp": 8,
+    "log": 8,
+    "erf": 10,
+    "sin": 8,
+    "cos": 8,
+    "tanh": 10,
+    "sigmoid": 10,
+    "gelu": 14,
+    "silu": 11,
+    "cast": 0,
+}
 
 # name -> (evaluate, exact, tolerance): transcendental tolerances are a few ulp of f32 (2^-23).
 _UNARY: dict[str, tuple[Callable[..., Array], bool, float]] = {
@@ -191,7 +202,9 @@ def _binary_op(name: str, evaluate: Callable[..., Array]) -> Op:
 def _where_infer(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
     c, a, b = (need(types, i, "where") for i in range(3))
     if c.dtype is not DType.bool or a.dtype is not b.dtype:
-        raise GraphError(f"operands have dtypes {c.dtype}, {a.dtype}, {b.dtype}", where="where", expected="bool and one dtype twice")
+        raise GraphError(
+            f"operands have dtypes {c.dtype}, {a.dtype}, {b.dtype}", where="where", expected="bool and one dtype twice"
+        )
     return (Type(a.dtype, broadcast((c.shape, a.shape, b.shape), "where")),)
 
 

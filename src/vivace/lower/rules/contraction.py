@@ -9,15 +9,15 @@ import numpy as np
 
 from vivace.base.dims import Dim, maximum, minimum, symbol
 from vivace.base.dtypes import DType
-from vivace.graph.graph import Node, Value
+from vivace.graph.graph import Value
+from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
+from vivace.loops.kernel import Binary, Buffer, Const, Expr, For, Index, Kernel, Read, Reduce, Select, Store
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.pack import pack_panels
 from vivace.lower.rules.elementwise import Params, Tree, emit_pointwise
 from vivace.lower.tile import panel_lanes
 from vivace.lower.views import View
-from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
-from vivace.loops.kernel import Binary, Buffer, Expr, Load, Read, For, Index, Kernel, Reduce, Select, Store, Const
 
 ACC = Read("acc", DType.f32)
 
@@ -51,7 +51,9 @@ def tail_flops(g: Group) -> Dim:
     return total
 
 
-def emit_contraction(ctx: Lowering, label: str, c: Contraction, views: dict[Buffer, View], g: Group, flops: Dim) -> None:
+def emit_contraction(
+    ctx: Lowering, label: str, c: Contraction, views: dict[Buffer, View], g: Group, flops: Dim
+) -> None:
     """Append the step, its operands in the order of the kernel's params."""
     params = contraction_params(c)
     ordered = [views[p] for p in params]
@@ -92,7 +94,8 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
     batched = [not (s == 0 or d == 1) for d, s in zip(lead, b_full.strides, strict=False)]
     names = [f"m{i}" for i in range(len(lead) + 1)]
     axes = [
-        Axis(names[i], full[i], a.strides[i], b_full.strides[i] if i < len(lead) else 0, out.strides[i]) for i in range(len(lead) + 1)
+        Axis(names[i], full[i], a.strides[i], b_full.strides[i] if i < len(lead) else 0, out.strides[i])
+        for i in range(len(lead) + 1)
     ]
     batch = tuple(x for x, is_b in zip(axes, [*batched, False], strict=True) if is_b)
     rows = tuple(x for x, is_b in zip(axes, [*batched, False], strict=True) if not is_b)
@@ -114,7 +117,9 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
         batch = tuple(replace(x, b=axes_b[x.name]) for x in batch)
     tap = Axis("k", k, a.strides[-1] if k != 1 else 1, b_strides[-2] if packing.kind != "panels" else 0)
     if packing.kind == "transposed":
-        b_view = replace(b_view, shape=(*b_view.shape[:-2], n, k), strides=(*b_strides[:-2], b_strides[-1], b_strides[-2]))
+        b_view = replace(
+            b_view, shape=(*b_view.shape[:-2], n, k), strides=(*b_strides[:-2], b_strides[-1], b_strides[-2])
+        )
     a_buf, b_buf, out_buf = a.buffer("a"), b_view.buffer("b"), out.buffer("out", writable=True)
     c = Contraction("k", batch, rows, (tap,), n, a_buf, b_buf, out_buf, packing, epilogue.expr, epilogue.extra)
     views = {a_buf: a, b_buf: b_view, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
@@ -179,7 +184,14 @@ def _integer_matmul(ctx: Lowering, g: Group) -> None:
     body: For = For("n", n, (store,), "vector")
     for i in reversed(range(len(lead) + 1)):
         body = For(f"m{i}", full[i], (body,), "parallel")
-    ctx.emit("matmul", Kernel("k", tuple(params.buffers), (body,)), params.views, len(params.views) - 1, (g.anchor,), tail_flops(g))
+    ctx.emit(
+        "matmul",
+        Kernel("k", tuple(params.buffers), (body,)),
+        params.views,
+        len(params.views) - 1,
+        (g.anchor,),
+        tail_flops(g),
+    )
     finish(ctx, g, out)
 
 
@@ -193,7 +205,11 @@ def finish(ctx: Lowering, g: Group, result: View) -> None:
     values = list(tree.leaves)
     out = ctx.target(g.output)
     emit_pointwise(
-        ctx, "epilogue", list(tree.leaves.values()), out, lambda xs: tree.expr(dict(zip(values, xs, strict=True)).__getitem__),
+        ctx,
+        "epilogue",
+        list(tree.leaves.values()),
+        out,
+        lambda xs: tree.expr(dict(zip(values, xs, strict=True)).__getitem__),
         [n for n in g.nodes if n is not g.anchor],
     )
 
@@ -226,7 +242,8 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
     strides, dilations = attrs["strides"], attrs["dilations"]
     names = ["img", *(f"o{i}" for i in range(n_spatial))]
     rows = tuple(
-        Axis(names[i], out.shape[i], x.strides[i] * (1 if i == 0 else strides[i - 1]), 0, out.strides[i]) for i in range(rank - 1)
+        Axis(names[i], out.shape[i], x.strides[i] * (1 if i == 0 else strides[i - 1]), 0, out.strides[i])
+        for i in range(rank - 1)
     )
     kernel = w_value.shape[2:]
     spatial_taps = tuple(Axis(f"k{i}", kernel[i], x.strides[i + 1] * dilations[i]) for i in range(n_spatial))
@@ -317,7 +334,8 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
     oc = w_value.shape[1]
     c = x.shape[-1]
     rows = tuple(
-        Axis(f"o{i}", x.shape[i], x.strides[i], 0, out.strides[i] * (1 if i == 0 else strides[i - 1])) for i in range(rank - 1)
+        Axis(f"o{i}", x.shape[i], x.strides[i], 0, out.strides[i] * (1 if i == 0 else strides[i - 1]))
+        for i in range(rank - 1)
     )
     lanes = panel_lanes(oc, ctx.isa)
     # [c, oc, k..] -> [k.., c, oc]
@@ -332,12 +350,26 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
     bias = None if bias_value is None else ctx.view(bias_value)
     if bias is not None and not last:
         bias = replace(bias, shape=(*bias.shape, *(1,) * n_spatial), strides=(*bias.strides, *(0,) * n_spatial))
-    by_last = [symbol("o0", 0), *(symbol(f"o{i + 1}", 0) * strides[i] + symbol(f"t{i}", 0) for i in range(n_spatial)), symbol("n", 0)]
+    by_last = [
+        symbol("o0", 0),
+        *(symbol(f"o{i + 1}", 0) * strides[i] + symbol(f"t{i}", 0) for i in range(n_spatial)),
+        symbol("n", 0),
+    ]
     index = by_last if last else [by_last[0], by_last[-1], *by_last[1:-1]]
     epilogue = Epilogue(ctx, g, bias, index)
     a_buf, b_buf, out_buf = x.buffer("a"), w.buffer("b"), out.buffer("out", writable=True)
     spec = Contraction(
-        "k", tuple(batch), rows, (Axis("kc", c, 1),), oc, a_buf, b_buf, out_buf, Packing("panels", lanes), epilogue.expr, epilogue.extra
+        "k",
+        tuple(batch),
+        rows,
+        (Axis("kc", c, 1),),
+        oc,
+        a_buf,
+        b_buf,
+        out_buf,
+        Packing("panels", lanes),
+        epilogue.expr,
+        epilogue.extra,
     )
     views = {a_buf: x, b_buf: w, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
     emit_contraction(ctx, "conv_transpose", spec, views, g, tail_flops(g))
@@ -354,7 +386,9 @@ def _gather_transpose(ctx: Lowering, g: Group, x: View, to_last: tuple[int, ...]
     n_spatial = len(x.shape) - 2
     groups = attrs["group"]
     kernel = w_value.shape[2:]
-    w = ctx.contiguous(ctx.view(w_value).transpose((*range(2, n_spatial + 2), 0, 1)), f"{w_value.name}_kn")  # [k.., c, oc/g]
+    w = ctx.contiguous(
+        ctx.view(w_value).transpose((*range(2, n_spatial + 2), 0, 1)), f"{w_value.name}_kn"
+    )  # [k.., c, oc/g]
     n = w_value.shape[1]
     result = ctx.temporary(f"{y.name}_nhwc", y.dtype, tuple(y.shape[i] for i in to_last))
     params = Params()
@@ -368,7 +402,9 @@ def _gather_transpose(ctx: Lowering, g: Group, x: View, to_last: tuple[int, ...]
         reach = outs[i] + attrs["before"][i] - taps[i] * attrs["dilations"][i]
         s = attrs["strides"][i]
         source = reach // s
-        inside = Binary("and", Binary("ge", Index(reach), Const(0, DType.i64)), Binary("lt", Index(source), Index(x.shape[i + 1])))
+        inside = Binary(
+            "and", Binary("ge", Index(reach), Const(0, DType.i64)), Binary("lt", Index(source), Index(x.shape[i + 1]))
+        )
         hit = Binary("and", Binary("eq", Index(reach % s), Const(0, DType.i64)), inside)
         valid = hit if valid is None else Binary("and", valid, hit)
         at.append(minimum(maximum(source, 0), x.shape[i + 1] - 1))
@@ -387,7 +423,14 @@ def _gather_transpose(ctx: Lowering, g: Group, x: View, to_last: tuple[int, ...]
     for i in reversed(range(n_spatial)):
         body = For(f"o{i}", result.shape[i + 1], (body,), "parallel")
     body = For("i0", x.shape[0], (body,), "parallel")
-    ctx.emit("conv_transpose", Kernel("k", tuple(params.buffers), (body,)), params.views, len(params.views) - 1, (node,), node.cost.flops)
+    ctx.emit(
+        "conv_transpose",
+        Kernel("k", tuple(params.buffers), (body,)),
+        params.views,
+        len(params.views) - 1,
+        (node,),
+        node.cost.flops,
+    )
     back = tuple(to_last.index(i) for i in range(len(to_last)))
     moved = result.transpose(back)
     if g.output is y:
@@ -399,5 +442,3 @@ def _gather_transpose(ctx: Lowering, g: Group, x: View, to_last: tuple[int, ...]
 def _required(view: View | None) -> View:
     assert view is not None
     return view
-
-

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from vivace.base.dims import Dim, ceildiv, minimum, prod, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Node, Value
+from vivace.loops.kernel import Buffer, Expr, For, Index, Kernel, Load, LoopKind, Stmt, Store
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.scalar import literal, scalar
 from vivace.lower.views import View, collapse
-from vivace.loops.kernel import Buffer, Expr, For, Index, Kernel, Load, LoopKind, Stmt, Store
 
 BLOCK = 4096  # elements of a flat loop that one unit of parallel work computes: 16 KiB of f32, half of the smallest L1 in use
 NARROW = 6  # below this an innermost axis is copied element by element: a masked vector costs more (measured on 3-channel images)
@@ -108,7 +108,9 @@ def lower_elementwise(ctx: Lowering, g: Group) -> None:
     emit_pointwise(ctx, label, list(tree.leaves.values()), out, build, g.nodes)
 
 
-def emit_pointwise(ctx: Lowering, label: str, leaves: Sequence[View], out: View, build: Build, nodes: Sequence[Node]) -> None:
+def emit_pointwise(
+    ctx: Lowering, label: str, leaves: Sequence[View], out: View, build: Build, nodes: Sequence[Node]
+) -> None:
     """A kernel that stores `build(leaves' elements)` over the whole of `out`. All leaves have out's shape."""
     flops: Dim = 0
     for n in nodes:
@@ -134,7 +136,12 @@ def emit_pointwise(ctx: Lowering, label: str, leaves: Sequence[View], out: View,
         if isinstance(n, int) and n <= BLOCK:
             loops = For("b", 1, (For("i0", n, (store,), "vector"),), "parallel")
         else:
-            loops = For("b", ceildiv(n, BLOCK), (For("i0", minimum(BLOCK, n - symbol("b", 0) * BLOCK), (store,), "vector"),), "parallel")
+            loops = For(
+                "b",
+                ceildiv(n, BLOCK),
+                (For("i0", minimum(BLOCK, n - symbol("b", 0) * BLOCK), (store,), "vector"),),
+                "parallel",
+            )
     else:
         n_inner = shape[inner]
         narrow = isinstance(n_inner, int) and n_inner < NARROW and len(shape) > 2

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
+from vivace.loops.kernel import Binary, Expr, For, Index, Kernel, Select, Stmt, Store
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.rules.elementwise import Params
 from vivace.lower.scalar import literal
 from vivace.lower.views import View
-from vivace.loops.kernel import Binary, Expr, For, Index, Kernel, Select, Stmt, Store
-
-import numpy as np
 
 
 def lower_concat(ctx: Lowering, g: Group) -> None:

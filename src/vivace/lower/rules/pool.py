@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from vivace.base.dims import Dim, ceildiv, maximum, minimum, symbol
 from vivace.base.dtypes import DType
+from vivace.loops.kernel import Binary, Cast, Const, Expr, For, Index, Inside, Kernel, Load, Reduce, Select, Stmt, Store
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.rules.contraction import tail_flops
 from vivace.lower.rules.elementwise import Params, Tree
-from vivace.loops.kernel import Binary, Cast, Const, Expr, For, Index, Inside, Kernel, Load, Reduce, Select, Stmt, Store
 
 
 def lower_pool(ctx: Lowering, g: Group) -> None:
@@ -27,7 +27,9 @@ def lower_pool(ctx: Lowering, g: Group) -> None:
     tree = Tree(ctx, rest, g.output, given=[y]) if rest else None
     out = ctx.target(g.output).transpose(to_last)
     n_spatial = rank - 2
-    kernel, strides, dilations, before, after = (attrs[k] for k in ("kernel", "strides", "dilations", "before", "after"))
+    kernel, strides, dilations, before, after = (
+        attrs[k] for k in ("kernel", "strides", "dilations", "before", "after")
+    )
     params = Params()
     img, channel = symbol("i0", 0), symbol("c", 0)
     outs = tuple(symbol(f"o{i}", 0) for i in range(n_spatial))
@@ -37,14 +39,21 @@ def lower_pool(ctx: Lowering, g: Group) -> None:
     for i in range(n_spatial):
         position = outs[i] * strides[i] + taps[i] * dilations[i] - before[i]
         at.append(position)
-        if before[i] != 0 or after[i] != 0 or _overhangs(x.shape[i + 1], out.shape[i + 1], kernel[i], strides[i], dilations[i]):
+        if (
+            before[i] != 0
+            or after[i] != 0
+            or _overhangs(x.shape[i + 1], out.shape[i + 1], kernel[i], strides[i], dilations[i])
+        ):
             inside.append(Inside(position, 0, x.shape[i + 1]))
     load = params.load(x, (img, *at, channel))
     assert isinstance(load, Load)
     is_max = node.op.name == "max_pool"
     value: Expr = replace(load, inside=tuple(inside))
     if is_max and inside:
-        lowest = Const(float("-inf") if y.dtype.is_float else 0 if not y.dtype.is_signed else -(1 << (8 * y.dtype.size_bytes - 1)), y.dtype)
+        lowest = Const(
+            float("-inf") if y.dtype.is_float else 0 if not y.dtype.is_signed else -(1 << (8 * y.dtype.size_bytes - 1)),
+            y.dtype,
+        )
         ok: Expr | None = None
         for c in inside:
             both = Binary("and", Binary("ge", Index(c.dim), Index(c.lo)), Binary("lt", Index(c.dim), Index(c.hi)))
@@ -56,7 +65,16 @@ def lower_pool(ctx: Lowering, g: Group) -> None:
     if not is_max:
         count: Dim = 1
         for i in range(n_spatial):
-            count = count * _cells(outs[i], x.shape[i + 1], kernel[i], strides[i], dilations[i], before[i], after[i], attrs["count_include_pad"])
+            count = count * _cells(
+                outs[i],
+                x.shape[i + 1],
+                kernel[i],
+                strides[i],
+                dilations[i],
+                before[i],
+                after[i],
+                attrs["count_include_pad"],
+            )
         value = Binary("mul", value, Binary("div", Const(1.0, y.dtype), Cast(y.dtype, Index(count, DType.i64))))
     if tree is not None:
         moved = {v: w.transpose(to_last) for v, w in tree.leaves.items()}
@@ -66,7 +84,14 @@ def lower_pool(ctx: Lowering, g: Group) -> None:
     for i in reversed(range(n_spatial)):
         loops = (For(f"o{i}", out.shape[i + 1], loops, "parallel"),)
     loops = (For("i0", out.shape[0], loops, "parallel"),)
-    ctx.emit(node.op.name, Kernel("k", tuple(params.buffers), loops), params.views, len(params.views) - 1, g.nodes, tail_flops(g))
+    ctx.emit(
+        node.op.name,
+        Kernel("k", tuple(params.buffers), loops),
+        params.views,
+        len(params.views) - 1,
+        g.nodes,
+        tail_flops(g),
+    )
 
 
 def _overhangs(size: Dim, out: Dim, kernel: int, stride: int, dilation: int) -> bool:

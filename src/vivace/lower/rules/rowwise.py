@@ -8,14 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vivace.base.dims import Dim, ceildiv, minimum, prod, symbol
+from vivace.base.dims import ceildiv, minimum, prod, symbol
 from vivace.base.dtypes import DType
+from vivace.loops.kernel import (
+    Binary,
+    Cast,
+    Const,
+    Expr,
+    For,
+    Index,
+    Kernel,
+    Let,
+    Load,
+    Read,
+    Reduce,
+    Stmt,
+    Store,
+    Unary,
+)
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.rules.contraction import finish, tail_flops
 from vivace.lower.rules.elementwise import Params, Tree, loop_var
 from vivace.lower.views import View, collapse
-from vivace.loops.kernel import Binary, Cast, Const, Expr, For, Index, Kernel, Let, Load, Read, Reduce, Stmt, Store, Unary
 
 F32 = DType.f32
 LANES = 64  # channels that one unit of a column reduction computes: four 512-bit vectors hide the latency of an add
@@ -117,7 +132,9 @@ class Rows:
         written = next(i for i, b in enumerate(params.buffers) if b.writable)
         order = [i for i in range(len(params.buffers)) if i != written] + [written]
         spec = Kernel("k", tuple(params.buffers[i] for i in order), loops)
-        ctx.emit(label, spec, [params.views[i] for i in order], len(order) - 1, self.group.nodes, tail_flops(self.group))
+        ctx.emit(
+            label, spec, [params.views[i] for i in order], len(order) - 1, self.group.nodes, tail_flops(self.group)
+        )
 
 
 def _leading(v: View, n: int) -> View:
@@ -214,7 +231,12 @@ def lower_norm(ctx: Lowering, g: Group) -> None:
     if node.op.name == "layer_norm":
         body.append(Let("mean", mul(rows.reduce("add", x), inverse)))
         centered = sub(x, Read("mean", F32))
-    body.append(Let("scale", Binary("div", f32(1), Unary("sqrt", add(mul(rows.reduce("add", mul(centered, centered)), inverse), eps)))))
+    body.append(
+        Let(
+            "scale",
+            Binary("div", f32(1), Unary("sqrt", add(mul(rows.reduce("add", mul(centered, centered)), inverse), eps))),
+        )
+    )
     value: Expr = mul(centered, Read("scale", F32))
     if scale is not None:
         value = mul(value, _as_f32(rows.load(at[scale])))
@@ -257,7 +279,8 @@ def lower_reduce(ctx: Lowering, g: Group) -> None:
     x_kept = View(x.storage, x.dtype, kept_shape, tuple(x.strides[a] for a in keep), x.offset)
     shape, merged, _ = collapse(kept_shape, [kept(out), x_kept, *(kept(v) for _, v in leaves)])
     red_shape, red, _ = collapse(
-        tuple(x.shape[a] for a in axes), [View(x.storage, x.dtype, tuple(x.shape[a] for a in axes), tuple(x.strides[a] for a in axes))]
+        tuple(x.shape[a] for a in axes),
+        [View(x.storage, x.dtype, tuple(x.shape[a] for a in axes), tuple(x.strides[a] for a in axes))],
     )
     params = Params()
     taps = tuple(symbol(f"r{i}", 0) for i in range(len(red_shape)))
@@ -297,7 +320,10 @@ def lower_reduce(ctx: Lowering, g: Group) -> None:
     if not shape:
         loops = (For("i_only", 1, loops, "parallel"),)
     ctx.emit(
-        node.op.name, Kernel("k", tuple(params.buffers), loops), params.views, len(params.views) - 1, g.nodes, tail_flops(g)
+        node.op.name,
+        Kernel("k", tuple(params.buffers), loops),
+        params.views,
+        len(params.views) - 1,
+        g.nodes,
+        tail_flops(g),
     )
-
-

@@ -13,7 +13,6 @@ from vivace.loops.kernel import Kernel
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.contraction import emit_contraction
-
 from vivace.targets.cpu.llvm import emit_kernel
 
 Spec = Kernel | Contraction | Depthwise
