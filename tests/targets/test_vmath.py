@@ -1,0 +1,150 @@
+"""Errors of the elementary functions, in units in the last place, against wider arithmetic; special values; every instruction set."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from vivace.base.dims import symbol
+from vivace.base.dtypes import DType
+from vivace.loops.kernel import Binary, Buffer, For, Kernel, Load, Store, Unary
+
+N, I = symbol("N"), symbol("i")
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    e = np.exp(-np.abs(x))
+    return np.where(x < 0, e, 1) / (1 + e)
+
+
+WIDER = {
+    "exp": np.exp, "log": np.log, "sin": np.sin, "cos": np.cos, "tan": np.tan, "tanh": np.tanh, "asin": np.arcsin,
+    "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh, "cosh": np.cosh, "asinh": np.arcsinh, "acosh": np.arccosh,
+    "atanh": np.arctanh, "log1p": np.log1p, "expm1": np.expm1, "sigmoid": sigmoid,
+    "erf": np.vectorize(math.erf, otypes=[np.float64]),
+}  # fmt: skip
+# Function: domain and bound for f32, domain and bound for f64. Bounds are those that `vmath` and `vmath64` promise.
+PROMISES = {
+    "exp": ((-110, 90), 1.2, (-750, 710), 1.1),
+    "log": ((0, 3e38), 0.8, (0, 1e300), 0.8),
+    "erf": ((-6, 6), 1.1, (-6, 6), 2.1),
+    "sin": ((-3e38, 3e38), 1.6, (-1e6, 1e6), 2.5),
+    "cos": ((-3e38, 3e38), 1.6, (-1e6, 1e6), 2.5),
+    "tan": ((-3e38, 3e38), 0.51, (-1e5, 1e5), 4),
+    "tanh": ((-12, 12), 2.6, (-25, 25), 2.5),
+    "sigmoid": ((-110, 110), 2.1, (-750, 750), 2.5),
+    "asin": ((-1, 1), 0.51, (-1, 1), 2.5),
+    "acos": ((-1, 1), 0.51, (-1, 1), 2),
+    "atan": ((-1e30, 1e30), 0.51, (-1e200, 1e200), 1),
+    "sinh": ((-90, 90), 0.51, (-711, 711), 3.1),
+    "cosh": ((-90, 90), 0.51, (-711, 711), 3.1),
+    "asinh": ((-3e38, 3e38), 0.51, (-1e300, 1e300), 2),
+    "acosh": ((1, 3e38), 0.51, (1, 1e300), 2),
+    "atanh": ((-1, 1), 0.51, (-1, 1), 2.1),
+    "log1p": ((-1, 3e38), 0.51, (-1, 1e300), 1.4),
+    "expm1": ((-110, 90), 0.51, (-800, 710), 2),
+}
+
+
+def evaluate(compile_kernel, isa, fn: str, dtype: DType, *x: np.ndarray) -> np.ndarray:
+    ins = [Buffer(f"x{k}", dtype, (N,), (1,)) for k in range(len(x))]
+    out = Buffer("out", dtype, (N,), (1,), True)
+    loads = [Load(b, (I,)) for b in ins]
+    e = Unary(fn, *loads) if len(x) == 1 else Binary(fn, *loads)
+    kernel = Kernel("f", (*ins, out), (For("i", N, (Store(out, (I,), e),), "vector"),))
+    result = np.zeros_like(x[0])
+    compile_kernel(kernel, isa).run([*x, result], {"N": len(result)})
+    return result
+
+
+def spread(lo: float, hi: float, dtype: np.dtype, n: int) -> np.ndarray:
+    """Numbers of a range: evenly by size, evenly by exponent, and around 1."""
+    rng = np.random.default_rng(0)
+    unsigned = np.dtype(f"u{dtype.itemsize}")
+    ends = np.array([np.finfo(dtype).smallest_subnormal, max(abs(lo), abs(hi))], dtype).view(unsigned)
+    by_exponent = rng.integers(ends[0], ends[1], n, unsigned, endpoint=True).view(dtype)
+    by_exponent = np.where(rng.random(n) < 0.5, -by_exponent, by_exponent)
+    by_size = lo + (hi - lo) * rng.random(n)
+    values = np.concatenate([by_exponent, by_size.astype(dtype), (3 * rng.normal(size=n)).astype(dtype)])
+    return values[(values >= lo) & (values <= hi)]
+
+
+def errors(actual: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """Distances in units in the last place; 0 where both are NaN or the exact value overflows as the actual one does."""
+    info = np.finfo(actual.dtype)
+    with np.errstate(all="ignore"):
+        unit = np.maximum(2.0 ** (np.floor(np.log2(np.abs(exact))) - info.nmant), info.smallest_subnormal)
+        distance = np.abs(actual.astype(np.longdouble) - exact) / unit
+        same = (actual == exact) | (np.isnan(actual) & np.isnan(exact))
+        same |= np.isinf(actual) & (np.abs(exact) > info.max) & (np.sign(actual) == np.sign(exact))
+    return np.where(same, 0, distance)
+
+
+@pytest.mark.parametrize("fn", PROMISES)
+def test_errors_of_f32(compile_kernel, each_isa, fn: str) -> None:
+    (lo, hi), bound, *_ = PROMISES[fn]
+    x = spread(lo, hi, np.dtype(np.float32), 20_000)
+    with np.errstate(all="ignore"):
+        exact = WIDER[fn](x.astype(np.float64))
+    e = errors(evaluate(compile_kernel, each_isa, fn, DType.f32, x), exact)
+    worst = int(np.argmax(np.where(np.isnan(e), np.inf, e)))
+    assert e[worst] <= bound, f"{fn}({x[worst]!r}): {e[worst]} ulp"
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="needs an 80-bit long double to compare with")
+@pytest.mark.parametrize("fn", PROMISES)
+def test_errors_of_f64(compile_kernel, each_isa, fn: str) -> None:
+    _, _, (lo, hi), bound = PROMISES[fn]
+    x = spread(lo, hi, np.dtype(np.float64), 5_000)
+    with np.errstate(all="ignore"):
+        exact = WIDER[fn](x if fn == "erf" else x.astype(np.longdouble))
+    e = errors(evaluate(compile_kernel, each_isa, fn, DType.f64, x), exact)
+    worst = int(np.argmax(np.where(np.isnan(e), np.inf, e)))
+    assert e[worst] <= bound, f"{fn}({x[worst]!r}): {e[worst]} ulp"
+
+
+SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1.0, -1.0, 200.0, -200.0, 88.72, 88.73, -103.9, -104.1]
+
+
+@pytest.mark.parametrize("fn", PROMISES)
+@pytest.mark.parametrize("dtype", [DType.f32, DType.f64])
+def test_special_values(compile_kernel, each_isa, fn: str, dtype: DType) -> None:
+    x = np.array(SPECIAL, dtype.numpy)
+    with np.errstate(all="ignore"):
+        expected = WIDER[fn](x.astype(np.float64)).astype(dtype.numpy)
+    actual = evaluate(compile_kernel, each_isa, fn, dtype, x)
+    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    known = ~np.isnan(expected)
+    np.testing.assert_array_equal(np.signbit(actual[known]), np.signbit(expected[known]))
+
+
+def test_limits_of_exp(compile_kernel, each_isa) -> None:
+    x = np.array([-200, -104.5, -103.9, -87.5, 88.7, 88.8, 200], np.float32)
+    y = evaluate(compile_kernel, each_isa, "exp", DType.f32, x)
+    assert y[0] == y[1] == 0 and 0 < y[2] < 3e-45 and 0 < y[3] < 2.0**-126
+    assert np.isfinite(y[4]) and np.isposinf(y[5]) and np.isposinf(y[6])
+
+
+@pytest.mark.parametrize("dtype", [DType.f32, DType.f64])
+def test_power(compile_kernel, each_isa, dtype: DType) -> None:
+    rng = np.random.default_rng(0)
+    x = np.abs(rng.normal(size=4000) * 10.0 ** rng.integers(-5, 5, 4000)).astype(dtype.numpy)
+    y = (rng.normal(size=4000) * 10.0 ** rng.integers(-3, 2, 4000)).astype(dtype.numpy)
+    with np.errstate(all="ignore"):
+        exact = np.power(x.astype(np.longdouble), y.astype(np.longdouble))
+        bound = 0.51 if dtype is DType.f32 else 1 + 2 * np.abs(y * np.log(x))
+    e = errors(evaluate(compile_kernel, each_isa, "pow", dtype, x, y), exact)
+    assert np.all(e <= bound), f"{np.max(e / bound)} times the bound"
+
+
+@pytest.mark.parametrize("dtype", [DType.f32, DType.f64])
+def test_special_powers(compile_kernel, each_isa, dtype: DType) -> None:
+    numbers = [0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5, 3.0, -3.0, math.inf, -math.inf, math.nan, 2.5, 1e30]
+    x, y = (g.reshape(-1).astype(dtype.numpy) for g in np.meshgrid(numbers, numbers))
+    with np.errstate(all="ignore"):
+        expected = np.power(x.astype(np.float64), y.astype(np.float64)).astype(dtype.numpy)
+    actual = evaluate(compile_kernel, each_isa, "pow", dtype, x, y)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6 if dtype is DType.f32 else 1e-13)
