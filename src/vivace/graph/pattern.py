@@ -33,7 +33,6 @@ from typing import Any
 
 import numpy as np
 
-from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError
 from vivace.graph.graph import Node, Value
 from vivace.graph.rewrite import At, Example, Outcome, Rule, scalar
@@ -379,7 +378,3 @@ SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 def is_float(*values: Value | None) -> bool:
     """True when every value present is of a floating type."""
     return all(v is None or v.dtype.is_float for v in values)
-
-
-def dtype_of(v: Value) -> DType:
-    return v.dtype

@@ -26,7 +26,7 @@ import numpy as np
 from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError, InternalError
 from vivace.graph.build import Builder, constant
-from vivace.graph.graph import Graph, Node, Op, Type, Value, subgraphs
+from vivace.graph.graph import Graph, Node, Op, Value, subgraphs
 from vivace.graph.text import parse_type, print_node
 
 Outcome = Value | tuple[Value, ...] | str | None
@@ -49,6 +49,15 @@ class Rule:
 
     def __str__(self) -> str:
         return self.name
+
+
+def rule(*roots: str, examples: tuple[Callable[[Example], Any], ...] = ()) -> Callable[[Apply], Rule]:
+    """Makes a Rule of a function: its name is the rule's, its docstring the rule's line of documentation."""
+
+    def make(apply: Apply) -> Rule:
+        return Rule(apply.__name__, roots, apply, (apply.__doc__ or "").strip(), examples)
+
+    return make
 
 
 class Emit(Builder):
@@ -76,8 +85,10 @@ class Example(Emit):
         return self.const(self.random.uniform(low, high, shape).astype(t.dtype.numpy))
 
     def graph(self, build: Callable[[Example], Any]) -> Graph:
+        """The graph of `build(self)`; nodes that its result does not need are left out."""
         outs = build(self)
-        return self.finish(outs if isinstance(outs, tuple) else (outs,))
+        graph = self.finish(outs if isinstance(outs, tuple) else (outs,))
+        return replace(_Editor(graph).finish(), inputs=tuple(self.inputs))
 
 
 @dataclass(slots=True)
@@ -353,7 +364,3 @@ def splice(at: At, graph: Graph, args: Sequence[Value]) -> tuple[Value, ...]:
         at.op.nodes.append(replace(n, inputs=ins, outputs=outs))
         env.update(zip(n.outputs, outs))
     return tuple(env.get(v, v) for v in graph.outputs)
-
-
-def type_of(dtype: DType, *shape: int) -> Type:
-    return Type(dtype, shape)

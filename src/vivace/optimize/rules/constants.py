@@ -136,6 +136,8 @@ def join_constants(n: Node, at: At) -> Outcome:
 def choose_known(n: Node, at: At) -> Outcome:
     """where(true, a, b) = a; where(c, a, a) = a"""
     cond, a, b = n.inputs
+    wide = at.by(cond, "expand", "reshape")
+    cond = wide.inputs[0] if wide is not None else cond
     assert cond is not None and a is not None and b is not None
     if a is b:
         kept = a

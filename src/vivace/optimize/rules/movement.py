@@ -57,6 +57,81 @@ def join_reshapes(n: Node, at: At) -> Outcome:
     return at.op.reshape(m.inputs[0], shape=n.attrs["shape"]) if m else None
 
 
+def regroup(inner: Sequence[Dim], outer: Sequence[Dim]) -> list[list[int]] | None:
+    """For each dim of `outer`, the neighbouring axes of `inner` whose product it is; None when dims are split instead of joined."""
+    groups: list[list[int]] = []
+    i = 0
+    for d in outer:
+        taken: list[int] = []
+        size: Dim = 1
+        while size != d or not taken:
+            if i == len(inner) or (taken and size != 1 and d == 1):
+                return None
+            if d == 1 and inner[i] != 1:
+                break  # a one that joins nothing
+            size = size * inner[i]
+            taken.append(i)
+            i += 1
+            if isinstance(size, int) and isinstance(d, int) and size > d:
+                return None
+        groups.append(taken)
+    while i < len(inner) and groups:
+        if inner[i] != 1:
+            return None
+        groups[-1].append(i)
+        i += 1
+    return groups
+
+
+def _through(x: Value, middle: Sequence[Dim], perm: Sequence[int]) -> tuple[int, ...] | None:
+    """The permutation of `x` that does to its elements what `perm` does after a reshape to `middle`."""
+    groups = regroup(x.shape, middle)
+    return None if groups is None else tuple(axis for p in perm for axis in groups[p])
+
+
+@rule(
+    "reshape",
+    examples=(
+        lambda e: e.reshape(
+            e.transpose(e.reshape(e.x("f32[2,3,4,5]"), shape=(6, 4, 5)), perm=(0, 2, 1)), shape=(2, 3, 5, 4)
+        ),
+    ),
+)
+def transpose_before_joining(n: Node, at: At) -> Outcome:
+    """reshape(transpose(reshape(x))) = reshape(transpose(x)) where the inner reshape only joins axes that stay together"""
+    t = at.by(n.inputs[0], "transpose")
+    inner = at.by(t.inputs[0], "reshape") if t is not None else None
+    if t is None or inner is None or inner.inputs[0] is None:
+        return None
+    if not at.only_use(t.output):
+        return f"%{t.output.name} is used elsewhere too"
+    perm = _through(inner.inputs[0], inner.output.shape, t.attrs["perm"])
+    if perm is None:
+        return "the inner reshape splits axes"
+    return at.op.reshape(at.op.transpose(inner.inputs[0], perm=perm), shape=n.output.shape)
+
+
+@rule(
+    "transpose",
+    examples=(
+        lambda e: e.transpose(
+            e.reshape(e.transpose(e.x("f32[2,3,5,4]"), perm=(0, 1, 3, 2)), shape=(6, 4, 5)), perm=(0, 2, 1)
+        ),
+    ),
+)
+def meet_transposes(n: Node, at: At) -> Outcome:
+    """transpose(reshape(transpose(x, p)), q) = reshape(transpose(x, p')) where the reshape only joins axes"""
+    inner = at.by(n.inputs[0], "reshape")
+    t = at.by(inner.inputs[0], "transpose") if inner is not None else None
+    if inner is None or t is None:
+        return None
+    perm = _through(t.output, inner.output.shape, n.attrs["perm"])
+    if perm is None:
+        return "the reshape splits axes"
+    first = t.attrs["perm"]
+    return at.op.reshape(at.op.transpose(t.inputs[0], perm=tuple(first[p] for p in perm)), shape=n.output.shape)
+
+
 @rule(
     "reshape",
     examples=(lambda e: e.reshape(e.reduce_sum(e.x("f32[2,3,4]"), axes=(1,), keepdims=True), shape=(2, 4)),),
@@ -286,6 +361,8 @@ def gather_as_slice(n: Node, at: At) -> Outcome:
 RULES: tuple[Rule, ...] = (
     join_transposes,
     join_reshapes,
+    transpose_before_joining,
+    meet_transposes,
     reduce_without_the_axis,
     join_expands,
     join_slices,
