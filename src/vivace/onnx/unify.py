@@ -1,0 +1,172 @@
+"""What the importer assumes about symbolic dims so that the model makes sense, and how it learns it.
+
+Broadcasting and contraction assume that two symbolic dims that meet are equal; slicing a table up to a symbol assumes that the table is long
+enough. `Assumptions` holds what was learnt: replacements of symbols by dims, and tighter bounds. The importer starts again with every
+new assumption, so types never change after the fact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vivace.base.dims import Apply, Bound, Dim, Expr, Symbol, as_symbol, bounds, exact_div, linear, substitute, symbol, symbols
+
+
+_LARGEST = 1 << 31
+
+
+@dataclass(slots=True)
+class Assumptions:
+    """Replacements and bounds of symbols, by name; `declared` are those of the inputs, which are the last to be replaced."""
+
+    replaced: dict[str, Dim] = field(default_factory=dict)
+    bounded: dict[str, tuple[Bound, Bound]] = field(default_factory=dict)
+    declared: set[str] = field(default_factory=set)
+
+    def symbol(self, name: str) -> Dim:
+        """The dim that stands for a symbol of the model."""
+        if name in self.replaced:
+            return self.replaced[name]
+        return symbol(name, *self.bounded.get(name, (0, None)))
+
+    def apply(self, d: Dim) -> Dim:
+        return substitute(d, {s.name: self.symbol(s.name) for s in symbols(d)})
+
+    def learn_equal(self, a: Dim, b: Dim) -> bool:
+        """Assume a == b. False when nothing new that makes them equal can be assumed."""
+        a, b = self.apply(a), self.apply(b)
+        if a == b:
+            return True
+        low, high = bounds(a - b)
+        if (low is not None and low > 0) or (high is not None and high < 0):
+            return False
+        return self._solve(a, b) or self._choose(a, b) or self._choose(b, a)
+
+    def _solve(self, a: Dim, b: Dim) -> bool:
+        """Replace a symbol by what makes the two equal; a bare side first, else a symbol with a coefficient that divides."""
+        for x, y in sorted(((b, a), (a, b)), key=lambda pair: self._is_declared(pair[0])):
+            s = as_symbol(x)
+            if s is not None and s.name not in {t.name for t in symbols(y)}:
+                return self._replace(s, y)
+        for name, s in sorted({s.name: s for s in symbols(b - a)}.items(), key=lambda item: item[0] in self.declared):
+            split = linear(b - a, name)
+            if split is not None and split[0] != 0:
+                value = exact_div(-split[1], split[0])
+                if value is not None and not (isinstance(value, Expr) and isinstance(split[0], Expr)):
+                    return self._replace(s, value)
+        return self._common_factor(a, b) or self._invert(a - b)
+
+    def _is_declared(self, d: Dim) -> bool:
+        s = as_symbol(d)
+        return s is not None and s.name in self.declared
+
+    def _invert(self, d: Dim) -> bool:
+        """Assume d == 0 for a monotone function of one symbol, such as `(H+1)//2 - 4`: the symbol is bounded to where it holds."""
+        names = {s.name: s for s in symbols(d)}
+        if len(names) != 1 or not _is_monotone(d):
+            return False
+        ((name, s),) = names.items()
+        value = lambda n: substitute(d, {name: n})  # noqa: E731
+
+        def first(at_least: int) -> int:
+            """The least size for which d reaches `at_least`."""
+            low, high = -1, _LARGEST
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if value(middle) >= at_least else (middle, high)  # type: ignore[operator]
+            return high
+
+        low, high = first(0), first(1) - 1
+        if low > high or value(low) != 0 or (s.hi is not None and low > s.hi) or (s.lo is not None and high < s.lo):
+            return False
+        return self._replace(s, low) if low == high else self._bound(name, low, high)
+
+    def _common_factor(self, a: Dim, b: Dim) -> bool:
+        """`M*k == N*k` (k not zero) and `(N*k // M) * M == N*k`: take the symbols that stand in only one of the two for equal."""
+        sa, sb = {s.name: s for s in symbols(a)}, {s.name: s for s in symbols(b)}
+        only_a, only_b = [s for n, s in sa.items() if n not in sb], [s for n, s in sb.items() if n not in sa]
+        if len(only_a) + len(only_b) == 1:
+            # (N*S // M) * M == N*S: the divisor M must be a factor, and the only symbol that it can be is one of the others.
+            (odd,) = only_a or only_b
+            for other in (sa if only_b else sb).values():
+                env = {odd.name: _as_dim(other)}
+                if substitute(a, env) == substitute(b, env):
+                    return self._replace(odd, _as_dim(other))
+        if len(only_a) == len(only_b) == 1:
+            env = {only_b[0].name: _as_dim(only_a[0])}
+            if substitute(b, env) == a:
+                return self._replace(only_b[0], _as_dim(only_a[0]))
+        return False
+
+    def _replace(self, s: Symbol, value: Dim) -> bool:
+        if not isinstance(value, Expr) and ((s.lo is not None and value < s.lo) or (s.hi is not None and value > s.hi)):
+            return False
+        if (other := as_symbol(value)) is not None:  # the bounds of both hold
+            self._bound(other.name, s.lo, s.hi)
+            value = self.symbol(other.name)
+        self.replaced = {k: substitute(v, {s.name: value}) for k, v in self.replaced.items()} | {s.name: value}
+        return True
+
+    def _choose(self, a: Dim, b: Dim) -> bool:
+        """`min(x, y) == x` needs x <= y, `max(x, y) == x` needs x >= y; the same inside a sum."""
+        for atom in [t[0] for t, _ in a.terms if len(t) == 1] if isinstance(a, Expr) else []:
+            if not isinstance(atom, Apply) or atom.fn not in ("min", "max"):
+                continue
+            for x, y in ((atom.a, atom.b), (atom.b, atom.a)):
+                if _replace_atom(a, atom, x) == b:
+                    return self._at_most(x, y) if atom.fn == "min" else self._at_most(y, x)
+        return False
+
+    def _at_most(self, x: Dim, y: Dim) -> bool:
+        """Assume x <= y, when that is a bound of one symbol."""
+        names = {s.name for s in symbols(x - y)}
+        if len(names) != 1:
+            return False
+        (name,) = names
+        split = linear(x - y, name)
+        if split is None or isinstance(split[0], Expr) or isinstance(split[1], Expr) or split[0] == 0:
+            return False
+        k, rest = split
+        if k > 0:  # k * s + rest <= 0
+            return self._bound(name, None, -rest // k)
+        return self._bound(name, -(rest // k), None)
+
+    def _bound(self, name: str, lo: Bound, hi: Bound) -> bool:
+        old_lo, old_hi = self.bounded.get(name, (0, None))
+        lo = old_lo if lo is None or (old_lo is not None and old_lo >= lo) else lo
+        hi = old_hi if hi is None or (old_hi is not None and old_hi <= hi) else hi
+        if (lo, hi) == (old_lo, old_hi) or (lo is not None and hi is not None and lo > hi):
+            return False
+        self.bounded[name] = (lo, hi)
+        fresh = {name: symbol(name, lo, hi)}
+        self.replaced = {k: substitute(v, fresh) for k, v in self.replaced.items()}
+        return True
+
+
+def _is_monotone(d: Dim) -> bool:
+    """True for a function that grows with its symbols: positive coefficients over symbols, divisions by constants, min and max."""
+    if not isinstance(d, Expr):
+        return True
+    for atoms, coefficient in d.terms:
+        if atoms and coefficient < 0:
+            return False
+        for a in atoms:
+            if isinstance(a, Apply) and (a.fn == "%" or not _is_monotone(a.a) or not _is_monotone(a.b) or (a.fn == "//" and not isinstance(a.b, int))):
+                return False
+    return True
+
+
+def _as_dim(s: Symbol) -> Dim:
+    return symbol(s.name, s.lo, s.hi)
+
+
+def _replace_atom(d: Dim, atom: Apply, value: Dim) -> Dim:
+    assert isinstance(d, Expr)
+    out: Dim = 0
+    for t, c in d.terms:
+        out = out + (value * c if t == (atom,) else _term(t, c))
+    return out
+
+
+def _term(t: tuple[object, ...], c: int) -> Dim:
+    return Expr(((t, c),)) if t else c  # type: ignore[arg-type]
