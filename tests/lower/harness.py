@@ -163,7 +163,10 @@ def check(graph: Graph, *inputs: Array, isas: Sequence[str | None] = (None, BEST
 
 
 def compare(got: Array, want: Array, tol: float, where: str) -> None:
-    """Equal, or for floats within `tol * (1 + |want|)`; NaN equals NaN."""
+    """Equal, or within `tol * (1 + |want|)`, for integers within `tol` if that is 1 or more; NaN equals NaN."""
+    if got.dtype.kind in "iu" and tol >= 1:
+        assert np.abs(got.astype(np.int64) - want.astype(np.int64)).max(initial=0) <= tol, where
+        return
     if got.dtype.kind in "iub":
         assert np.array_equal(got, want), f"{where}: {got!r} instead of {want!r}"
         return

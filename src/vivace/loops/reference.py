@@ -213,7 +213,8 @@ def _store(context: _Context, buffer: Buffer, index: tuple[Dim, ...], value: Arr
     address = _address(context, buffer, index, active)
     value = value.astype(buffer.dtype.numpy)
     if active is None:
-        context.buffers[buffer][address] = value
+        *address, value = np.broadcast_arrays(*address, value)  # type: ignore[assignment]
+        context.buffers[buffer][tuple(address)] = value
         return
     *address, value, active = np.broadcast_arrays(*address, value, active)  # type: ignore[assignment]
     context.buffers[buffer][tuple(a[active] for a in address)] = value[active]

@@ -13,7 +13,9 @@ from vivace.lower.rules.elementwise import dims_values, lower_elementwise
 from vivace.lower.rules.placement import lower_concat, lower_pad
 from vivace.lower.rules.pool import lower_pool
 from vivace.lower.rules.recurrent import lower_recurrent
+from vivace.lower.rules.resize import lower_resize
 from vivace.lower.rules.rowwise import lower_norm, lower_reduce, lower_softmax
+from vivace.lower.rules.scan import lower_arg, lower_cumsum
 
 RULES: dict[str, Callable[[Lowering, Group], None]] = {
     "elementwise": lower_elementwise,
@@ -32,6 +34,10 @@ RULES: dict[str, Callable[[Lowering, Group], None]] = {
     "pad": lower_pad,
     "attention": lower_attention,
     **dict.fromkeys(("lstm", "gru", "rnn"), lower_recurrent),
+    "resize": lower_resize,
+    "argmax": lower_arg,
+    "argmin": lower_arg,
+    "cumsum": lower_cumsum,
     "if": lower_if,
     "loop": lower_loop,
     "onnx": lower_onnx,
