@@ -138,6 +138,10 @@ class Knobs:
         "check", "0 or 1", _read_flag, lambda: False, "`0`",
         "Shadows every kernel with the reference interpreter and names the first one that differs. Slow.",
     )  # fmt: skip
+    traceback = Knob(
+        "traceback", "0 or 1", _read_flag, lambda: False, "`0`",
+        "Shows where in the code an error came from, before the command line's one paragraph.",
+    )  # fmt: skip
     threads: Knob[int | None] = Knob(
         "threads", "a whole number above 0", _read_count, lambda: None, "one per usable physical core",
         "How many threads an engine uses where its `compile` or `load` was not told.",

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from vivace.base.dims import Dim, symbol
+from vivace.base.dims import Dim, parse, symbol
 from vivace.base.dtypes import DType
-from vivace.base.errors import ProviderError, UnsupportedError
+from vivace.base.errors import ModelError, ProviderError, UnsupportedError
 from vivace.base.specs import TensorSpec
 from vivace.providers.provider import Arrays, LoadOptions
 
@@ -116,7 +116,12 @@ def _spec(arg: ort.NodeArg) -> TensorSpec:
 def _dim(size: int | str | None, name: str, axis: int) -> Dim:
     if isinstance(size, int) and size >= 0:
         return size
-    return symbol(size if isinstance(size, str) and size else f"{name}.{axis}")
+    if not isinstance(size, str) or not size:
+        return symbol(f"{name}.{axis}")
+    try:
+        return parse(size)
+    except ModelError:
+        return symbol(size)
 
 
 def _first_line(error: Exception) -> str:

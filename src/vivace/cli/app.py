@@ -1,0 +1,123 @@
+"""The verbs put together, and what happens when one fails.
+
+Rules:
+* CODES: 0 done; 1 a gate that the user asked for did not hold; 2 bad input; 3 a fault of ours; 130 interrupted; 141 the
+  reader of the output went away.
+* PARAGRAPH: an error is one paragraph on standard error, as JSON on standard output too where `--json` was given. The
+  traceback is shown only with the knob `traceback`.
+* LIGHT: a verb imports what it needs when it runs, so that `vivace --help` starts at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from vivace.base.errors import VivaceError
+from vivace.cli import bench, compile, demo, inspect, opt, optimize, run_model, system
+
+# Typer has Click inside or beside it, depending on its version; this is the root of its complaints in both.
+_ClickException = typer.BadParameter.__mro__[2]
+
+INTERRUPTED, READER_GONE = 130, 141
+
+app = typer.Typer(
+    name="vivace",
+    help="Compiles ONNX models to native code, runs them, and shows how near to the machine's limit they are.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("compile")(compile.compile_model)
+app.command("run")(run_model.run_model)
+app.command("bench")(bench.bench_model)
+app.command("inspect")(inspect.inspect_model)
+app.command("optimize")(optimize.optimize)
+app.command("sys")(system.show_system)
+app.command("demo")(demo.show_demo)
+app.command("opt")(opt.run_passes)
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        from vivace import __version__
+
+        print(f"vivace {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Compiles ONNX models to native code, runs them, and shows how near to the machine's limit they are.
+
+    Example: vivace bench model.onnx --against onnxruntime,openvino
+    """
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs the command line and returns the exit code (CODES, PARAGRAPH)."""
+    try:
+        code = app(list(arguments), standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:
+        # What is left in the buffer must not be written when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return READER_GONE
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except typer.Exit as stop:
+        return stop.exit_code
+    except Exception as error:
+        _show_traceback(error)
+        kind, text, code = describe(error)
+        _report(kind, text, code, "--json" in arguments)
+        return code
+
+
+def describe(error: Exception) -> tuple[str, str, int]:
+    """Kind, one paragraph and exit code of an error."""
+    if isinstance(error, VivaceError):
+        return type(error).__name__, str(error), error.exit_code
+    if isinstance(error, _ClickException):
+        text = str(error.format_message())  # type: ignore[attr-defined]
+        return "UsageError", f"{text.rstrip('.')}. Try: vivace --help.", 2
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        return "InputError", f"{where}{error.strerror or error}.", 2
+    if isinstance(error, MemoryError):
+        return "InputError", f"not enough memory: {str(error) or 'an allocation failed'}.", 2
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return "InternalError", f"a fault inside vivace: {text}. Try: VIVACE_TRACEBACK=1, and report what it shows.", 3
+
+
+def _report(kind: str, text: str, code: int, as_json: bool) -> None:
+    paragraph = " ".join(text.split())
+    print(f"error: {paragraph}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"schema_version": 1, "error": {"kind": kind, "message": paragraph, "exit_code": code}}))
+
+
+def _show_traceback(error: Exception) -> None:
+    from vivace.base.knobs import knobs
+
+    try:
+        is_wanted = knobs.traceback
+    except VivaceError:
+        return  # the environment itself is wrong, which is what will be reported
+    if is_wanted:
+        import traceback
+
+        traceback.print_exception(error)

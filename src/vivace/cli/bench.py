@@ -1,0 +1,327 @@
+"""`vivace bench`: engines side by side on one model, with the answers checked and the distance to the limit shown."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vivace.base.errors import GateError, InputError, VivaceError
+from vivace.cli import options
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vivace.cli.contestants import Job
+    from vivace.measure.bench import Bench, EngineTimes, Settings
+    from vivace.measure.compare import Tolerance
+    from vivace.measure.memory import ColdStart
+    from vivace.measure.peaks import Peaks
+    from vivace.measure.roofline import Total
+
+
+def bench_model(
+    model: options.Model,
+    against: Annotated[str, typer.Option(help="Engines to compare with: onnxruntime, openvino.")] = "onnxruntime",
+    shapes: options.Shapes = "",
+    inputs: options.Inputs = [],  # noqa: B006  typer reads it and never changes it
+    seed: options.Seed = 0,
+    provider: options.Provider = "native,onnxruntime",
+    threads: options.Threads = 0,
+    precision: options.Precision = "f32",
+    level: options.Level = "all",
+    target: options.Target = "host",
+    budget: Annotated[float, typer.Option(help="Seconds of measuring.")] = 10.0,
+    half_width: Annotated[float, typer.Option(help="Stop early once ratios are known so closely, such as 0.01.")] = 0.0,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory and cold start in fresh processes.")] = True,
+    limit: Annotated[bool, typer.Option(help="Show the share of this machine's limit.")] = True,
+    layers: Annotated[bool, typer.Option(help="Show the time of each kernel of our engine.")] = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with the kernels and a roofline picture.", show_default=False)
+    ] = None,
+    max_ratio: Annotated[
+        float, typer.Option(help="Exit with 1 unless our median over the best other one is at most this.")
+    ] = math.inf,
+    absolute: Annotated[float, typer.Option("--atol", help="Tolerance of the outputs, absolute.")] = 1e-3,
+    relative: Annotated[float, typer.Option("--rtol", help="Tolerance of the outputs, relative.")] = 1e-3,
+    as_json: options.Json = False,
+) -> None:
+    """Times engines on a model, interleaved in one process with equal threads, and checks their outputs.
+
+    Example: vivace bench model.onnx --against onnxruntime,openvino --threads 1
+    """
+    from vivace.cli.console import print_json, progress
+    from vivace.cli.contestants import Job
+    from vivace.measure.bench import Settings
+    from vivace.measure.compare import Tolerance
+    from vivace.measure.inputs import parse_shapes
+
+    given = parse_shapes(shapes)
+    job = Job(model, options.threads_of(threads), precision, given, level=options.level_of(level), target=target)
+    others = [name for name in options.split(against) if name != "native"]
+    settings = Settings(budget_seconds=budget, half_width=half_width, seed=seed)
+    with progress() as show:
+        arrays, job = gather_inputs(job, inputs, seed)
+        wanted = Wanted((provider, *others), settings, Tolerance(absolute, relative), memory, limit)
+        report = measure(job, arrays, wanted, show)
+    kernels = _kernel_table(provider, job, arrays, report) if layers or html else None
+    if as_json:
+        data = report.to_dict()
+        if kernels is not None:
+            data["kernels"] = kernels.to_dicts()
+        print_json(data)
+    else:
+        print_report(report)
+        if layers and kernels is not None:
+            kernels.print()
+    if html is not None and kernels is not None:
+        kernels.write_html(html, model.name)
+    _judge(report, max_ratio)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What to measure: the engines (ours first), how long, and what beside times."""
+
+    providers: tuple[str, ...]
+    settings: Settings
+    tolerance: Tolerance
+    memory: bool = True
+    limit: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One model measured on one machine."""
+
+    job: Job
+    shapes: Mapping[str, Sequence[int]]
+    bench: Bench
+    cold: Mapping[str, ColdStart]
+    total: Total | None
+    peaks: Peaks | None
+    notes: tuple[str, ...]
+
+    @property
+    def best_ratio(self) -> float:
+        """Our median over the least median of the other engines; NaN where one of them is missing."""
+        ours, *others = self.bench.engines
+        medians = [engine.median for engine in others if not engine.failure]
+        return ours.median / min(medians) if medians and not ours.failure else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON holds it; times in seconds."""
+        from vivace.base.machine import host
+        from vivace.cli.console import plain
+        from vivace.cli.system import machine_facts
+
+        return {
+            "model": str(self.job.model),
+            "shapes": plain(dict(self.shapes)),
+            "threads": self.job.threads,
+            "precision": self.job.precision,
+            "best_ratio": plain(self.best_ratio),
+            "engines": [_engine_dict(engine, self) for engine in self.bench.engines],
+            "reference": self.bench.reference,
+            "tolerance": plain(self.bench.tolerance),
+            "n_rounds": self.bench.n_rounds,
+            "seconds": self.bench.seconds,
+            "noise": plain(self.bench.noise),
+            "limit": plain(self.total),
+            "notes": list(self.notes),
+            "machine": plain(machine_facts(host())),
+        }
+
+
+def gather_inputs(job: Job, inputs: Sequence[str], seed: int) -> tuple[dict[str, np.ndarray], Job]:
+    """Arrays for the model's inputs, and the job with all shapes fixed to theirs.
+
+    Raises: InputError for a saved engine, which has no model that other engines could load.
+    """
+    from dataclasses import replace
+
+    from vivace.cli.contestants import is_saved, open_engine
+
+    if is_saved(job.model):
+        raise InputError("a saved engine cannot be compared", where=str(job.model), expected="an ONNX model")
+    specs = open_engine("onnxruntime", replace(job, precision="f32", level=0, shapes={})).inputs
+    arrays, sizes = options.gather(specs, job.shapes, inputs, seed)
+    return arrays, replace(job, shapes={name: tuple(a.shape) for name, a in arrays.items()}, sizes=sizes)
+
+
+def measure(job: Job, arrays: dict[str, np.ndarray], wanted: Wanted, progress: Any = None) -> Report:
+    """Everything that `vivace bench` shows."""
+    from dataclasses import replace
+
+    from vivace.cli.contestants import contestant, open_engine
+    from vivace.measure.bench import bench
+
+    notes: list[str] = []
+    reference = open_engine("onnxruntime", replace(job, precision="f32", level=99)).run(arrays)
+    found = bench(
+        [contestant(name, job, progress) for name in wanted.providers],
+        arrays,
+        wanted.settings,
+        reference=reference,
+        reference_name="onnxruntime f32",
+        tolerance=wanted.tolerance,
+        progress=progress,
+    )
+    total, peaks = _limit(job, notes, progress) if wanted.limit else (None, None)
+    cold = _cold_starts(job, arrays, wanted.providers, notes, progress) if wanted.memory else {}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    return Report(job, shapes, found, cold, total, peaks, tuple(notes))
+
+
+def _limit(job: Job, notes: list[str], progress: Any) -> tuple[Total | None, Peaks | None]:
+    from vivace.measure.peaks import machine_peaks
+    from vivace.measure.roofline import total
+
+    try:
+        from vivace.compiler import load_graph
+        from vivace.optimize.pipeline import optimize
+
+        graph = optimize(load_graph(job.model, job.shapes), level=2)
+        peaks = machine_peaks(progress=progress)
+        return total(graph, job.sizes, peaks, job.threads), peaks
+    except (VivaceError, ImportError) as error:
+        notes.append(f"no limit: {error}")
+        return None, None
+
+
+def _cold_starts(
+    job: Job, arrays: Any, providers: Sequence[str], notes: list[str], progress: Any
+) -> dict[str, ColdStart]:
+    from vivace.cli.child import cold_command
+    from vivace.cli.contestants import label_of
+    from vivace.measure.memory import cold_start
+
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="vivace-") as folder:
+        for i, name in enumerate(providers):
+            if progress:
+                progress(f"cold start of {label_of(name)}", i, len(providers))
+            try:
+                found[label_of(name)] = cold_start(cold_command(Path(folder), name, job, arrays))
+            except VivaceError as error:
+                notes.append(f"no cold start of {label_of(name)}: {error}")
+    return found
+
+
+def _engine_dict(engine: EngineTimes, report: Report) -> dict[str, Any]:
+    from vivace.cli.console import plain
+
+    cold = report.cold.get(engine.name)
+    return {
+        "name": engine.name,
+        "version": engine.version,
+        "failure": engine.failure or None,
+        "median": plain(engine.median),
+        "least": plain(engine.least),
+        "percentiles": {f"p{fraction * 100:g}": plain(estimate) for fraction, estimate in engine.percentiles},
+        "n_samples": int(engine.calls.size),
+        "variation": plain(engine.variation),
+        "ours_over_this": plain(engine.ratio),
+        "load_seconds": plain(engine.load_seconds),
+        "first_run_seconds": plain(engine.first_run_seconds),
+        "agrees": engine.agrees,
+        "differences": plain(engine.differences),
+        "cold_start": plain(cold),
+        "share_of_limit": plain(report.total.share(engine.median)) if report.total and not engine.failure else None,
+    }
+
+
+def print_report(report: Report) -> None:
+    """The table for people."""
+    from vivace.cli.console import amount, duration, print_table, size
+
+    shapes = ", ".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in report.shapes.items())
+    shapes = shapes if len(shapes) <= 100 else shapes[:97] + "..."
+    title = f"{report.job.model.name}  {shapes}  {report.job.threads} thread(s), {report.job.precision}"
+    columns = [
+        "engine",
+        "median",
+        "least",
+        "p90",
+        "p99",
+        "ours / this",
+        "of limit",
+        "load",
+        "first run",
+        "memory",
+        "answer",
+    ]
+    print_table(title, columns, [_row(engine, report) for engine in report.bench.engines])
+    for engine in report.bench.engines:
+        if engine.failure:
+            print(f"{engine.name} failed: {engine.failure}")
+    if report.total is not None and report.peaks is not None:
+        limit_s = duration(report.total.seconds)
+        weights = size(report.total.weight_bytes)
+        print(f"limit    {limit_s} for {amount(report.total.flops)}FLOP and {weights} of weights at the measured peaks"
+              f" ({amount(report.peaks.operations('f32', report.job.threads))}FLOP/s)")  # fmt: skip
+    noise, bench = report.bench.noise, report.bench
+    quiet = "quiet" if noise.is_quiet else "NOT QUIET"
+    print(f"measured {bench.n_rounds} rounds in {duration(bench.seconds)}; machine {quiet}: others used "
+          f"{noise.foreign_cores:.2f} cores, {noise.steal:.1%} stolen, load {noise.load_average:.2f}")  # fmt: skip
+    print(f"checked  against {bench.reference}: {bench.tolerance}; '-' is a figure that so small a sample cannot give")
+    for note in report.notes:
+        print(f"note     {note}")
+
+
+def _row(engine: EngineTimes, report: Report) -> list[str]:
+    from vivace.cli.console import duration, size
+
+    if engine.failure:
+        return [f"{engine.name} {engine.version}", *["-"] * 9, "failed"]
+    cold = report.cold.get(engine.name)
+    tails = dict(engine.percentiles)
+    ratio = "" if engine.ratio is None else _interval(engine.ratio.value, engine.ratio.low, engine.ratio.high)
+    errors = max((d.max_absolute for d in engine.differences), default=0.0)
+    return [
+        f"{engine.name} {engine.version}",
+        duration(engine.median),
+        duration(engine.least),
+        *(duration(tails[f].value) if tails[f].high is not None else "-" for f in (0.9, 0.99)),
+        ratio,
+        f"{report.total.share(engine.median):.0%}" if report.total else "-",
+        duration(cold.load_seconds if cold else engine.load_seconds),
+        duration(cold.first_run_seconds if cold else engine.first_run_seconds),
+        size(cold.peak_bytes) if cold else "-",
+        f"{'equal' if engine.agrees else 'DIFFERS'} ({errors:.0e})",
+    ]
+
+
+def _interval(value: float, low: float | None, high: float | None) -> str:
+    return f"{value:.3f}" if low is None or high is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _kernel_table(provider: str, job: Job, arrays: Any, report: Report) -> Any:
+    from vivace.cli.contestants import open_engine
+    from vivace.cli.kernels import KernelTable
+    from vivace.measure.peaks import machine_peaks
+
+    engine = open_engine(provider, job)
+    if not hasattr(engine, "profile"):
+        raise InputError("only our own engine shows its kernels", where="--layers", expected="--provider native")
+    return KernelTable.of(engine, arrays, report.peaks or machine_peaks(), job.threads)
+
+
+def _judge(report: Report, max_ratio: float) -> None:
+    ours = report.bench.engines[0]
+    if ours.failure:
+        raise GateError("our engine could not run the model", where=str(report.job.model), hint=ours.failure)
+    if ours.agrees is False:
+        bad = ", ".join(d.name for d in ours.differences if not d.agrees)
+        raise GateError("our outputs differ from onnxruntime's", where=bad, expected=str(report.bench.tolerance))
+    if report.best_ratio > max_ratio:
+        raise GateError(
+            f"our median is {report.best_ratio:.3f} of the best other one",
+            where=str(report.job.model),
+            expected=f"at most {max_ratio:g}",
+        )

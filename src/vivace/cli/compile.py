@@ -1,0 +1,77 @@
+"""`vivace compile`: a model becomes a saved engine."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vivace.base.errors import InputError
+from vivace.cli import options
+
+
+def compile_model(
+    model: options.Model,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The engine file. [default: MODEL.vivace]", show_default=False)
+    ] = None,
+    shapes: options.Shapes = "",
+    threads: options.Threads = 0,
+    precision: options.Precision = "f32",
+    provider: options.Provider = "native,onnxruntime",
+    target: options.Target = "host",
+    tune: Annotated[str, typer.Option(help="Effort of tuning: off, fast, full.")] = "fast",
+    level: options.Level = "all",
+    disable: options.Disable = "",
+    cache: Annotated[bool, typer.Option(help="Use the cache of compiled kernels.")] = True,
+    as_json: options.Json = False,
+) -> None:
+    """Compiles a model and saves the engine.
+
+    Example: vivace compile model.onnx -o model.vivace --shapes x:1x3x224x224
+    """
+    import vivace
+    from vivace.cli.console import duration, print_json, progress, size
+    from vivace.measure.inputs import parse_shapes
+
+    if not model.exists():
+        raise InputError("no such file", where=str(model), expected="an ONNX model")
+    path = output or model.with_suffix(".vivace")
+    start = time.perf_counter()
+    with progress() as show:
+        engine = vivace.compile(
+            model,
+            precision=precision,
+            threads=options.threads_of(threads),
+            providers=provider if provider == "auto" else options.split(provider),
+            target=target,
+            tune=tune,
+            cache=cache,
+            shapes=parse_shapes(shapes) or None,
+            level=options.level_of(level),
+            disable=options.split(disable),
+            progress=show,
+        )
+        engine.save(path)
+    seconds = time.perf_counter() - start
+    facts = {
+        "engine": str(path),
+        "file_bytes": path.stat().st_size,
+        "seconds": seconds,
+        "inputs": list(map(str, engine.inputs)),
+        "outputs": list(map(str, engine.outputs)),
+        "stats": {name: value for name, value in engine.stats.items() if isinstance(value, (int, float, str, bool))},
+    }
+    if as_json:
+        print_json(facts)
+        return
+    n_foreign = sum(place.provider != "native" for place in engine.placement)
+    print(f"{path}: {size(path.stat().st_size)}, compiled in {duration(seconds)}")
+    print(f"  inputs   {', '.join(map(str, engine.inputs))}")
+    print(f"  outputs  {', '.join(map(str, engine.outputs))}")
+    print(f"  nodes    {len(engine.placement) - n_foreign} native, {n_foreign} in other engines")
+    for place in engine.placement:
+        if place.provider != "native":
+            print(f"           {place.node} ({place.op}): {place.provider}, because {place.reason}")

@@ -1,0 +1,108 @@
+"""Engines by name, for the verbs that run a model: our own, ONNX Runtime and OpenVINO behind the same interface."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from vivace.base.errors import InputError
+from vivace.cli.options import is_native, split
+
+if TYPE_CHECKING:
+    from vivace.measure.bench import Contestant, Runner
+    from vivace.providers.provider import Session
+
+SAVED_SUFFIX = ".vivace"
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A model and how to prepare it; equal for all engines that are compared."""
+
+    model: Path
+    threads: int = 1
+    precision: str = "f32"
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    level: int = 99
+    disable: tuple[str, ...] = ()
+    target: str = "host"
+    cache: bool = True
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a file is an engine of ours rather than a model."""
+    return path.suffix == SAVED_SUFFIX
+
+
+def open_engine(provider: str, job: Job, progress: Any = None) -> Session:
+    """Loads the model: with our compiler where `provider` says native or auto, else with the named engine."""
+    if not job.model.exists():
+        raise InputError("no such file", where=str(job.model), expected="an ONNX model")
+    if is_saved(job.model):
+        return _open_saved(provider, job)
+    if is_native(provider):
+        import vivace
+
+        providers: str | Sequence[str] = provider if provider == "auto" else split(provider)
+        return cast(
+            "Session",
+            vivace.compile(
+                job.model,
+                precision=job.precision,
+                threads=job.threads,
+                providers=providers,
+                target=job.target,
+                cache=job.cache,
+                shapes=job.shapes or None,
+                level=job.level,
+                disable=job.disable,
+                progress=progress,
+            ),
+        )
+    from vivace.providers.provider import LoadOptions, find
+
+    options = LoadOptions(
+        threads=job.threads,
+        precision=cast(Any, job.precision),
+        level=job.level,
+        shapes=job.shapes,
+        dims=job.sizes,
+    )
+    return find(provider).load(job.model, options)
+
+
+def _open_saved(provider: str, job: Job) -> Session:
+    if not is_native(provider):
+        raise InputError("a saved engine runs natively only", where=str(job.model), expected="--provider native")
+    import vivace
+
+    return cast("Session", vivace.load(job.model, threads=job.threads))
+
+
+def version_of(provider: str) -> str:
+    """The version of an engine's package."""
+    if is_native(provider):
+        from vivace import __version__
+
+        return __version__
+    from vivace.providers.provider import availability
+
+    return availability(provider).version
+
+
+def label_of(provider: str) -> str:
+    """The name in tables."""
+    return "vivace" if is_native(provider) else provider
+
+
+def contestant(provider: str, job: Job, progress: Any = None) -> Contestant:
+    """The engine for `vivace.measure.bench`."""
+    from vivace.measure.bench import Contestant
+
+    def load() -> Runner:
+        return open_engine(provider, job, progress).run
+
+    return Contestant(label_of(provider), version_of(provider), load)

@@ -1,0 +1,57 @@
+"""`vivace opt`: for developers of the optimizer: chosen passes, with the graph printed between them and their times."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vivace.base.errors import InputError
+from vivace.cli import options
+
+
+def run_passes(
+    model: Annotated[Path, typer.Argument(help="The ONNX file.", show_default=False)],
+    passes: Annotated[
+        str, typer.Option("--passes", "-p", metavar="PASS,...", help="Passes in order; all where none is named.")
+    ] = "",
+    shapes: options.Shapes = "",
+    disable: options.Disable = "",
+    explain: Annotated[str, typer.Option(metavar="RULE,...", help="Say why these rules did not fire.")] = "",
+    print_between: Annotated[bool, typer.Option("--print-between", help="Print the graph after each pass.")] = False,
+    time: Annotated[bool, typer.Option("--time", help="Print how long each pass took and what it did.")] = False,
+) -> None:
+    """Runs chosen passes of the optimizer and prints the graph.
+
+    Example: vivace opt model.onnx -p simplify,fuse --time
+    """
+    from vivace.cli.console import duration
+    from vivace.graph.passes import Run, run_passes
+    from vivace.graph.text import print_graph
+    from vivace.measure.inputs import parse_shapes
+    from vivace.onnx.importer import import_model
+    from vivace.optimize.pipeline import PIPELINE
+
+    known = {item.name: item for item in PIPELINE}
+    unknown = [name for name in options.split(passes) if name not in known]
+    if unknown:
+        raise InputError(f"unknown pass {unknown[0]!r}", where="--passes", expected=f"some of {', '.join(known)}")
+    chosen = [known[name] for name in options.split(passes)] or list(PIPELINE)
+    graph = import_model(model, overrides=parse_shapes(shapes) or None)
+    disabled = frozenset(options.split(disable))
+    for item in chosen:
+        record = Run()
+        # A pass that was chosen by hand runs on whatever is there; what it requires is the developer's concern.
+        alone = replace(item, requires=frozenset())
+        graph = run_passes(graph, [alone], disabled=disabled, explain=options.split(explain), record=record)
+        if time:
+            fired = ", ".join(f"{n} {rule}" for rule, n in record.fired.most_common())
+            print(f"# {item.name}: {duration(record.seconds)}, {len(graph.nodes)} nodes{'; ' + fired if fired else ''}")
+        for note in record.notes:
+            print(f"# {note}")
+        if print_between:
+            print(f"# after {item.name}\n{print_graph(graph)}\n")
+    if not print_between:
+        print(print_graph(graph))

@@ -1,0 +1,127 @@
+"""Options that several verbs share, and how their texts become values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vivace.base.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from vivace.base.specs import TensorSpec
+
+Model = Annotated[Path, typer.Argument(help="The ONNX file.", show_default=False)]
+Shapes = Annotated[str, typer.Option("--shapes", metavar="NAME:1x3x224x224,...", help="Shapes of inputs.")]
+Inputs = Annotated[
+    list[str],
+    typer.Option("--input", "-i", metavar="NAME=FILE.npy | FILE.npz", help="Arrays for inputs; others are generated."),
+]
+Seed = Annotated[int, typer.Option(help="Seed of generated arrays.")]
+Threads = Annotated[int, typer.Option("--threads", "-t", help="Threads; 0 is all that this process may use.")]
+Precision = Annotated[str, typer.Option(help="Arithmetic: f32.")]
+Provider = Annotated[
+    str,
+    typer.Option(
+        help="native,onnxruntime (what has no kernel runs in onnxruntime); native; onnxruntime; openvino; auto."
+    ),
+]
+Level = Annotated[str, typer.Option(help="Optimization: 0, 1, 2, 3, 99 or disable, basic, extended, layout, all.")]
+Disable = Annotated[str, typer.Option(metavar="RULE,...", help="Rules to leave out.")]
+Target = Annotated[str, typer.Option(help="host, or an instruction set: sse, avx2, avx512.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+LEVELS = {"disable": 0, "basic": 1, "extended": 2, "layout": 3, "all": 99, "0": 0, "1": 1, "2": 2, "3": 3, "99": 99}
+
+
+def split(text: str) -> tuple[str, ...]:
+    """Words with commas between."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def level_of(text: str) -> int:
+    """Raises: InputError for an unknown level."""
+    if text.lower() not in LEVELS:
+        raise InputError(f"unknown level {text!r}", where="--level", expected=f"one of {', '.join(LEVELS)}")
+    return LEVELS[text.lower()]
+
+
+def threads_of(count: int) -> int:
+    """0 stands for every core that arithmetic profits from. Raises: InputError below 0."""
+    from vivace.base.knobs import knobs
+    from vivace.base.machine import host
+
+    if count < 0:
+        raise InputError(f"{count} threads", where="--threads", expected="0 or more")
+    return count or knobs.threads or host().n_compute_threads
+
+
+def is_native(provider: str) -> bool:
+    """Whether our own compiler has a part in the engine, and no other engine runs all of it."""
+    return provider == "auto" or "native" in split(provider)
+
+
+def read_arrays(inputs: Sequence[str]) -> dict[str, np.ndarray]:
+    """The arrays of `--input` options, by input name. Raises: InputError for what cannot be read."""
+    arrays: dict[str, np.ndarray] = {}
+    for text in inputs:
+        name, equals, file = text.partition("=")
+        # A file may have '=' in its name, and the name of a tensor nearly never ends in .npz.
+        arrays.update(_read_archive(Path(text)) if text.endswith(".npz") and not _is_named(text) else {})
+        if not text.endswith(".npz") or _is_named(text):
+            if not equals:
+                raise InputError(f"cannot read {text!r}", where="--input", expected="NAME=FILE.npy or FILE.npz")
+            arrays[name] = _read_array(Path(file))
+    return arrays
+
+
+def _is_named(text: str) -> bool:
+    return "=" in text and not Path(text).exists()
+
+
+def _read_array(path: Path) -> np.ndarray:
+    import numpy as np
+
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"cannot read an array: {error}", where=str(path), expected="a .npy file") from error
+    if not isinstance(found, np.ndarray):
+        raise InputError("holds several arrays", where=str(path), expected="a .npy file", hint="--input FILE.npz")
+    return found
+
+
+def _read_archive(path: Path) -> dict[str, np.ndarray]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"cannot read arrays: {error}", where=str(path), expected="a .npz file") from error
+
+
+def gather(
+    specs: Sequence[TensorSpec], shapes: Mapping[str, Sequence[int]], inputs: Sequence[str], seed: int
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """Arrays for all inputs (given or generated), checked, and the sizes of all symbols."""
+    from vivace.measure.inputs import bind, check_arrays, choose_shapes, generate
+
+    given = read_arrays(inputs)
+    unknown = [name for name in given if name not in {spec.name for spec in specs}]
+    if unknown:
+        names = ", ".join(spec.name for spec in specs)
+        raise InputError(f"the model has no input {unknown[0]!r}", where="--input", expected=f"one of {names}")
+    chosen, sizes = choose_shapes(specs, {**shapes, **{name: array.shape for name, array in given.items()}})
+    arrays = generate([spec for spec in specs if spec.name not in given], chosen, seed)
+    ordered = {spec.name: given.get(spec.name, arrays.get(spec.name)) for spec in specs}
+    complete = {name: array for name, array in ordered.items() if array is not None}
+    check_arrays(specs, complete)
+    bind(specs, {name: array.shape for name, array in complete.items()})
+    return complete, sizes
