@@ -193,7 +193,7 @@ def _inline(scope: Scope, n: NodeProto, body: GraphProto, inputs: list[Any]) -> 
     try:
         scope.names |= {v.name: x for v, x in zip_longest(body.input, inputs)}
         import_nodes(scope, body)
-        return tuple(scope.lookup(v.name) if v.name else None for v in body.output)
+        return tuple(scope.names.get(v.name) for v in body.output)  # an optional output may stay undefined
     finally:
         scope.names = outer
 

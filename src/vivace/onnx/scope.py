@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from vivace.base.dims import Dim, Expr
+from vivace.base.dims import Dim, Expr, bounds, maximum, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import ModelError
 from vivace.graph.build import Builder, constant
 from vivace.graph.graph import Graph, Op, Type, Value
+from vivace.graph.ops.shapes import DimMismatch
 from vivace.onnx import symbolic
 from vivace.onnx.reader import Model
 from vivace.onnx.tensors import MAX_BYTES
@@ -25,6 +26,7 @@ from vivace.onnx.unify import Assumptions
 
 _FOLDED_KINDS = frozenset({"elementwise", "movement", "reduction"})
 _FOLDED = frozenset({"gather", "gather_elements", "gather_nd", "cumsum", "scatter_nd", "scatter_elements"})
+_WINDOWED = frozenset({"conv", "max_pool", "avg_pool"})
 _MAX_FOLD_GROWTH_BYTES = 1 << 14
 
 
@@ -127,6 +129,9 @@ class Scope:
         if folded is not None:
             return (folded,)
         outs = self.builder.emit(op, [None if v is None else self.materialise(v) for v in inputs], attrs)
+        if op.name in _WINDOWED:
+            for d in outs[0].shape:
+                _at_least_zero(d, op.name)
         for v in outs:
             if v.type.is_static and int(v.type.bytes) > MAX_BYTES:  # type: ignore[arg-type]
                 raise ModelError(f"a tensor {v.type} has {v.type.bytes} bytes", expected=f"at most {MAX_BYTES} bytes")
@@ -208,6 +213,16 @@ def rename(graph: Graph, names: Mapping[Value, str]) -> Graph:
         inputs = tuple(None if v is None else v if v.data is not None else new.get(v, v) for v in n.inputs)
         nodes.append(replace(n, inputs=inputs, outputs=tuple(map(renamed, n.outputs))))
     return Graph(graph.inputs, tuple(nodes), tuple(new.get(v, v) for v in graph.outputs), graph.name)
+
+
+def _at_least_zero(d: Dim, where: str) -> None:
+    """A window that is larger than its input is an error at run time, so inputs are assumed large enough.
+
+    Raises: DimMismatch, from which the importer learns a lower bound.
+    """
+    low, _ = bounds(d)
+    if (low is None or low < 0) and len({s.name for s in symbols(d)}) == 1:
+        raise DimMismatch(maximum(d, 0), d, where)
 
 
 def _has_symbols(value: Any) -> bool:

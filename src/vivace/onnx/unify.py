@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vivace.base.dims import Apply, Bound, Dim, Expr, Symbol, as_symbol, bounds, exact_div, linear, substitute, symbol, symbols
+from vivace.base.dims import Apply, Bound, Dim, Expr, Symbol, as_symbol, bounds, evaluate, exact_div, linear, substitute, symbol, symbols
 
 
 _LARGEST = 1 << 31
@@ -40,6 +40,9 @@ class Assumptions:
         low, high = bounds(a - b)
         if (low is not None and low > 0) or (high is not None and high < 0):
             return False
+        factor = _common_factor(a - b)
+        if factor != 1:  # N*x == N*y: nobody means N == 0
+            a, b = (q if (q := exact_div(d, factor)) is not None else d for d in (a, b))
         return self._solve(a, b) or self._choose(a, b) or self._choose(b, a)
 
     def _solve(self, a: Dim, b: Dim) -> bool:
@@ -50,11 +53,23 @@ class Assumptions:
                 return self._replace(s, y)
         for name, s in sorted({s.name: s for s in symbols(b - a)}.items(), key=lambda item: item[0] in self.declared):
             split = linear(b - a, name)
-            if split is not None and split[0] != 0:
+            if split is None or split[0] == 0:
+                continue
+            if split[1] != 0:
                 value = exact_div(-split[1], split[0])
                 if value is not None and not (isinstance(value, Expr) and isinstance(split[0], Expr)):
                     return self._replace(s, value)
-        return self._common_factor(a, b) or self._invert(a - b)
+        return self._rename(a, b) or self._invert(a - b) or self._divide(a, b)
+
+    def _divide(self, a: Dim, b: Dim) -> bool:
+        """`2*((H+1)//2) == H` holds for even H: take the symbol for a multiple of the least power of two that makes the two equal."""
+        for name in {s.name: None for s in symbols(a - b)}:
+            for by in (2, 4, 8, 16, 32, 64, 128, 256):
+                part = self.symbol(f"{name}_by_{by}")
+                if substitute(a, {name: part * by}) == substitute(b, {name: part * by}):
+                    self.replaced = {k: substitute(v, {name: part * by}) for k, v in self.replaced.items()} | {name: part * by}
+                    return True
+        return False
 
     def _is_declared(self, d: Dim) -> bool:
         s = as_symbol(d)
@@ -66,22 +81,12 @@ class Assumptions:
         if len(names) != 1 or not _is_monotone(d):
             return False
         ((name, s),) = names.items()
-        value = lambda n: substitute(d, {name: n})  # noqa: E731
-
-        def first(at_least: int) -> int:
-            """The least size for which d reaches `at_least`."""
-            low, high = -1, _LARGEST
-            while high - low > 1:
-                middle = (low + high) // 2
-                low, high = (low, middle) if value(middle) >= at_least else (middle, high)  # type: ignore[operator]
-            return high
-
-        low, high = first(0), first(1) - 1
-        if low > high or value(low) != 0 or (s.hi is not None and low > s.hi) or (s.lo is not None and high < s.lo):
+        low, high = _first(d, name, 0), _first(d, name, 1) - 1
+        if low > high or substitute(d, {name: low}) != 0 or (s.hi is not None and low > s.hi) or (s.lo is not None and high < s.lo):
             return False
         return self._replace(s, low) if low == high else self._bound(name, low, high)
 
-    def _common_factor(self, a: Dim, b: Dim) -> bool:
+    def _rename(self, a: Dim, b: Dim) -> bool:
         """`M*k == N*k` (k not zero) and `(N*k // M) * M == N*k`: take the symbols that stand in only one of the two for equal."""
         sa, sb = {s.name: s for s in symbols(a)}, {s.name: s for s in symbols(b)}
         only_a, only_b = [s for n, s in sa.items() if n not in sb], [s for n, s in sb.items() if n not in sa]
@@ -118,18 +123,14 @@ class Assumptions:
         return False
 
     def _at_most(self, x: Dim, y: Dim) -> bool:
-        """Assume x <= y, when that is a bound of one symbol."""
+        """Assume x <= y, when that is a bound of one symbol of which y - x or x - y is a monotone function."""
         names = {s.name for s in symbols(x - y)}
         if len(names) != 1:
             return False
         (name,) = names
-        split = linear(x - y, name)
-        if split is None or isinstance(split[0], Expr) or isinstance(split[1], Expr) or split[0] == 0:
-            return False
-        k, rest = split
-        if k > 0:  # k * s + rest <= 0
-            return self._bound(name, None, -rest // k)
-        return self._bound(name, -(rest // k), None)
+        if _is_monotone(y - x):
+            return self._bound(name, _first(y - x, name, 0), None)
+        return _is_monotone(x - y) and self._bound(name, None, _first(x - y, name, 1) - 1)
 
     def _bound(self, name: str, lo: Bound, hi: Bound) -> bool:
         old_lo, old_hi = self.bounded.get(name, (0, None))
@@ -141,6 +142,30 @@ class Assumptions:
         fresh = {name: symbol(name, lo, hi)}
         self.replaced = {k: substitute(v, fresh) for k, v in self.replaced.items()}
         return True
+
+
+def _first(d: Dim, name: str, at_least: int) -> int:
+    """The least size of a symbol for which d, a monotone function of it, reaches `at_least`."""
+    low, high = -1, _LARGEST
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if evaluate(d, {name: middle}) >= at_least else (middle, high)
+    return high
+
+
+def _common_factor(d: Dim) -> Dim:
+    """The product of the atoms that stand in every term."""
+    if not isinstance(d, Expr):
+        return 1
+    shared = list(d.terms[0][0])
+    for atoms, _ in d.terms[1:]:
+        rest, kept = list(atoms), []
+        for a in shared:
+            if a in rest:
+                rest.remove(a)
+                kept.append(a)
+        shared = kept
+    return Expr(((tuple(shared), 1),)) if shared else 1
 
 
 def _is_monotone(d: Dim) -> bool:

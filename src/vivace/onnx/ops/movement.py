@@ -39,8 +39,13 @@ def sign_of(d: Dim) -> int:
     raise Fallback(f"the sign of {d} is not known")
 
 
+_TO_THE_END = (1 << 31) - 1
+
+
 def _position(d: Dim, size: Dim, least: Dim, most: Dim) -> Dim:
-    """A slice bound: negative counts from the end, then clamped."""
+    """A slice bound: negative counts from the end, then clamped; exporters write the largest integer for `to the end`."""
+    if isinstance(d, int) and d >= _TO_THE_END:
+        return most
     if sign_of(d) < 0:
         d = size + d
     return minimum(maximum(d, least), most) if least != 0 or not isinstance(d, int) or d < 0 else minimum(d, most)
