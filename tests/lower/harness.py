@@ -96,11 +96,10 @@ def _body(body: Sequence[Instruction], memory: Memory, isa: str | None, parts: i
 
 
 def _step(step: Step, memory: Memory, isa: str | None, parts: int) -> None:
-    if isa is None and isinstance(step.spec, Kernel):
-        arrays = []
-        for o, p in zip(step.operands, step.spec.params, strict=True):
-            # A negative stride walks towards lower addresses: the reference wants no negative index.
-            arrays.append(memory.array(o.storage, o.offset).view(p.dtype.numpy))
+    if isa is None and isinstance(step.spec, Kernel) and not _walks_back(step.spec):
+        arrays = [
+            memory.array(o.storage, o.offset).view(p.dtype.numpy) for o, p in zip(step.operands, step.spec.params, strict=True)
+        ]
         loops_reference.run(step.spec, arrays, memory.dims)
         return
     code, library = _compiled(step.spec, ISAS[isa or BEST])
@@ -113,6 +112,11 @@ def _step(step: Step, memory: Memory, isa: str | None, parts: int) -> None:
     edges = [units * k // parts for k in range(parts + 1)]
     for begin, end in zip(edges, edges[1:], strict=False):
         call(args.ctypes.data, begin, end, aligned)
+
+
+def _walks_back(kernel: Kernel) -> bool:
+    """Whether elements lie before element 0 of a parameter: the interpreter takes arrays that begin there."""
+    return any(isinstance(s, int) and s < 0 for p in kernel.params for s in p.strides)
 
 
 def _compiled(spec: object, isa: Isa) -> tuple[KernelCode, jit.Library]:

@@ -10,12 +10,14 @@ from vivace.lower.rules.attention import lower_attention
 from vivace.lower.rules.contraction import lower_conv, lower_conv_transpose, lower_matmul
 from vivace.lower.rules.control import lower_if, lower_loop, lower_onnx
 from vivace.lower.rules.elementwise import dims_values, lower_elementwise
+from vivace.lower.rules.indexing import lower_gather, lower_gather_elements, lower_gather_nd, lower_scatter_elements, lower_scatter_nd
 from vivace.lower.rules.placement import lower_concat, lower_pad
 from vivace.lower.rules.pool import lower_pool
 from vivace.lower.rules.recurrent import lower_recurrent
 from vivace.lower.rules.resize import lower_resize
 from vivace.lower.rules.rowwise import lower_norm, lower_reduce, lower_softmax
 from vivace.lower.rules.scan import lower_arg, lower_cumsum
+from vivace.lower.rules.topk import lower_topk
 
 RULES: dict[str, Callable[[Lowering, Group], None]] = {
     "elementwise": lower_elementwise,
@@ -38,6 +40,12 @@ RULES: dict[str, Callable[[Lowering, Group], None]] = {
     "argmax": lower_arg,
     "argmin": lower_arg,
     "cumsum": lower_cumsum,
+    "topk": lower_topk,
+    "gather": lower_gather,
+    "gather_elements": lower_gather_elements,
+    "gather_nd": lower_gather_nd,
+    "scatter_elements": lower_scatter_elements,
+    "scatter_nd": lower_scatter_nd,
     "if": lower_if,
     "loop": lower_loop,
     "onnx": lower_onnx,
