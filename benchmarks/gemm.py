@@ -1,10 +1,12 @@
-"""Convolutions and matrix products of real models, one layer at a time: our kernels against ONNX Runtime's and OpenVINO's.
+"""Convolutions and matrix products of real models, one layer at a time: our kernels against ONNX Runtime's and
+OpenVINO's.
 
     python benchmarks/gemm.py [resnet50|mobilenetv2|bert|vit|llm ...] [--threads 1] [--seconds 0.3]
 
-Each layer is a model of one node with constant weights, bias and ReLU. The other engines convert layouts around a single node, which a
-whole model would not: what is compared is the time of the node itself, by their own profilers. All engines take turns; the best of
-the turns counts. `share` is of the multiply-add peak that a loop without memory reaches on this core.
+Each layer is a model of one node with constant weights, bias and ReLU. The other engines convert layouts around a
+single node, which a whole model would not: what is compared is the time of the node itself, by their own profilers.
+All engines take turns; the best of the turns counts. `share` is of the multiply-add peak that a loop without memory
+reaches on this core.
 """
 
 from __future__ import annotations
@@ -78,22 +80,60 @@ def _depthwise(*layers: tuple[int, int, int]) -> list[Layer]:
 MODELS: dict[str, list[Layer]] = {
     "resnet50": [
         Layer(*x)
-        for x in [
-            (224, 3, 64, 7, 2), (56, 64, 64), (56, 64, 64, 3), (56, 64, 256), (56, 256, 64), (56, 256, 128), (56, 128, 128, 3, 2),
-            (28, 128, 512), (56, 256, 512, 1, 2), (28, 512, 128), (28, 128, 128, 3), (28, 512, 256), (28, 256, 256, 3, 2),
-            (14, 256, 1024), (28, 512, 1024, 1, 2), (14, 1024, 256), (14, 256, 256, 3), (14, 1024, 512), (14, 512, 512, 3, 2),
-            (7, 512, 2048), (14, 1024, 2048, 1, 2), (7, 2048, 512), (7, 512, 512, 3),
-        ]  # fmt: skip
+        for x in (
+            (224, 3, 64, 7, 2),
+            (56, 64, 64),
+            (56, 64, 64, 3),
+            (56, 64, 256),
+            (56, 256, 64),
+            (56, 256, 128),
+            (56, 128, 128, 3, 2),
+            (28, 128, 512),
+            (56, 256, 512, 1, 2),
+            (28, 512, 128),
+            (28, 128, 128, 3),
+            (28, 512, 256),
+            (28, 256, 256, 3, 2),
+            (14, 256, 1024),
+            (28, 512, 1024, 1, 2),
+            (14, 1024, 256),
+            (14, 256, 256, 3),
+            (14, 1024, 512),
+            (14, 512, 512, 3, 2),
+            (7, 512, 2048),
+            (14, 1024, 2048, 1, 2),
+            (7, 2048, 512),
+            (7, 512, 512, 3),
+        )
     ],
     "mobilenetv2": [
         Layer(*x)
-        for x in [
-            (224, 3, 32, 3, 2), (112, 32, 16), (112, 16, 96), (56, 96, 24), (56, 24, 144), (56, 144, 24), (28, 144, 32),
-            (28, 32, 192), (28, 192, 32), (14, 192, 64), (14, 64, 384), (14, 384, 64), (14, 384, 96), (14, 96, 576),
-            (14, 576, 96), (7, 576, 160), (7, 160, 960), (7, 960, 160), (7, 960, 320), (7, 320, 1280),
-        ]  # fmt: skip
+        for x in (
+            (224, 3, 32, 3, 2),
+            (112, 32, 16),
+            (112, 16, 96),
+            (56, 96, 24),
+            (56, 24, 144),
+            (56, 144, 24),
+            (28, 144, 32),
+            (28, 32, 192),
+            (28, 192, 32),
+            (14, 192, 64),
+            (14, 64, 384),
+            (14, 384, 64),
+            (14, 384, 96),
+            (14, 96, 576),
+            (14, 576, 96),
+            (7, 576, 160),
+            (7, 160, 960),
+            (7, 960, 160),
+            (7, 960, 320),
+            (7, 320, 1280),
+        )
     ]
-    + _depthwise((112, 32, 1), (112, 96, 2), (56, 144, 1), (56, 144, 2), (28, 192, 1), (28, 192, 2), (14, 384, 1), (14, 576, 1))
+    + _depthwise(
+        (112, 32, 1), (112, 96, 2), (56, 144, 1), (56, 144, 2), (28, 192, 1), (28, 192, 2), (14, 384, 1), (14, 576, 1)
+    )
     + _depthwise((14, 576, 2), (7, 960, 1)),
     "bert": _products(128, (384, 384), (384, 1536), (1536, 384), (768, 768), (768, 3072), (3072, 768)),
     "vit": _products(197, (768, 768), (768, 3072), (3072, 768)),
@@ -210,7 +250,10 @@ class OnnxRuntime:
     def best_ns(self) -> float:
         events = json.loads(Path(self._session.end_profiling()).read_text())
         names = ("Conv", "Gemm", "FusedConv", "FusedGemm", "MatMul")
-        return min(e["dur"] for e in events if e.get("args", {}).get("op_name") in names and "kernel_time" in e["name"]) * 1e3
+        return (
+            min(e["dur"] for e in events if e.get("args", {}).get("op_name") in names and "kernel_time" in e["name"])
+            * 1e3
+        )
 
 
 class OpenVino:
@@ -278,8 +321,8 @@ def main() -> None:
             ours, runtime, vino, error = measure(layer, isa, options.threads, options.seconds)
             ratios.append(ours / min(runtime, vino))
             print(
-                f"{layer!s:36} {ours / 1e3:9.1f} {layer.flops / ours / peak:6.1%} {runtime / 1e3:9.1f} {ours / runtime:6.2f}"
-                f" {vino / 1e3:9.1f} {ours / vino:6.2f} {error:8.1e}",
+                f"{layer!s:36} {ours / 1e3:9.1f} {layer.flops / ours / peak:6.1%}"
+                f" {runtime / 1e3:9.1f} {ours / runtime:6.2f} {vino / 1e3:9.1f} {ours / vino:6.2f} {error:8.1e}",
                 flush=True,
             )
         mean = float(np.exp(np.mean(np.log(ratios))))

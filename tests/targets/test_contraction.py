@@ -1,4 +1,6 @@
-"""Contraction kernels against NumPy: matrix products and convolutions, every way that B lies, every instruction set that this CPU has."""
+"""Contraction kernels against NumPy: matrix products and convolutions, every way that B lies, every instruction set
+that this CPU has.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import ctypes
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from vivace.base.machine import ISAS, Isa, host, missing_flags
 from vivace.loops.contraction import Axis, Contraction, Packing
 from vivace.loops.kernel import Binary, Buffer, Const, Expr, Load, Read
 from vivace.lower.pack import aligned_zeros, pack_panels
-from vivace.lower.tile import choose_tile, panel_lanes, split_axis
+from vivace.lower.tile import Tile, choose_tile, panel_lanes, split_axis
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.contraction import emit_contraction
 
@@ -62,10 +65,11 @@ class Case:
     arrays: dict[Buffer, np.ndarray]
     expected: np.ndarray
     dims: dict[str, int] = field(default_factory=dict)
+    tile: Tile | None = None
 
     def run(self, isa: Isa, splits: int = 3) -> np.ndarray:
         """The out buffer after running all units in `splits` ranges."""
-        code = emit_contraction(self.c, isa)
+        code = emit_contraction(self.c, isa, self.tile)
         library = jit.load(jit.compile_objects([code], isa, "light"))
         kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)(
             library.address(code.name)
@@ -77,7 +81,7 @@ class Case:
         scratch[-16:] = UNTOUCHED
         units = evaluate(code.units, self.dims)
         edges = [units * i // splits for i in range(splits + 1)]
-        for begin, end in zip(edges, edges[1:]):
+        for begin, end in pairwise(edges):
             kernel(args.ctypes.data, begin, end, scratch.ctypes.data)
         assert (scratch[-16:] == UNTOUCHED).all()
         return self.arrays[self.c.out]
@@ -88,9 +92,19 @@ def rng(*shape: int) -> np.ndarray:
 
 
 def matmul(
-    m: int, k: int, n: int, isa: Isa, kind: str = "panels", heads: int = 1, shared: bool = False, symbolic: str = "", gap: int = 0
+    m: int,
+    k: int,
+    n: int,
+    isa: Isa,
+    kind: str = "panels",
+    heads: int = 1,
+    shared: bool = False,
+    symbolic: str = "",
+    gap: int = 0,
 ) -> Case:
-    """`out[h, m, n] = a[h, m, k] @ b[h, k, n]`; dims named in `symbolic` are passed at run time; rows of `out` lie `gap` apart."""
+    """`out[h, m, n] = a[h, m, k] @ b[h, k, n]`; dims named in `symbolic` are passed at run time; rows of `out` lie
+    `gap` apart.
+    """
     dims = {name.upper(): value for name, value in (("m", m), ("k", k), ("n", n)) if name in symbolic}
     dim_m, dim_k, dim_n = (symbol(s.upper()) if s in symbolic else v for s, v in (("m", m), ("k", k), ("n", n)))
     a = at_page_end(rng(heads, m, k))
@@ -131,7 +145,9 @@ def check(case: Case, isa: Isa, finish: Callable[[np.ndarray], np.ndarray] = lam
 
 @each_isa
 @pytest.mark.parametrize("kind", ["panels", "plain", "transposed"])
-@pytest.mark.parametrize("m, k, n", [(1, 1, 1), (1, 64, 96), (3, 17, 33), (14, 16, 32), (29, 40, 48), (49, 33, 100), (61, 128, 16)])
+@pytest.mark.parametrize(
+    "m, k, n", [(1, 1, 1), (1, 64, 96), (3, 17, 33), (14, 16, 32), (29, 40, 48), (49, 33, 100), (61, 128, 16)]
+)
 def test_matrix_product(isa: Isa, kind: str, m: int, k: int, n: int) -> None:
     check(matmul(m, k, n, isa, kind, gap=3), isa)
 
@@ -168,7 +184,9 @@ def test_rows_that_share_cache_sets_are_staged(isa: Isa) -> None:
     check(case, isa)
 
 
-def conv(h: int, w: int, ci: int, co: int, k: int, stride: int, isa: Isa, dilation: int = 1, symbolic: bool = False) -> Case:
+def conv(
+    h: int, w: int, ci: int, co: int, k: int, stride: int, isa: Isa, dilation: int = 1, symbolic: bool = False
+) -> Case:
     span = (k - 1) * dilation + 1
     oh, ow = (h - span) // stride + 1, (w - span) // stride + 1
     x, weights = at_page_end(rng(2, h, w, ci)), rng(k, k, ci, co)
@@ -206,11 +224,20 @@ def conv(h: int, w: int, ci: int, co: int, k: int, stride: int, isa: Isa, dilati
 @each_isa
 @pytest.mark.parametrize(
     "h, w, ci, co, k, stride, dilation",
-    [(9, 9, 8, 32, 3, 1, 1), (7, 7, 16, 48, 1, 1, 1), (8, 30, 3, 20, 3, 2, 1), (15, 13, 3, 33, 7, 2, 1), (12, 12, 5, 16, 3, 1, 2),
-     (9, 9, 4, 1, 3, 1, 1), (5, 40, 6, 64, 1, 2, 1)],
-)  # fmt: skip
+    [
+        (9, 9, 8, 32, 3, 1, 1),
+        (7, 7, 16, 48, 1, 1, 1),
+        (8, 30, 3, 20, 3, 2, 1),
+        (15, 13, 3, 33, 7, 2, 1),
+        (12, 12, 5, 16, 3, 1, 2),
+        (9, 9, 4, 1, 3, 1, 1),
+        (5, 40, 6, 64, 1, 2, 1),
+    ],
+)
 @pytest.mark.parametrize("symbolic", [False, True])
-def test_convolution(isa: Isa, h: int, w: int, ci: int, co: int, k: int, stride: int, dilation: int, symbolic: bool) -> None:
+def test_convolution(
+    isa: Isa, h: int, w: int, ci: int, co: int, k: int, stride: int, dilation: int, symbolic: bool
+) -> None:
     check(conv(h, w, ci, co, k, stride, isa, dilation, symbolic), isa)
 
 
@@ -240,6 +267,36 @@ def with_epilogue(case: Case) -> tuple[Case, np.ndarray]:
 def test_epilogue_in_place(isa: Isa, m: int, n: int) -> None:
     case, expected = with_epilogue(matmul(m, 24, n, isa))
     check(case, isa, lambda _: expected)
+
+
+@each_isa
+@pytest.mark.parametrize("kind", ["panels", "plain", "transposed"])
+def test_passes_over_the_taps(isa: Isa, kind: str) -> None:
+    case = matmul(45, 48, 70, isa, kind, heads=2)
+    for tiles, panels, k_block in ((2, 1, 16), (1, 3, 24), (100, 100, 16)):
+        plan = choose_tile(case.c, isa)
+        case.tile = replace(plan, k_block=k_block, tiles_per_unit=tiles, panels_per_unit=panels)
+        check(case, isa)
+    case = conv(9, 9, 8, 40, 3, 1, isa)
+    case.tile = replace(choose_tile(case.c, isa), k_block=1, tiles_per_unit=3, panels_per_unit=2)
+    check(case, isa)
+    case, expected = with_epilogue(matmul(50, 24, 77, isa))
+    case.tile = replace(choose_tile(case.c, isa), k_block=8)
+    check(case, isa, lambda _: expected)
+
+
+@each_isa
+def test_tiles_outside_panels(isa: Isa) -> None:
+    case = matmul(45, 48, 70, isa)
+    case.tile = replace(choose_tile(case.c, isa), tiles_outside=True, tiles_per_unit=2, panels_per_unit=2)
+    check(case, isa)
+
+
+def test_large_products_are_cut_for_the_caches() -> None:
+    isa = ISAS["avx512"]
+    tile = choose_tile(matmul(128, 3072, 768, isa).c, isa, replace(host(), caches=()))
+    assert tile.k_block and 3072 % tile.k_block == 0
+    assert choose_tile(matmul(64, 64, 64, isa).c, isa, replace(host(), caches=())).k_block == 0
 
 
 @each_isa

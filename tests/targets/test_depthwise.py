@@ -39,7 +39,16 @@ def buffer(name: str, values: np.ndarray, writable: bool = False) -> Buffer:
 
 
 def check(
-    h: int, w: int, c: int, kh: int, kw: int, isa: Isa, stride: int = 1, dilation: int = 1, symbolic: str = "", x: np.ndarray | None = None
+    h: int,
+    w: int,
+    c: int,
+    kh: int,
+    kw: int,
+    isa: Isa,
+    stride: int = 1,
+    dilation: int = 1,
+    symbolic: str = "",
+    x: np.ndarray | None = None,
 ) -> np.ndarray:
     """Runs `relu(depthwise(x) + bias[c] + residual)` into a channel slice of a wider buffer and compares with NumPy."""
     oh, ow = ((n - (k - 1) * dilation - 1) // stride + 1 for n, k in ((h, kh), (w, kw)))
@@ -57,7 +66,11 @@ def check(
     image, row, column = symbol("image"), symbol("oh"), symbol("ow")
     extra = Buffer("residual", f32, residual.shape, (dim_oh * dim_ow * dim_c, dim_ow * dim_c, dim_c, 1))
     shift = buffer("bias", bias)
-    e = Binary("add", Binary("add", Read("acc", f32), Load(shift, (symbol("c"),))), Load(extra, (image, row, column, symbol("c"))))
+    e = Binary(
+        "add",
+        Binary("add", Read("acc", f32), Load(shift, (symbol("c"),))),
+        Load(extra, (image, row, column, symbol("c"))),
+    )
     d = Depthwise(
         "depthwise",
         (
@@ -75,7 +88,9 @@ def check(
     )
     code = emit_depthwise(d, isa)
     library = jit.load(jit.compile_objects([code], isa, "light"))
-    kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)(library.address(code.name))
+    kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p)(
+        library.address(code.name)
+    )
     arrays = {d.a: x, d.b: weights, d.out: out, shift: bias, extra: residual}
     args = np.array([arrays[p].ctypes.data for p in code.params] + [dims[n] for n in code.dims], np.int64)
     units = evaluate(code.units, dims)

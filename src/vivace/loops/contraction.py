@@ -3,9 +3,10 @@
     out[b.., m.., n] = epilogue(sum over r..  A[b.., m.., r..] * B[b.., r.., n])
 
 `batch` axes stand in A, B and out; `rows` in A and out; `taps` (the reduction) in A and B; `n` in B and out.
-A matrix product has one row axis and one tap. A convolution over channels-last data, its input already padded, has row axes
-(image, oh, ow) and taps (kh, kw, channel): A's stride for `oh` is `stride_h * row`, for `kh` it is `dilation_h * row`.
-A grouped convolution has the group as a batch axis. A depthwise convolution is `Depthwise`, which vectorizes over channels instead.
+A matrix product has one row axis and one tap. A convolution over channels-last data, its input already padded, has
+row axes (image, oh, ow) and taps (kh, kw, channel): A's stride for `oh` is `stride_h * row`, for `kh` it is
+`dilation_h * row`. A grouped convolution has the group as a batch axis. A depthwise convolution is `Depthwise`, which
+vectorizes over channels instead.
 
 Every extent and stride is a Dim in elements; those of taps other than the channel and of `n` are usually ints.
 """
@@ -23,7 +24,9 @@ from vivace.loops.kernel import Binary, Buffer, Cast, Expr, Index, Inside, Load,
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One loop of a contraction: its extent and what a step of it adds to the address in A, B and out (0: it does not move)."""
+    """One loop of a contraction: its extent and what a step of it adds to the address in A, B and out (0: it does not
+    move).
+    """
 
     name: str
     extent: Dim
@@ -36,10 +39,10 @@ class Axis:
 class Packing:
     """How B lies in memory.
 
-    `panels`: constant, packed at compile time as [batch][panel][r..][lanes] with `lanes` columns per panel, zero-filled.
-    `plain`: as its axes' strides say, `n` contiguous (n stride 1): read in place or packed on the fly.
-    `transposed`: as its axes' strides say, the innermost tap contiguous (B stored as [n][k]): packed on the fly. A step of `n` adds
-    `n_stride` to the address.
+    `panels`: constant, packed at compile time as [batch][panel][r..][lanes] with `lanes` columns per panel,
+    zero-filled. `plain`: as its axes' strides say, `n` contiguous (n stride 1): read in place or packed on the fly.
+    `transposed`: as its axes' strides say, the innermost tap contiguous (B stored as [n][k]): packed on the fly. A
+    step of `n` adds `n_stride` to the address.
     """
 
     kind: str
@@ -51,9 +54,9 @@ class Packing:
 class Contraction:
     """A matrix product or convolution, with what happens to each result before it is stored.
 
-    `epilogue` is an expression over `Read("acc", f32)` and loads whose index uses the symbols named by the batch and row axes and `n`
-    (each axis's name is the loop variable). None stores the accumulator itself. The out address comes from the axes' `out` strides,
-    `n`'s out stride is 1.
+    `epilogue` is an expression over `Read("acc", f32)` and loads whose index uses the symbols named by the batch and
+    row axes and `n` (each axis's name is the loop variable). None stores the accumulator itself. The out address
+    comes from the axes' `out` strides, `n`'s out stride is 1.
     """
 
     name: str
@@ -72,7 +75,9 @@ class Contraction:
 
 @dataclass(frozen=True, slots=True)
 class Depthwise:
-    """out[rows.., c] = epilogue(sum over taps  A[rows.., taps.., c] * B[taps.., c]); `c` is contiguous in A, B and out."""
+    """out[rows.., c] = epilogue(sum over taps  A[rows.., taps.., c] * B[taps.., c]); `c` is contiguous in A, B and
+    out.
+    """
 
     name: str
     rows: tuple[Axis, ...]
@@ -88,7 +93,8 @@ class Depthwise:
 def merge_axes(c: Contraction) -> Contraction:
     """The same contraction with as few axes as possible: extent-1 axes dropped, neighbours that step evenly joined.
 
-    Before/After: rows (oh: 56 by 56*64, ow: 56 by 64) -> rows (ow: 3136 by 64), where A, out and every load of the epilogue allow it.
+    Before/After: rows (oh: 56 by 56*64, ow: 56 by 64) -> rows (ow: 3136 by 64), where A, out and every load of the
+    epilogue allow it.
     """
     batch, epilogue = _drop_ones(c.batch, c.epilogue)
     rows, epilogue = _drop_ones(c.rows, epilogue)
@@ -151,7 +157,9 @@ def substitute_expr(e: Expr, env: Mapping[str, Dim]) -> Expr:
             return replace(
                 e,
                 index=tuple(substitute(i, env) for i in index),
-                inside=tuple(Inside(substitute(i.dim, env), substitute(i.lo, env), substitute(i.hi, env)) for i in inside),
+                inside=tuple(
+                    Inside(substitute(i.dim, env), substitute(i.lo, env), substitute(i.hi, env)) for i in inside
+                ),
             )
         case Unary(x=x) | Cast(x=x) | Reduce(x=x):
             return replace(e, x=substitute_expr(x, env))
@@ -164,7 +172,9 @@ def substitute_expr(e: Expr, env: Mapping[str, Dim]) -> Expr:
 
 
 def contraction_dims(c: Contraction | Depthwise) -> tuple[str, ...]:
-    """Names of the run-time dims, sorted: every symbol in an extent, stride or epilogue that is not an axis of the contraction."""
+    """Names of the run-time dims, sorted: every symbol in an extent, stride or epilogue that is not an axis of the
+    contraction.
+    """
     batch = c.batch if isinstance(c, Contraction) else ()
     axes = (*batch, *c.rows, *c.taps)
     lane_name, width = ("n", c.n) if isinstance(c, Contraction) else ("c", c.channels)

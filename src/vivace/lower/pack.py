@@ -1,6 +1,8 @@
-"""Constant B of a contraction, laid out as the micro-kernels read it: `[batch][panel][k][lanes]`, zero-filled, 64-byte aligned.
+"""Constant B of a contraction, laid out as the micro-kernels read it: `[batch][panel][k][lanes]`, zero-filled,
+64-byte aligned.
 
-A panel is `lanes` neighbouring columns; the last one is padded with zeros, so a micro-kernel never loads beyond the array.
+A panel is `lanes` neighbouring columns; the last one is padded with zeros, so a micro-kernel never loads beyond the
+array.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""How a contraction is cut for one instruction set: registers, row tiles, blocks. Data only; the code is made in `targets`.
+"""How a contraction is cut for one instruction set: registers, row tiles, blocks. Data only; the code is made in
+`targets`.
 
-A *tile* is `rows x nv` vector accumulators held in registers while the taps run. Rows come from the last row axis, or, where that is
-short and of known extent (7x7 images), from the last two. A *split* cuts an axis exactly into segments, so that no result is computed
-twice: a kernel may then add to what it overwrites. A *unit* of parallel work is a block of tiles times a block of panels.
+A *tile* is `rows x nv` vector accumulators held in registers while the taps run. Rows come from the last row axis,
+or, where that is short and of known extent (7x7 images), from the last two. A *split* cuts an axis exactly into
+segments, so that no result is computed twice: a kernel may then add to what it overwrites. A *unit* of parallel work
+is a block of tiles times a block of panels.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from vivace.loops.contraction import Axis, Contraction, merge_axes
 
 Segment = tuple[Dim, int]  # count, size
 
-# One unit should cost a thread some microseconds more than claiming it does, and a step should offer each of a few threads several units,
-# to even out. Rates are those of one core today, to the nearest half order of magnitude.
+# One unit should cost a thread some microseconds more than claiming it does, and a step should offer each of a few
+# threads several units, to even out. Rates are those of one core today, to the nearest half order of magnitude.
 _UNIT_NS = 8_000
 _UNITS_WANTED = 32
 _FLOPS_PER_NS = 100
@@ -30,12 +32,14 @@ _LEAST_K_BLOCK = 512  # below it, reading and writing the accumulators once more
 class Tile:
     """The plan of one contraction kernel.
 
-    `outer` and `inner` split the last two row axes (a missing axis is `((1, 1),)`); a tile takes one piece of each. `tiles_per_unit`
-    and `panels_per_unit` make the unit; `rows_outer` tells which of the two block numbers varies slowest over the units.
+    `outer` and `inner` split the last two row axes (a missing axis is `((1, 1),)`); a tile takes one piece of each.
+    `tiles_per_unit` and `panels_per_unit` make the unit; `rows_outer` tells which of the two block numbers varies
+    slowest over the units.
 
-    `stage_a` copies a block's rows of A to scratch, an odd number of cache lines apart; `stage_b` makes panels in scratch from a
-    run-time B. `k_block` steps of the outermost tap are summed in one pass over a unit (0: all); accumulators wait in scratch between
-    passes. `tiles_outside` walks all panels of a unit for each tile, which touches A and out in order, where the panels are small.
+    `stage_a` copies a block's rows of A to scratch, an odd number of cache lines apart; `stage_b` makes panels in
+    scratch from a run-time B. `k_block` steps of the outermost tap are summed in one pass over a unit (0: all);
+    accumulators wait in scratch between passes. `tiles_outside` walks all panels of a unit for each tile, which
+    touches A and out in order, where the panels are small.
     """
 
     nv: int
@@ -131,8 +135,8 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None) -> Til
 def _unit(c: Contraction, n_tiles: int, n_panels: int, k_block: int, machine: Machine) -> tuple[int, int, bool]:
     """Tiles and panels per unit, and whether blocks of tiles vary slowest.
 
-    A block of A stays in half of the second-level cache while panels of B pass. What is larger, A or B, is cut first, so that the
-    smaller one is read again, until there are enough units for the threads.
+    A block of A stays in half of the second-level cache while panels of B pass. What is larger, A or B, is cut first,
+    so that the smaller one is read again, until there are enough units for the threads.
     """
     rows, k, n = _known([r.extent for r in c.rows]), _known([_k(c)]), _known([c.n])
     n_batch = max(1, _known([b.extent for b in c.batch]))
@@ -151,7 +155,9 @@ def _unit(c: Contraction, n_tiles: int, n_panels: int, k_block: int, machine: Ma
 
 
 def _k_block(c: Contraction, machine: Machine) -> int:
-    """Steps of the outermost tap per pass where A and B are too large to stay in the second-level cache over all; 0 for all at once."""
+    """Steps of the outermost tap per pass where A and B are too large to stay in the second-level cache over all; 0
+    for all at once.
+    """
     first = c.taps[0].extent if c.taps else 1
     rows, k, n = _known([r.extent for r in c.rows]), _k(c), _known([c.n])
     room = _half_l2(machine)
@@ -178,19 +184,23 @@ def _k(c: Contraction) -> Dim:
 
 
 def _pays_to_stage_b(c: Contraction, isa: Isa, n_tiles: int, lanes: int) -> bool:
-    """Whether panels of a run-time B are worth making: enough tiles read them, or reading in place needs masks that are dear."""
+    """Whether panels of a run-time B are worth making: enough tiles read them, or reading in place needs masks that
+    are dear.
+    """
     ragged = not isinstance(c.n, int) or c.n % isa.n_f32_lanes != 0
     return n_tiles >= 3 or (ragged and isa.vector_bits < 512)
 
 
 def collides(rows: tuple[Axis, ...], outer: tuple[Segment, ...], inner: tuple[Segment, ...], machine: Machine) -> bool:
-    """Whether the rows of one tile fall into so few sets of the first-level cache that they evict each other, step after step."""
+    """Whether the rows of one tile fall into so few sets of the first-level cache that they evict each other, step
+    after step.
+    """
     steps = [(r.a, split[0][1]) for r, split in zip(reversed(rows), (inner, outer))]
-    if not all(isinstance(a, int) for a, _ in steps):
-        return False
     offsets = [0]
     for a, count in steps:
-        offsets = [o + i * int(a) * 4 for o in offsets for i in range(count)]
+        if not isinstance(a, int):
+            return False
+        offsets = [o + i * a * 4 for o in offsets for i in range(count)]
     level = machine.data_cache(1)
     ways = level.n_ways if level and level.n_ways else 8
     n_sets = max(1, machine.cache_bytes(1) // machine.line_bytes // ways)

@@ -1,7 +1,7 @@
 """Kernels of matrix products and convolutions in f32.
 
-A kernel is one exported function (`contraction_driver`) and internal micro-kernels (`contraction_body`), one per shape of tile: most
-row counts split into tiles of one or two sizes, and the last panel may be narrower.
+A kernel is one exported function (`contraction_driver`) and internal micro-kernels (`contraction_body`), one per
+shape of tile: most row counts split into tiles of one or two sizes, and the last panel may be narrower.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def emit_contraction(c: Contraction, isa: Isa, tile: Tile | None = None) -> Kern
         * ceildiv(plan.n_tiles, tile.tiles_per_unit)
         * ceildiv(plan.n_panels, tile.panels_per_unit)
     )
-    llvm_text = "\n".join([*functions, *declares.values(), "!0 = !{}", f"attributes #0 = {{ {kernel_attributes(isa)} }}", ""])
+    llvm_text = "\n".join(
+        [*functions, *declares.values(), "!0 = !{}", f"attributes #0 = {{ {kernel_attributes(isa)} }}", ""]
+    )
     return KernelCode(c.name, llvm_text, plan.params, plan.dims, units, 1, plan.scratch_bytes)
 
 
@@ -81,13 +83,16 @@ def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict
         for j, value in enumerate(row):
             moved = {p.outer.name: o, p.inner.name: i, "n": j * width}
             moved.pop("", None)
-            epilogue.store(p.c.epilogue, value, moved, p.c.out, "%out", t.add(offset, j * isa.vector_bits // 8), masks[j])
+            epilogue.store(
+                p.c.epilogue, value, moved, p.c.out, "%out", t.add(offset, j * isa.vector_bits // 8), masks[j]
+            )
     epilogue.close()
     t.put("ret void")
     between = ", ptr %waiting, i1 %last" if p.tile.k_block else ""
     ahead = ", ptr %ahead" if p.fetches_ahead else ""
     axes = "".join(f", i64 %x{i}" for i in range(len(p.axes())))
-    head = f"define internal void @{symbol_of(p, outer, inner, tail)}(ptr %args, ptr %a, ptr %b, ptr %out, i64 %n{axes}{between}{ahead})"
+    parameters = f"ptr %args, ptr %a, ptr %b, ptr %out, i64 %n{axes}{between}{ahead}"
+    head = f"define internal void @{symbol_of(p, outer, inner, tail)}({parameters})"
     return "\n".join([f"{head} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
 
 
@@ -113,7 +118,9 @@ def _wait_unless_last(t: Text, p: Plan, acc: list[list[str]]) -> None:
     t.start(finish)
 
 
-def _fetch_destination(t: Text, p: Plan, rows: tuple[tuple[int, int], ...], vectors: int, dims: Mapping[str, Int]) -> None:
+def _fetch_destination(
+    t: Text, p: Plan, rows: tuple[tuple[int, int], ...], vectors: int, dims: Mapping[str, Int]
+) -> None:
     """Asks for what the epilogue will read and write row by row, so that it comes while the taps are summed."""
     at: dict[str, Int] = {**dims, **{x.name: f"%x{i}" for i, x in enumerate(p.axes())}, "n": "%n"}
     moving = {p.outer.name, p.inner.name} - {""}

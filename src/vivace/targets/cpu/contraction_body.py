@@ -1,8 +1,10 @@
-"""The f32 micro-kernel: one tile of rows x vectors of accumulators, summed over all taps in registers, then finished and stored.
+"""The f32 micro-kernel: one tile of rows x vectors of accumulators, summed over all taps in registers, then finished
+and stored.
 
-It knows nothing of tiles around it: the driver (`contraction`) calls it with the addresses of its corner in A, B and out.
-Rows are byte offsets from the A pointer. With known strides they are immediates of the broadcasting instructions, so that one register
-addresses all of A. B rows are whole vectors, contiguous in a panel or a run-time stride apart.
+It knows nothing of tiles around it: the driver (`contraction`) calls it with the addresses of its corner in A, B and
+out. Rows are byte offsets from the A pointer. With known strides they are immediates of the broadcasting
+instructions, so that one register addresses all of A. B rows are whole vectors, contiguous in a panel or a run-time
+stride apart.
 """
 
 from __future__ import annotations
@@ -75,8 +77,8 @@ class _State:
 class Sum:
     """Writes the sum over all taps of one tile. `rows` are byte offsets in A; `dims` values of run-time dims.
 
-    `ahead` is memory that will be needed later, a panel of B as a rule: so many cache lines of it are fetched into the second-level
-    cache in every round of `unroll` steps.
+    `ahead` is memory that will be needed later, a panel of B as a rule: so many cache lines of it are fetched into
+    the second-level cache in every round of `unroll` steps.
     """
 
     t: Text

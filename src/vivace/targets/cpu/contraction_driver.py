@@ -1,7 +1,8 @@
-"""The exported function of a contraction: decodes units into blocks of row tiles and column panels, stages what pays, calls micro-kernels.
+"""The exported function of a contraction: decodes units into blocks of row tiles and column panels, stages what pays,
+calls micro-kernels.
 
-A thread that gets a range of units walks panels outside and tiles inside, so that a panel of B stays in the first-level cache and a block
-of A in the second. Staged blocks stay in scratch from unit to unit of one call.
+A thread that gets a range of units walks panels outside and tiles inside, so that a panel of B stays in the first-
+level cache and a block of A in the second. Staged blocks stay in scratch from unit to unit of one call.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from vivace.targets.cpu.contraction_stage import clear, copy_panel, copy_row, tr
 from vivace.targets.cpu.contraction_text import Int, Text
 
 
-def _find_piece(t: Text, split: tuple[Segment, ...], piece: Int, dims: Mapping[str, Int]) -> tuple[Int, list[tuple[str, int]]]:
+def _find_piece(
+    t: Text, split: tuple[Segment, ...], piece: Int, dims: Mapping[str, Int]
+) -> tuple[Int, list[tuple[str, int]]]:
     """Where a piece starts on its axis, and for each size but the last the condition under which the piece has it."""
     start: Int = 0
     conditions: list[tuple[str, int]] = []
@@ -39,7 +42,9 @@ def _find_piece(t: Text, split: tuple[Segment, ...], piece: Int, dims: Mapping[s
 
 @dataclass(frozen=True, slots=True)
 class _Unit:
-    """What is known of a unit: addresses of its batch element, its ranges of panels and tiles, where staged blocks begin."""
+    """What is known of a unit: addresses of its batch element, its ranges of panels and tiles, where staged blocks
+    begin.
+    """
 
     at: dict[str, Int]
     a: str
@@ -133,7 +138,9 @@ def _stage_a(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit) -> None:
 
 
 def _staged_tile(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit, tile: Int) -> str:
-    return t.at("%scratch", t.mul(t.sub(tile, unit.first_tile), t.dim(staged_stride(p.k) * p.tile_rows * F32_BYTES, dims)))
+    return t.at(
+        "%scratch", t.mul(t.sub(tile, unit.first_tile), t.dim(staged_stride(p.k) * p.tile_rows * F32_BYTES, dims))
+    )
 
 
 def _stage_b(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit) -> None:

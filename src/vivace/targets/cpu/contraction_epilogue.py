@@ -1,4 +1,6 @@
-"""What happens to accumulators before they are stored: the epilogue's expression over vectors along `n`, and the store."""
+"""What happens to accumulators before they are stored: the epilogue's expression over vectors along `n`, and the
+store.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from vivace.targets.cpu.memory import to_memory
 class Epilogue:
     """Finishes the accumulators of one tile. The text goes behind that of the function so far, in order of the calls.
 
-    `symbols` are the values of the axes at the tile's corner and of the run-time dims. Loads may be shared and moved: a buffer that
-    lies where `out` does is read at the element that is stored, and no element is stored twice.
+    `symbols` are the values of the axes at the tile's corner and of the run-time dims. Loads may be shared and moved:
+    a buffer that lies where `out` does is read at the element that is stored, and no element is stored twice.
     """
 
     def __init__(self, t: Text, isa: Isa, lane: str, symbols: Mapping[str, Int], buffers: Mapping[Buffer, str]) -> None:
@@ -29,9 +31,18 @@ class Epilogue:
         self._env = Env(self._b, values, {}, known, frozenset(known), lane, self._lanes)
 
     def store(
-        self, e: Expr | None, acc: str, moved: Mapping[str, int], out: Buffer, pointer: str, offset: Int, mask: str | None
+        self,
+        e: Expr | None,
+        acc: str,
+        moved: Mapping[str, int],
+        out: Buffer,
+        pointer: str,
+        offset: Int,
+        mask: str | None,
     ) -> None:
-        """Stores the finished accumulator at `pointer` + `offset` bytes; `moved` is how far from the corner it stands on each axis."""
+        """Stores the finished accumulator at `pointer` + `offset` bytes; `moved` is how far from the corner it
+        stands on each axis.
+        """
         b, lanes = self._b, self._lanes
         known = None if mask is None else Value(mask, "i1", lanes)
         symbols = {name: b.iadd(self._env.symbols[name], literal(by, "i64")) for name, by in moved.items() if by}

@@ -1,4 +1,6 @@
-"""What the parts of a contraction's code share: the merged contraction, its tile, its parameters, the shapes of its micro-kernels."""
+"""What the parts of a contraction's code share: the merged contraction, its tile, its parameters, the shapes of its
+micro-kernels.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ class Plan:
 
     @property
     def tail_vectors(self) -> int:
-        """Vectors of the last panel where it is narrower than the others or needs a mask, else 0. Unknown width: all of them."""
+        """Vectors of the last panel where it is narrower than the others or needs a mask, else 0. Unknown width:
+        all of them.
+        """
         if not isinstance(self.c.n, int):
             return self.tile.nv
         return -(-(self.c.n % self.tile.lanes) // self.isa.n_f32_lanes)
@@ -105,12 +109,16 @@ class Plan:
 
     @property
     def fetches_ahead(self) -> bool:
-        """Whether micro-kernels fetch what comes next in B while they work: constant panels, which may lie in memory."""
-        return self.c.packing.kind == "panels" and not self.tile.tiles_outside
+        """Whether micro-kernels fetch what comes next in B while they work: constant panels, which may lie in
+        memory.
+        """
+        return self.c.packing.kind == "panels" and not self.tile.tiles_outside and self.tile.tiles_per_unit > 1
 
     @property
     def ahead_lines(self) -> int:
-        """Cache lines to fetch per round of the unrolled channel, so that the tiles of a unit together fetch one panel."""
+        """Cache lines to fetch per round of the unrolled channel, so that the tiles of a unit together fetch one
+        panel.
+        """
         return -(-self.tile.unroll * self.tile.lanes * F32_BYTES // LINE_BYTES // self.tile.tiles_per_unit)
 
     @property

@@ -1,4 +1,6 @@
-"""Copies of operands into scratch: rows of A a better distance apart, panels of a run-time B, transposed where it lies as [n][k]."""
+"""Copies of operands into scratch: rows of A a better distance apart, panels of a run-time B, transposed where it
+lies as [n][k].
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,16 @@ def copy_row(t: Text, isa: Isa, source: str, to: str, count: Int) -> None:
     whole = t.mul(t.divmod(count, w)[0], w)
     with t.loop(0, whole, w) as i:
         offset = t.mul(i, F32_BYTES)
-        t.put(f"store {kind} {t.op(f'load {kind}, ptr {t.at(source, offset)}, align 4')}, ptr {t.at(to, offset)}, align 4")
+        t.put(
+            f"store {kind} {t.op(f'load {kind}, ptr {t.at(source, offset)}, align 4')}, ptr {t.at(to, offset)}, align 4"
+        )
     if whole == count:
         return
     with t.loop(whole, count) as i:
         offset = t.mul(i, F32_BYTES)
-        t.put(f"store float {t.op(f'load float, ptr {t.at(source, offset)}, align 4')}, ptr {t.at(to, offset)}, align 4")
+        t.put(
+            f"store float {t.op(f'load float, ptr {t.at(source, offset)}, align 4')}, ptr {t.at(to, offset)}, align 4"
+        )
 
 
 def copy_panel(t: Text, isa: Isa, source: str, step: Int, to: str, lanes: int, count: Int, columns: Int | None) -> None:
@@ -38,10 +44,13 @@ def copy_panel(t: Text, isa: Isa, source: str, step: Int, to: str, lanes: int, c
             store(t, isa, load(t, isa, t.at(row, j * width), mask), t.at(packed, j * width), None)
 
 
-def transpose_panel(t: Text, isa: Isa, source: str, step: Int, to: str, lanes: int, count: Int, columns: Int | None) -> None:
+def transpose_panel(
+    t: Text, isa: Isa, source: str, step: Int, to: str, lanes: int, count: Int, columns: Int | None
+) -> None:
     """Turns columns that lie as rows, `step` bytes apart and `count` long, into a panel of `count` rows.
 
-    Whole blocks are written, so `to` must have room for `count` rounded up to the vector. Columns beyond `columns` repeat the last one.
+    Whole blocks are written, so `to` must have room for `count` rounded up to the vector. Columns beyond `columns`
+    repeat the last one.
     """
     w = isa.n_f32_lanes
     with t.loop(0, count, w) as k:

@@ -1,7 +1,7 @@
 """A writer of LLVM text for the contraction generators: numbered values, blocks, loops, integer arithmetic that folds.
 
-An integer value is an `int` (an immediate) or the text of an i64 register; `add`, `mul` and the others fold immediates, so that code
-for static dims carries no arithmetic. Pointers are opaque `ptr`; offsets are in bytes.
+An integer value is an `int` (an immediate) or the text of an i64 register; `add`, `mul` and the others fold
+immediates, so that code for static dims carries no arithmetic. Pointers are opaque `ptr`; offsets are in bytes.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ class Text:
     def pin(self, kind: str, values: list[str]) -> list[str]:
         """The same values, computed before any load that follows in the text.
 
-        No instruction comes of it: it keeps LLVM's scheduler from moving loads up across steps, which spills accumulators.
+        No instruction comes of it: it keeps LLVM's scheduler from moving loads up across steps, which spills
+        accumulators.
         """
         kinds, n = ", ".join([kind] * len(values)), len(values)
         constraints = ",".join(["=x" if "16" not in kind else "=v"] * n + [str(i) for i in range(n)] + ["~{memory}"])

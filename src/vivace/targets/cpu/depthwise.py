@@ -1,8 +1,9 @@
 """Depthwise convolutions in f32: every channel by itself, so vectors run along channels.
 
-A tile is a few neighbouring output columns of one vector of channels. Each input column is loaded once per tile row and serves all taps
-that touch it; the weights of one kernel row stay in registers. A unit is a block of output rows times a block of channels; channels are
-the outer loop in it, so that the input rows that neighbouring output rows share are still in the first-level cache.
+A tile is a few neighbouring output columns of one vector of channels. Each input column is loaded once per tile row
+and serves all taps that touch it; the weights of one kernel row stay in registers. A unit is a block of output rows
+times a block of channels; channels are the outer loop in it, so that the input rows that neighbouring output rows
+share are still in the first-level cache.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from vivace.targets.cpu.contraction_epilogue import Epilogue
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.isa import kernel_attributes
 
-_COLUMNS = 7  # image widths are mostly multiples of 7; with the weights of a row of 5 and the input it leaves 16 registers enough
+_COLUMNS = 7  # widths of images are mostly multiples of 7; with 5 weights and the input it fits 16 registers
 _ROWS_PER_UNIT = 8
 _UNIT_FLOPS = 500_000  # about 15 us: depthwise kernels run at the speed of the caches
 _UNROLLED_TAPS = 5
@@ -98,7 +99,9 @@ def emit_depthwise(d: Depthwise, isa: Isa) -> KernelCode:
         * ceildiv(p.n_vectors, vectors_per_unit)
     )
     attributes = f"attributes #0 = {{ {kernel_attributes(isa)} }}"
-    return KernelCode(d.name, "\n".join([*functions, *needed.values(), "!0 = !{}", attributes, ""]), params, dims, units)
+    return KernelCode(
+        d.name, "\n".join([*functions, *needed.values(), "!0 = !{}", attributes, ""]), params, dims, units
+    )
 
 
 def _guess(d: Dim) -> int:
@@ -127,7 +130,9 @@ def _columns(p: _Plan, size: int, tail: bool) -> tuple[str, dict[str, str]]:
         epilogue.close()
     t.put("ret void")
     axes = "".join(f", i64 %x{i}" for i in range(len(names)))
-    head = f"define internal void @{p.symbol(size, tail)}(ptr %args, ptr %a, ptr %b, ptr %out, i64 %count, i64 %c{axes})"
+    head = (
+        f"define internal void @{p.symbol(size, tail)}(ptr %args, ptr %a, ptr %b, ptr %out, i64 %count, i64 %c{axes})"
+    )
     return "\n".join([f"{head} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
 
 
@@ -190,7 +195,7 @@ def _kernel_row(
     for j in range(len(acc)):
         for k in range(tap.extent):
             users.setdefault(p.inner.a * j + tap.a * k, []).append((j, k))
-    order = sorted(users, key=lambda x: (x if isinstance(x, int) else 0))
+    order = sorted(users, key=lambda x: x if isinstance(x, int) else 0)
     acc = list(acc)
     for where in order:
         x = load(t, isa, t.at(a, t.mul(t.dim(where, dims), F32_BYTES)), mask)
