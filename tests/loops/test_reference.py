@@ -11,7 +11,20 @@ from vivace.base.errors import InternalError
 from vivace.loops import reference
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing
 from vivace.loops.contraction_reference import run_contraction, run_depthwise
-from vivace.loops.kernel import Binary, Buffer, Cast, Const, For, Kernel, Load, Read, Reduce, Store, Unary, dense_strides
+from vivace.loops.kernel import (
+    Binary,
+    Buffer,
+    Cast,
+    Const,
+    For,
+    Kernel,
+    Load,
+    Read,
+    Reduce,
+    Store,
+    Unary,
+    dense_strides,
+)
 
 f32, i32 = DType.f32, DType.i32
 N, i, j, k = symbol("N"), symbol("i"), symbol("j"), symbol("k")

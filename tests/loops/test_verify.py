@@ -114,7 +114,14 @@ def test_kernels_are_printed_as_they_are_read() -> None:
         vector(Store(local, (j,), Binary("mul", Unary("exp", Binary("sub", inside, Read("top", f32))), ONE))),
         Guard(
             Binary("lt", Read("row", i64), Const(2, i64)),
-            (For("j", 4, (Store(OUT, (i, j), Select(Const(True, flag), Load(local, (j,)), Cast(f32, Index(i)))),), "unroll"),),
+            (
+                For(
+                    "j",
+                    4,
+                    (Store(OUT, (i, j), Select(Const(True, flag), Load(local, (j,)), Cast(f32, Index(i)))),),
+                    "unroll",
+                ),
+            ),
         ),
     )
     example = kernel(For("i", N, body, "parallel"), params=(X, ids, OUT))

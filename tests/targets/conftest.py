@@ -1,10 +1,12 @@
-"""Runs generated kernels on NumPy arrays that end where readable memory ends, on every instruction set that this CPU has."""
+"""Runs generated kernels on NumPy arrays that end where readable memory ends, on every instruction set that this CPU
+has."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -62,7 +64,7 @@ class Loaded:
         aligned = scratch.ctypes.data + -scratch.ctypes.data % 64
         units = evaluate(self.code.units, values)
         edges = [units * k // n_parts for k in range(n_parts + 1)]
-        for begin, end in zip(edges, edges[1:]):
+        for begin, end in pairwise(edges):
             self._call(words.ctypes.data, begin, end, aligned)
         for array, copy in zip(arrays, copies):
             array.reshape(-1)[...] = copy

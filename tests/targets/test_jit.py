@@ -1,4 +1,5 @@
-"""Compiling and loading: objects are bytes that another process can load, names resolve, faults are errors and not crashes."""
+"""Compiling and loading: objects are bytes that another process can load, names resolve, faults are errors and not
+crashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Errors of the elementary functions, in units in the last place, against wider arithmetic; special values; every instruction set."""
+"""Errors of the elementary functions, in units in the last place, against wider arithmetic; special values; every
+instruction set."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.loops.kernel import Binary, Buffer, For, Kernel, Load, Store, Unary
 
-N, I = symbol("N"), symbol("i")
+N, i = symbol("N"), symbol("i")
 
 
 def sigmoid(x: np.ndarray) -> np.ndarray:
@@ -51,9 +52,9 @@ PROMISES = {
 def evaluate(compile_kernel, isa, fn: str, dtype: DType, *x: np.ndarray) -> np.ndarray:
     ins = [Buffer(f"x{k}", dtype, (N,), (1,)) for k in range(len(x))]
     out = Buffer("out", dtype, (N,), (1,), True)
-    loads = [Load(b, (I,)) for b in ins]
+    loads = [Load(b, (i,)) for b in ins]
     e = Unary(fn, *loads) if len(x) == 1 else Binary(fn, *loads)
-    kernel = Kernel("f", (*ins, out), (For("i", N, (Store(out, (I,), e),), "vector"),))
+    kernel = Kernel("f", (*ins, out), (For("i", N, (Store(out, (i,), e),), "vector"),))
     result = np.zeros_like(x[0])
     compile_kernel(kernel, isa).run([*x, result], {"N": len(result)})
     return result
@@ -72,7 +73,7 @@ def spread(lo: float, hi: float, dtype: np.dtype, n: int) -> np.ndarray:
 
 
 def errors(actual: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """Distances in units in the last place; 0 where both are NaN or the exact value overflows as the actual one does."""
+    """Distances in units in the last place; 0 where both are NaN or where both overflow."""
     info = np.finfo(actual.dtype)
     with np.errstate(all="ignore"):
         unit = np.maximum(2.0 ** (np.floor(np.log2(np.abs(exact))) - info.nmant), info.smallest_subnormal)
@@ -105,7 +106,23 @@ def test_errors_of_f64(compile_kernel, each_isa, fn: str) -> None:
     assert e[worst] <= bound, f"{fn}({x[worst]!r}): {e[worst]} ulp"
 
 
-SPECIAL = [0.0, -0.0, math.inf, -math.inf, math.nan, 1e-45, -1e-45, 1.0, -1.0, 200.0, -200.0, 88.72, 88.73, -103.9, -104.1]
+SPECIAL = [
+    0.0,
+    -0.0,
+    math.inf,
+    -math.inf,
+    math.nan,
+    1e-45,
+    -1e-45,
+    1.0,
+    -1.0,
+    200.0,
+    -200.0,
+    88.72,
+    88.73,
+    -103.9,
+    -104.1,
+]
 
 
 @pytest.mark.parametrize("fn", PROMISES)

@@ -61,7 +61,8 @@ def varies(e: Expr, names: Collection[str]) -> bool:
 
 
 def widest_bits(node: Expr | Stmt | tuple[Stmt, ...], names: Collection[str]) -> int:
-    """The widest element among the values that vary with `names`; 0 if none does. Integer lets that vary count as i64 indices."""
+    """The widest element among the values that vary with `names`; 0 if none does. Integer lets that vary count as i64
+    indices."""
     return max(_bits(node, set(names)), default=0)
 
 

@@ -1,4 +1,5 @@
-"""The meaning of `Contraction` and `Depthwise`, in NumPy: sums in f64, rounded once, then the epilogue as the loop IR defines it."""
+"""The meaning of `Contraction` and `Depthwise`, in NumPy: sums in f64, rounded once, then the epilogue as the loop IR
+defines it."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ Array = np.ndarray
 
 
 def run_contraction(c: Contraction, arrays: Mapping[Buffer, Array], dims: Mapping[str, int] | None = None) -> None:
-    """Compute a contraction. `arrays` are one-dimensional, element 0 where the buffer begins; `out` is written in place."""
+    """Compute a contraction. `arrays` are one-dimensional, element 0 where the buffer begins; `out` is written in
+    place."""
     env = dict(dims or {})
     n = evaluate(c.n, env)
     a = arrays[c.a][_offsets([*c.batch, *c.rows, *c.taps], "a", env)]

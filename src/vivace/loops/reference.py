@@ -1,11 +1,12 @@
 """The meaning of the loop IR: an interpreter over NumPy arrays.
 
-Parallel and vector loops are evaluated for all iterations at once, their variables being index arrays with an axis of their own; serial
-loops and reductions run one iteration after the other. A kernel that depends on the order of a parallel or vector loop
-therefore shows here, as does any access outside a buffer's shape (rule FLAT).
+Parallel and vector loops are evaluated for all iterations at once, their variables being index arrays with an axis of
+their own; serial loops and reductions run one iteration after the other. A kernel that depends on the order of a
+parallel or vector loop therefore shows here, as does any access outside a buffer's shape (rule FLAT).
 
-Numbers: functions of f32 are computed in f64 and rounded once; sums and products are accumulated in f64 (integers wrap in their own
-type). f16 and bf16 are computed in f32 and rounded where they are stored or cast. Integer division by zero gives 0.
+Numbers: functions of f32 are computed in f64 and rounded once; sums and products are accumulated in f64 (integers wrap
+in their own type). f16 and bf16 are computed in f32 and rounded where they are stored or cast. Integer division by zero
+gives 0.
 """
 
 from __future__ import annotations
@@ -22,8 +23,26 @@ from vivace.base.dims import Symbol as DimSymbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError
 from vivace.loops.kernel import (
-    Alloc, Binary, Buffer, Cast, Const, Expr, For, Guard, Index, Kernel, Let, Load, Read, Reduce, Select, Stmt, Store,
-    Unary, dims_of, dtype_of,
+    Alloc,
+    Binary,
+    Buffer,
+    Cast,
+    Const,
+    Expr,
+    For,
+    Guard,
+    Index,
+    Kernel,
+    Let,
+    Load,
+    Read,
+    Reduce,
+    Select,
+    Stmt,
+    Store,
+    Unary,
+    dims_of,
+    dtype_of,
 )  # fmt: skip
 
 Array = np.ndarray
@@ -47,7 +66,8 @@ class _Context:
 
 
 def run(kernel: Kernel, arrays: Sequence[Array], dims: Mapping[str, int] | None = None) -> None:
-    """Run a kernel. `arrays` are one-dimensional, one per parameter, with element 0 where the buffer begins; written in place.
+    """Run a kernel. `arrays` are one-dimensional, one per parameter, with element 0 where the buffer begins; written in
+    place.
 
     Raises: InternalError for an access outside a buffer.
     """
@@ -144,20 +164,20 @@ def _extent(buffer: Buffer, shape: list[int], context: _Context) -> int:
 
 def _dim(context: _Context, d: Dim) -> Array:
     if not isinstance(d, DimExpr):
-        return np.int64(d)  # type: ignore[return-value]
-    total = np.int64(0)
+        return np.asarray(d, np.int64)
+    total = np.asarray(0, np.int64)
     for monomial, coefficient in d.terms:
-        term = np.int64(coefficient)
+        term = np.asarray(coefficient, np.int64)
         for a in monomial:
             if isinstance(a, DimSymbol):
                 if a.name not in context.symbols:
                     raise InternalError(f"symbol {a.name} has no value")
-                term = term * context.symbols[a.name]  # type: ignore[assignment]
+                term = term * context.symbols[a.name]
                 continue
             x, y = _dim(context, a.a), _dim(context, a.b)
             term = term * _DIM_FUNCTIONS[a.fn](x, y)
         total = total + term
-    return total  # type: ignore[return-value]
+    return total
 
 
 _DIM_FUNCTIONS: dict[str, Callable[..., Array]] = {
@@ -167,7 +187,7 @@ _DIM_FUNCTIONS: dict[str, Callable[..., Array]] = {
 
 def _address(context: _Context, buffer: Buffer, index: tuple[Dim, ...], needed: Array | None) -> tuple[Array, ...]:
     """Indices into the buffer's array; where an element is not needed, its address is 0."""
-    flat = np.int64(0)
+    flat = np.asarray(0, np.int64)
     for axis, (i, n, stride) in enumerate(zip(index, buffer.shape, buffer.strides, strict=True)):
         at, size = _dim(context, i), _dim(context, n)
         outside = (at < 0) | (at >= size)
@@ -180,12 +200,12 @@ def _address(context: _Context, buffer: Buffer, index: tuple[Dim, ...], needed: 
         flat = np.where(needed, flat, 0)
     array = context.buffers[buffer]
     if array.ndim == 1:
-        return (flat,)  # type: ignore[return-value]
+        return (flat,)
     # A local buffer: one copy per iteration of the loops around its Alloc.
     lead = array.shape[:-1]
     grid = np.ogrid[tuple(slice(n) for n in lead)]
     missing = max(np.ndim(flat), context.rank) - len(lead)
-    return (*(g.reshape(g.shape + (1,) * missing) for g in grid), flat)  # type: ignore[return-value]
+    return (*(g.reshape(g.shape + (1,) * missing) for g in grid), flat)
 
 
 def _inside(context: _Context, load: Load) -> Array | None:
@@ -292,7 +312,8 @@ def _sigmoid(x: Array) -> Array:
 _ROUNDED: dict[str, Callable[[Array], Array]] = {
     "exp": np.exp, "log": np.log, "erf": _vectorized(math.erf), "sin": np.sin, "cos": np.cos, "tan": np.tan,
     "tanh": np.tanh, "sigmoid": _sigmoid, "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh,
-    "cosh": np.cosh, "asinh": np.arcsinh, "acosh": np.arccosh, "atanh": np.arctanh, "log1p": np.log1p, "expm1": np.expm1,
+    "cosh": np.cosh, "asinh": np.arcsinh, "acosh": np.arccosh, "atanh": np.arctanh, "log1p": np.log1p,
+    "expm1": np.expm1,
 }  # fmt: skip
 _EXACT: dict[str, Callable[[Array], Array]] = {
     "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "floor": np.floor, "ceil": np.ceil, "round": np.rint,

@@ -13,13 +13,31 @@ from collections.abc import Iterator
 
 from vivace.base.dims import Dim
 from vivace.loops.kernel import (
-    Alloc, Binary, Buffer, Cast, Const, Expr, For, Guard, Index, Kernel, Let, Load, Read, Reduce, Select, Stmt, Store,
-    Unary, dense_strides,
+    Alloc,
+    Binary,
+    Buffer,
+    Cast,
+    Const,
+    Expr,
+    For,
+    Guard,
+    Index,
+    Kernel,
+    Let,
+    Load,
+    Read,
+    Reduce,
+    Select,
+    Stmt,
+    Store,
+    Unary,
+    dense_strides,
 )  # fmt: skip
 
 _INFIX = {
-    "add": "+", "sub": "-", "mul": "*", "div": "/", "mod": "%", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">",
-    "ge": ">=", "and": "and", "or": "or", "xor": "xor", "bitand": "&", "bitor": "|", "bitxor": "^", "shl": "<<", "shr": ">>",
+    "add": "+", "sub": "-", "mul": "*", "div": "/", "mod": "%", "eq": "==", "ne": "!=", "lt": "<", "le": "<=",
+    "gt": ">", "ge": ">=", "and": "and", "or": "or", "xor": "xor", "bitand": "&", "bitor": "|", "bitxor": "^",
+    "shl": "<<", "shr": ">>",
 }  # fmt: skip
 _REDUCE = {"add": "sum", "mul": "prod", "max": "max", "min": "min"}
 

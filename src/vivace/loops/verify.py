@@ -1,12 +1,12 @@
 """Checks that a kernel obeys the rules of the loop IR, before code is generated from it.
 
-Checked: names are bound before use, never bound twice on one path, and hold in the block that binds them; element types of
-operands, conditions and stores agree; functions exist and suit their operands; index and buffer have the same rank; only
-writable parameters and local buffers are written; parallel loops stand alone at the top; local buffers have a static size;
-no vector iteration writes an element that does not depend on its variable.
+Checked: names are bound before use, never bound twice on one path, and hold in the block that binds them; element types
+of operands, conditions and stores agree; functions exist and suit their operands; index and buffer have the same rank;
+only writable parameters and local buffers are written; parallel loops stand alone at the top; local buffers have a
+static size; no vector iteration writes an element that does not depend on its variable.
 
-Not checked: that indices lie inside the shapes (the reference interpreter finds it), that iterations are independent beyond the
-last point.
+Not checked: that indices lie inside the shapes (the reference interpreter finds it), that iterations are independent
+beyond the last point.
 """
 
 from __future__ import annotations
@@ -18,8 +18,28 @@ from vivace.base.dims import Dim, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError
 from vivace.loops.kernel import (
-    BINARY, REDUCE, UNARY, Alloc, Binary, Buffer, Cast, Const, Expr, For, Guard, Index, Kernel, Let, Load, Read, Reduce,
-    Select, Stmt, Store, Unary, dtype_of,
+    BINARY,
+    REDUCE,
+    UNARY,
+    Alloc,
+    Binary,
+    Buffer,
+    Cast,
+    Const,
+    Expr,
+    For,
+    Guard,
+    Index,
+    Kernel,
+    Let,
+    Load,
+    Read,
+    Reduce,
+    Select,
+    Stmt,
+    Store,
+    Unary,
+    dtype_of,
 )  # fmt: skip
 from vivace.loops.text import buffer_text, expr_text
 
@@ -31,7 +51,8 @@ _ANY_UNARY = frozenset({"neg", "abs", "sign", "floor", "ceil", "round", "not", "
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """`integers` are names that dims may use; `vectors` the vector variables around, with the lets that vary with them."""
+    """`integers` are names that dims may use; `vectors` the vector variables around, with the lets that vary with
+    them."""
 
     kernel: str
     buffers: frozenset[Buffer]

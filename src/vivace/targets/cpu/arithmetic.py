@@ -1,6 +1,7 @@
 """Conversions and functions of one and two values, each as its element type asks.
 
-Values are what `Env` and `memory` make: bool is i1, f16 and bf16 are computed in f32. The meaning is that of the loop IR.
+Values are what `Env` and `memory` make: bool is i1, f16 and bf16 are computed in f32. The meaning is that of the loop
+IR.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ def cast(b: Builder, v: Value, source: DType, target: DType) -> Value:
         return b.convert("sitofp" if source.is_signed else "uitofp", v, t)
     if source.is_float:
         return _to_integer(b, v, target)
-    bits, wanted = v.bits, type_bits(t)
-    if bits == wanted:
+    wanted = type_bits(t)
+    if v.bits == wanted:
         return v
-    return b.convert("trunc" if wanted < bits else "sext" if source.is_signed else "zext", v, t)
+    return b.convert("trunc" if wanted < v.bits else "sext" if source.is_signed else "zext", v, t)
 
 
 def _to_integer(b: Builder, v: Value, target: DType) -> Value:

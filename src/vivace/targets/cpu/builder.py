@@ -1,9 +1,9 @@
 """Writes one LLVM function as text, instruction by instruction, already hoisted and without repetitions.
 
-A function is a stack of *scopes*: the entry, then the open loops and branches. Every `Value` knows the scope that it was
-computed in (its level). An instruction is placed in the innermost scope that one of its operands comes from, not where
-the generator stands, so that whatever is invariant in a loop stands before it; and the same instruction on the same
-operands is written once per scope. LLVM then needs few passes, which is most of what compiling costs.
+A function is a stack of *scopes*: the entry, then the open loops and branches. Every `Value` knows the scope that it
+was computed in (its level). An instruction is placed in the innermost scope that one of its operands comes from, not
+where the generator stands, so that whatever is invariant in a loop stands before it; and the same instruction on the
+same operands is written once per scope. LLVM then needs few passes, which is most of what compiling costs.
 
 Rules:
 * SPECULATE: instructions are placed in outer scopes, where they run although the inner scope may not. So none may trap:
@@ -82,7 +82,8 @@ def literal(value: int | float, t: str, lanes: int = 0) -> Value:
 
 
 class _Scope:
-    """`pre` runs once if the scope is entered, `lines` in every iteration. `certain`: entered whenever the parent runs."""
+    """`pre` runs once if the scope is entered, `lines` in every iteration. `certain`: entered whenever the parent
+    runs."""
 
     __slots__ = ("certain", "is_loop", "label", "lines", "pre", "seen", "seen_pre")
 
@@ -250,6 +251,7 @@ class Builder:
         but only where the loop would have run it at least once."""
         lowest, k = max([v.level for v in operands], default=0), self.level
         place: _Scope | None = None
+        level = k
         while k > lowest and self._scopes[k].is_loop:
             place = self._scopes[k]
             level = k
@@ -344,7 +346,9 @@ class Builder:
         full, name = type_text(t, n), f"llvm.masked.gather.v{n}{_SUFFIX.get(t, t)}.v{n}p0"
         self.declare(f"{full} @{name}(<{n} x ptr>, <{n} x i1>, {full})", name)
         mask = f"<{n} x i1> splat (i1 true)"
-        return self.inst(f"call {full} @{name}(<{n} x ptr> align {_BITS[t] // 8} {p.text}, {mask}, {full} poison)", t, n, p)
+        return self.inst(
+            f"call {full} @{name}(<{n} x ptr> align {_BITS[t] // 8} {p.text}, {mask}, {full} poison)", t, n, p
+        )
 
     def per_part(self, width: int, emit: Callable[..., Value], *values: Value) -> Value:
         """Apply an instruction that exists for `width` lanes only to values of a multiple of it."""

@@ -1,8 +1,8 @@
 """What names mean where an expression is emitted: loop variables, dims, lets, buffers, the vector lane, the mask.
 
-A dim becomes a `LaneDim`: a scalar base, and a vector of what each lane adds to it. A dim that does not vary over the lanes
-has no vector part. The vector part is kept in i32 where its magnitude is known to fit, because gathers and comparisons of
-i32 cost half; it is i64 otherwise.
+A dim becomes a `LaneDim`: a scalar base, and a vector of what each lane adds to it. A dim that does not vary over the
+lanes has no vector part. The vector part is kept in i32 where its magnitude is known to fit, because gathers and
+comparisons of i32 cost half; it is i64 otherwise.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ class LaneDim:
 class Env:
     """The context of an expression; `at` makes the context of an inner loop.
 
-    `symbols` maps loop variables, run-time dims and integer lets to i64 values (vectors where they vary over the lanes).
-    `names` maps lets, and what the context supplies such as `acc`, to values. When `lane` is a name, `lanes` consecutive values
-    of it are computed at once, the first being `symbols[lane]`; `mask` says which of them count (None: all).
-    `invariant` holds the buffers that nothing writes while the function runs. `plain` forbids to vectorize over reduced axes.
+    `symbols` maps loop variables, run-time dims and integer lets to i64 values (vectors where they vary over the
+    lanes). `names` maps lets, and what the context supplies such as `acc`, to values. When `lane` is a name, `lanes`
+    consecutive values of it are computed at once, the first being `symbols[lane]`; `mask` says which of them count
+    (None: all). `invariant` holds the buffers that nothing writes while the function runs. `plain` forbids to vectorize
+    over reduced axes.
     """
 
     b: Builder
@@ -104,7 +105,8 @@ def scalar(env: Env, d: Dim) -> Value:
 
 
 def sorted_terms(env: Env, d: Dim) -> list[tuple[int, Value]]:
-    """The terms of a polynomial with their levels, outermost first, so that sums of invariant terms stay outside loops."""
+    """The terms of a polynomial with their levels, outermost first, so that sums of invariant terms stay outside
+    loops."""
     if not isinstance(d, Expr):
         return [(0, literal(d, "i64"))] if d else []
     values = []

@@ -1,7 +1,7 @@
 """Expressions of the loop IR as LLVM values: scalars, or vectors over the lanes of the context.
 
-A value that is equal in all lanes stays scalar until it meets a vector. Everything that an expression names comes from `Env`.
-Used for the bodies of loop kernels and for what a contraction does to its results.
+A value that is equal in all lanes stays scalar until it meets a vector. Everything that an expression names comes from
+`Env`. Used for the bodies of loop kernels and for what a contraction does to its results.
 
 Rounding: every operation rounds as IEEE says, as the reference does; only sums of products in a Reduce use fused
 multiply-add. f16 and bf16 are computed in f32 and rounded where they are stored or cast.

@@ -1,7 +1,7 @@
 """Division, remainder and shifts that never trap: the machine's instructions fault on x/0 and on INT_MIN/-1.
 
-Meaning: x / 0 is 0 and x mod 0 is 0 for integers (as NumPy gives); INT_MIN / -1 wraps; shifting by the width or more gives 0,
-or the sign. Floating-point remainders are exact.
+Meaning: x / 0 is 0 and x mod 0 is 0 for integers (as NumPy gives); INT_MIN / -1 wraps; shifting by the width or more
+gives 0, or the sign. Floating-point remainders are exact.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def divide(b: Builder, x: Value, y: Value, t: DType) -> Value:
         return b.op("sdiv" if t.is_signed else "udiv", x, y)
     zero = b.compare("icmp eq", y, literal(0, y.type))
     if x.bits < 64 and (x.lanes or y.lanes):
-        # Vectors have no integer division. The quotient of 32-bit numbers in f64 (16-bit in f32) is exact enough to cut.
+        # Vectors have no integer division. The quotient of 32-bit numbers in f64 (16-bit: f32) is exact enough.
         wide = "double" if x.bits == 32 else "float"
         there, back = ("sitofp", "fptosi") if t.is_signed else ("uitofp", "fptoui")
         safe = b.select(zero, literal(1, y.type), y)

@@ -3,8 +3,8 @@
 Objects are plain bytes: they can be kept on disk and loaded by another process, which then compiles nothing.
 
 Rules:
-* PLAIN: the CPU is described by the features of an `Isa` alone, so that an object depends on nothing but its text, the `Isa`
-  and `CODE_VERSION`.
+* PLAIN: the CPU is described by the features of an `Isa` alone, so that an object depends on nothing but its text, the
+  `Isa` and `CODE_VERSION`.
 * CLOSED: code calls nothing outside its object. Kernels forbid LLVM to invent calls of the C library.
 * ALIVE: addresses of a `Library` are valid as long as the `Library` lives.
 """

@@ -1,16 +1,19 @@
 """Loop kernels to LLVM text: statements, loops of the four kinds, vectors and their tails.
 
 * parallel loops at the top are flattened; the function computes the units `[begin, end)`;
-* a vector loop computes several iterations at once: a main loop over full vectors, then what is left, as one masked vector where
-  the instruction set has masks and else in narrower vectors down to single elements;
+* a vector loop computes several iterations at once: a main loop over full vectors, then what is left, as one masked
+  vector where the instruction set has masks and else in narrower vectors down to single elements;
 * vector loops inside vector loops are serial; loops of kind `unroll` are written out;
 * buffers of Alloc lie in the thread's scratch memory.
 
-`meta["alias"]` of a kernel lists groups of parameter names that may share memory (in-place operations); all other parameters are
-taken to be distinct. A kernel whose only statement is a vector loop is split into units of `_CHUNK` iterations.
+`meta["alias"]` of a kernel lists groups of parameter names that may share memory (in-place operations); all other
+parameters are taken to be distinct. A kernel whose only statement is a vector loop is split into units of `_CHUNK`
+iterations.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 from vivace.base.dims import Dim, bounds, ceildiv, prod
 from vivace.base.dtypes import DType
@@ -20,6 +23,7 @@ from vivace.loops.analysis import varies, widest_bits
 from vivace.loops.kernel import (
     Alloc,
     Buffer,
+    Expr,
     For,
     Guard,
     Kernel,
@@ -124,10 +128,8 @@ class _Generator:
     def _block(self, env: Env, stmts: tuple[Stmt, ...]) -> list[Value]:
         """Statements in a context of their own: lets and buffers end with the block."""
         env = env.at()
-        kept = self.scratch_bytes
         for s in stmts:
             self._statement(env, s)
-        del kept
         return []
 
     def _statement(self, env: Env, s: Stmt) -> None:
@@ -154,14 +156,14 @@ class _Generator:
                 self._loop(env, s)
 
     def _allocate(self, buffer: Buffer) -> Value:
-        size = prod(buffer.shape)
-        if not isinstance(size, int):
-            raise InternalError(f"local buffer {buffer} has no static size", where=self.kernel.name)
+        extent = 1
+        for size, stride in zip(buffer.shape, buffer.strides, strict=True):
+            if not isinstance(size, int) or not isinstance(stride, int):
+                raise InternalError(f"local buffer {buffer} has no static size", where=self.kernel.name)
+            extent += (size - 1) * stride
         memory_type(buffer.dtype)
         offset = self.scratch_bytes
-        extent = 1 + sum((d - 1) * s for d, s in zip(buffer.shape, buffer.strides))  # type: ignore[operator, misc]
-        n_bytes = max(size and extent, 0) * buffer.dtype.size_bytes  # type: ignore[type-var]
-        self.scratch_bytes += -(-n_bytes // _ALIGN) * _ALIGN  # type: ignore[operator]
+        self.scratch_bytes += -(-extent * buffer.dtype.size_bytes // _ALIGN) * _ALIGN
         scratch = Value("%scratch", "ptr")
         return self.b.inst(f"getelementptr i8, {scratch}, i64 {offset}", "ptr", 0) if offset else scratch
 
@@ -184,8 +186,7 @@ class _Generator:
         """Iterations [start, stop) of a vector loop."""
         lanes = max(1, self.isa.vector_bits // max(widest_bits(loop.body, {loop.var}), 8))
         static = isinstance(start.const, int) and isinstance(stop.const, int)
-        n = stop.const - start.const if static else None  # type: ignore[operator]
-        hi = n if static else bounds(loop.extent)[1]
+        hi = bounds(loop.extent)[1]
         while hi is not None and lanes > 1 and lanes // 2 >= hi:
             lanes //= 2
         unroll = _unroll(loop, lanes, hi)
@@ -258,9 +259,10 @@ def _is_small(loop: For) -> bool:
 
 
 def _unroll(loop: For, lanes: int, hi: int | None) -> int:
-    """How many vectors to compute side by side: several where the body waits for its own results, which reductions do."""
+    """How many vectors to compute side by side: several where the body waits for its own results, which reductions
+    do."""
     n = 1
-    if any(isinstance(s, Reduce) and varies(s, {loop.var}) for s in walk_all(loop.body)):
+    if any(isinstance(s, Reduce) and varies(s, {loop.var}) for s in _nodes(loop.body)):
         n = 4
     elif _cost(loop.body) <= 8:
         n = 2
@@ -269,7 +271,7 @@ def _unroll(loop: For, lanes: int, hi: int | None) -> int:
     return n
 
 
-def walk_all(body: tuple[Stmt, ...]):  # type: ignore[no-untyped-def]
+def _nodes(body: tuple[Stmt, ...]) -> Iterator[Stmt | Expr]:
     for s in body:
         yield from walk(s)
 
@@ -277,7 +279,7 @@ def walk_all(body: tuple[Stmt, ...]):  # type: ignore[no-untyped-def]
 def _cost(body: tuple[Stmt, ...]) -> int:
     """About how many instructions one vector of the body takes."""
     cost = 0
-    for node in walk_all(body):
+    for node in _nodes(body):
         cost += 25 if isinstance(node, Unary) and node.fn in _FUNCTIONS else 1
     return cost
 

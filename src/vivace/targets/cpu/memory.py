@@ -1,8 +1,9 @@
-"""Loads and stores of typed elements: contiguous, broadcast, strided and gathered, with masks, never outside the buffer.
+"""Loads and stores of typed elements: contiguous, broadcast, strided and gathered, with masks, never outside the
+buffer.
 
-A vector access is planned from what one lane adds to the address: 0 is one scalar access, 1 a vector access, -1 a reversed
-one, everything else a gather or scatter. Conditions that are equal in all lanes redirect a load to a block of fill values, which needs
-no branch and no mask; conditions that vary become the mask of the access.
+A vector access is planned from what one lane adds to the address: 0 is one scalar access, 1 a vector access, -1 a
+reversed one, everything else a gather or scatter. Conditions that are equal in all lanes redirect a load to a block of
+fill values, which needs no branch and no mask; conditions that vary become the mask of the access.
 
 Elements in memory and in registers: f16 and bf16 are computed in f32; bool is a byte in memory and i1 in registers.
 """
@@ -252,14 +253,16 @@ def _read(
     b = env.b
     align = type_bits(t) // 8
     full = type_text(t, lanes)
+    operands: tuple[Value, ...] = (p,)
     if mask is None or not lanes:
-        text, operands = f"load {full}, {p}, align {align}", (p,)
+        text = f"load {full}, {p}, align {align}"
     else:
         mask = b.widen(mask, lanes)
         assert fill is not None
         name = f"llvm.masked.load.v{lanes}{ {'float': 'f32', 'double': 'f64'}.get(t, t) }.p0"
         b.declare(f"{full} @{name}(ptr, <{lanes} x i1>, {full})", name)
-        text, operands = f"call {full} @{name}(ptr align {align} {p.text}, {mask}, {b.widen(fill, lanes)})", (p, mask)
+        text = f"call {full} @{name}(ptr align {align} {p.text}, {mask}, {b.widen(fill, lanes)})"
+        operands = (p, mask)
     if buffer in env.invariant:
         return b.hoisted(text + (", !invariant.load !0" if mask is None or not lanes else ""), t, lanes, *operands)
     return b.effect(text, t, lanes)

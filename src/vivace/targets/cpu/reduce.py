@@ -1,7 +1,8 @@
 """Reductions: inside a vector loop as loops over vectors of accumulators, elsewhere vectorized over the reduced axis.
 
-Directly nested Reduces of one function share their accumulators. Vectorizing over the reduced axis re-associates sums: partial sums
-per lane, several vectors of them, then added pairwise; the result depends on the instruction set, but not on threads.
+Directly nested Reduces of one function share their accumulators. Vectorizing over the reduced axis re-associates sums:
+partial sums per lane, several vectors of them, then added pairwise; the result depends on the instruction set, but not
+on threads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Elementary functions of f32 as instructions on vectors (or scalars) of any width; no tables, no calls.
 
 `f32` emits one function. Exact where IEEE says so: infinities, NaN, signed zeros, overflow and gradual underflow.
-Largest errors in units in the last place (tests measure them on dense samples; without fused multiply-add in parentheses):
+Largest errors in units in the last place (tests measure them on dense samples; without fused multiply-add in
+parentheses):
 
     exp 0.9 (1.2)   log 0.8   erf 1 (1.1)   sin cos 1.6   sigmoid 2.1   tanh 2.3 (2.6)
     tan asin acos atan sinh cosh asinh acosh atanh log1p expm1 pow, computed in f64 (`vmath64`): 0.51
@@ -152,7 +153,7 @@ def erf(b: Builder, x: Value) -> Value:
 
 
 _FAR, _LEAST_EXPONENT = 1e5, -7  # numbers above 1e5 are m * 2**e with a 24-bit m and e >= -7
-_TWO_OVER_PI = 0xa2f9836e4e441529fc2757d1f534ddc0db6295993c439041fe5163abdebbc561  # times 2**256
+_TWO_OVER_PI = 0xA2F9836E4E441529FC2757D1F534DDC0DB6295993C439041FE5163ABDEBBC561  # times 2**256
 
 
 @cache
@@ -171,7 +172,8 @@ def _far_table() -> str:
 
 
 def _reduced_far(b: Builder, x: Value) -> tuple[Value, Value]:
-    """The same for large numbers: the quotient modulo 4 from as many bits of 2/pi as matter. Source: Payne and Hanek, 1983."""
+    """The same for large numbers: the quotient modulo 4 from as many bits of 2/pi as matter. Source: Payne and Hanek,
+    1983."""
     bits = b.bitcast(x, "i32")
     exponent = b.op("and", b.op("lshr", bits, _i(23)), _i(255))
     row = b.op("sub", exponent, _i(150 + _LEAST_EXPONENT))

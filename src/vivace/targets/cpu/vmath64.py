@@ -100,8 +100,9 @@ def log(b: Builder, x: Value) -> Value:
     f = b.op("fsub", m, _c(1.0))
     s = b.op("fdiv", f, b.op("fadd", f, _c(2.0)))
     z = b.op("fmul", s, s)
-    r = _poly(b, z, (1.479819860511658591e-01, 1.531383769920937332e-01, 1.818357216161805012e-01, 2.222219843214978396e-01,
-                     2.857142874366239149e-01, 3.999999999940941908e-01, 6.666666666666735130e-01))  # fmt: skip
+    r = _poly(b, z, (1.479819860511658591e-01, 1.531383769920937332e-01, 1.818357216161805012e-01,
+                     2.222219843214978396e-01, 2.857142874366239149e-01, 3.999999999940941908e-01,
+                     6.666666666666735130e-01))  # fmt: skip
     r = b.op("fmul", r, z)
     half = b.op("fmul", b.op("fmul", f, _c(0.5)), f)
     low = b.fma(e, _c(_LN2_LO), b.op("fmul", s, b.op("fadd", half, r)))
@@ -218,10 +219,12 @@ def sine_of_quadrant(b: Builder, r: Value, n: Value) -> Value:
     """sin(r + n * pi/2). Source: fdlibm k_sin.c, k_cos.c."""
     z = b.op("fmul", r, r)
     sine = _poly(b, z, (1.58969099521155010221e-10, -2.50507602534068634195e-08, 2.75573137070700676789e-06,
-                        -1.98412698298579493134e-04, 8.33333333332248946124e-03, -1.66666666666666324348e-01))  # fmt: skip
+                        -1.98412698298579493134e-04, 8.33333333332248946124e-03,
+                        -1.66666666666666324348e-01))  # fmt: skip
     sine = b.fma(b.op("fmul", sine, z), r, r)
     cosine = _poly(b, z, (-1.13596475577881948265e-11, 2.08757232129817482790e-09, -2.75573143513906633035e-07,
-                          2.48015872894767294178e-05, -1.38888888888741095749e-03, 4.16666666666666019037e-02))  # fmt: skip
+                          2.48015872894767294178e-05, -1.38888888888741095749e-03,
+                          4.16666666666666019037e-02))  # fmt: skip
     cosine = b.fma(b.op("fmul", cosine, z), z, b.fma(z, _c(-0.5), _c(1.0)))
     value = b.bitcast(b.select(b.convert("trunc", n, "i1"), cosine, sine), "i64")
     sign = b.op("shl", b.op("and", n, literal(2, "i64")), literal(62, "i64"))
@@ -294,8 +297,8 @@ def pow(b: Builder, x: Value, y: Value) -> Value:  # the function's name in the 
 
 _FUNCTIONS: dict[str, Callable[..., Value]] = {
     "exp": exp, "log": log, "sigmoid": sigmoid, "tanh": tanh, "erf": erf, "sin": sin, "cos": cos, "tan": tan,
-    "sinh": sinh, "cosh": cosh, "asin": asin, "acos": acos, "atan": atan, "asinh": asinh, "acosh": acosh, "atanh": atanh,
-    "log1p": log1p, "expm1": expm1, "pow": pow,
+    "sinh": sinh, "cosh": cosh, "asin": asin, "acos": acos, "atan": atan, "asinh": asinh, "acosh": acosh,
+    "atanh": atanh, "log1p": log1p, "expm1": expm1, "pow": pow,
 }  # fmt: skip
 
 
