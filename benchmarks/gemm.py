@@ -1,7 +1,7 @@
 """Convolutions and matrix products of real models, one layer at a time: our kernels against ONNX Runtime's and
 OpenVINO's.
 
-    python benchmarks/gemm.py [resnet50|mobilenetv2|bert|vit|llm ...] [--threads 1] [--seconds 0.3]
+    python benchmarks/gemm.py [resnet50|mobilenetv2|bert|vit|llm ...] [--seconds 0.3]
 
 Each layer is a model of one node with constant weights, bias and ReLU. The other engines convert layouts around a
 single node, which a whole model would not: what is compared is the time of the node itself, by their own profilers.
@@ -16,7 +16,6 @@ import ctypes
 import json
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -154,7 +153,7 @@ def _aligned(x: np.ndarray) -> np.ndarray:
 class Ours:
     """One layer as our kernel; `x` channels last, already padded."""
 
-    def __init__(self, layer: Layer, x: np.ndarray, w: np.ndarray, bias: np.ndarray, isa: Isa, threads: int) -> None:
+    def __init__(self, layer: Layer, x: np.ndarray, w: np.ndarray, bias: np.ndarray, isa: Isa) -> None:
         spec, arrays = _spec(layer, x, w, bias, isa)
         code = emit_depthwise(spec, isa) if isinstance(spec, Depthwise) else emit_contraction(spec, isa)
         self.out = arrays[spec.out]
@@ -164,20 +163,13 @@ class Ours:
         )
         self._keep = arrays
         self._args = np.array([arrays[p].ctypes.data for p in code.params], np.int64)
-        self._scratch = [aligned_zeros((_units(code.scratch_bytes) // 4 + 16,)) for _ in range(threads)]
-        self._edges = [_units(code.units) * i // threads for i in range(threads + 1)]
-        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+        self._scratch = aligned_zeros((_units(code.scratch_bytes) // 4 + 16,))
+        self._units = _units(code.units)
 
     def time_ns(self) -> float:
         start = time.perf_counter_ns()
-        if self._pool is None:
-            self._part(0)
-        else:
-            list(self._pool.map(self._part, range(len(self._scratch))))
+        self._run(self._args.ctypes.data, 0, self._units, self._scratch.ctypes.data)
         return time.perf_counter_ns() - start
-
-    def _part(self, i: int) -> None:
-        self._run(self._args.ctypes.data, self._edges[i], self._edges[i + 1], self._scratch[i].ctypes.data)
 
 
 def _units(d: object) -> int:
@@ -237,11 +229,10 @@ def _model(layer: Layer, w: np.ndarray, bias: np.ndarray) -> bytes:
 class OnnxRuntime:
     """The layer in ONNX Runtime; node times are read from its profile at the end."""
 
-    def __init__(self, model: bytes, threads: int, folder: str) -> None:
+    def __init__(self, model: bytes, folder: str) -> None:
         options = ort.SessionOptions()
-        options.intra_op_num_threads, options.enable_profiling = threads, True
+        options.intra_op_num_threads, options.enable_profiling = 1, True
         options.profile_file_prefix = str(Path(folder) / "ort")
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0" if threads == 1 else "1")
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def run(self, x: np.ndarray) -> np.ndarray:
@@ -259,11 +250,11 @@ class OnnxRuntime:
 class OpenVino:
     """The layer in OpenVINO, with its own times per node."""
 
-    def __init__(self, model: bytes, threads: int) -> None:
+    def __init__(self, model: bytes) -> None:
         import openvino as ov
 
         core = ov.Core()
-        settings = {"INFERENCE_NUM_THREADS": threads, "PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32"}
+        settings = {"INFERENCE_NUM_THREADS": 1, "PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32"}
         self._request = core.compile_model(core.read_model(model), "CPU", settings).create_infer_request()
 
     def time_ns(self, x: np.ndarray) -> float:
@@ -273,7 +264,7 @@ class OpenVino:
         return sum(times) * 1e9
 
 
-def measure(layer: Layer, isa: Isa, threads: int, seconds: float) -> tuple[float, float, float, float]:
+def measure(layer: Layer, isa: Isa, seconds: float) -> tuple[float, float, float, float]:
     """Best times in ns of ours, ONNX Runtime's and OpenVINO's, and our largest difference from ONNX Runtime."""
     random = np.random.default_rng(0)
     bias = _aligned(random.standard_normal(layer.outputs, dtype=np.float32))
@@ -287,10 +278,10 @@ def measure(layer: Layer, isa: Isa, threads: int, seconds: float) -> tuple[float
         x = random.standard_normal((layer.size, layer.inputs), dtype=np.float32)
         shape, own_x = (layer.inputs, layer.outputs), _aligned(x)
     w = random.standard_normal(shape, dtype=np.float32) / np.float32(fan**0.5)
-    ours = Ours(layer, own_x, w, bias, isa, threads)
+    ours = Ours(layer, own_x, w, bias, isa)
     model = _model(layer, w, bias)
     with tempfile.TemporaryDirectory() as folder:
-        runtime, vino = OnnxRuntime(model, threads, folder), OpenVino(model, threads)
+        runtime, vino = OnnxRuntime(model, folder), OpenVino(model)
         expected = runtime.run(x)
         own, theirs = [ours.time_ns()], [vino.time_ns(x)]
         got = ours.out.transpose(2, 0, 1)[None] if layer.kernel else ours.out
@@ -307,18 +298,16 @@ def measure(layer: Layer, isa: Isa, threads: int, seconds: float) -> tuple[float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=0.3, help="per layer")
     options = parser.parse_args()
     isa = best_isa(host())
-    peaks = machine_peaks(options.threads).peaks
-    peak = next(p.rate for p in peaks if (p.what, p.of, p.threads) == ("arithmetic", "f32", options.threads)) / 1e9
-    print(f"{isa.name}, {options.threads} thread(s), peak {peak:.1f} GFLOP/s")
+    peak = machine_peaks().operations("f32", 1) / 1e9
+    print(f"{isa.name}, 1 thread, peak {peak:.1f} GFLOP/s")
     print(f"{'layer':36} {'ours us':>9} {'share':>6} {'ORT us':>9} {'ratio':>6} {'OV us':>9} {'ratio':>6} {'error':>8}")
     for name in options.models:
         ratios = []
         for layer in MODELS[name]:
-            ours, runtime, vino, error = measure(layer, isa, options.threads, options.seconds)
+            ours, runtime, vino, error = measure(layer, isa, options.seconds)
             ratios.append(ours / min(runtime, vino))
             print(
                 f"{layer!s:36} {ours / 1e3:9.1f} {layer.flops / ours / peak:6.1%}"

@@ -42,7 +42,7 @@ def emit_contraction(c: Contraction, isa: Isa, tile: Tile | None = None) -> Kern
     llvm_text = "\n".join(
         [*functions, *declares.values(), "!0 = !{}", f"attributes #0 = {{ {kernel_attributes(isa)} }}", ""]
     )
-    return KernelCode(c.name, llvm_text, plan.params, plan.dims, units, 1, plan.scratch_bytes)
+    return KernelCode(c.name, llvm_text, plan.params, plan.dims, units, 1, plan.scratch_bytes, "light")
 
 
 def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[str, str]]:

@@ -99,9 +99,8 @@ def emit_depthwise(d: Depthwise, isa: Isa) -> KernelCode:
         * ceildiv(p.n_vectors, vectors_per_unit)
     )
     attributes = f"attributes #0 = {{ {kernel_attributes(isa)} }}"
-    return KernelCode(
-        d.name, "\n".join([*functions, *needed.values(), "!0 = !{}", attributes, ""]), params, dims, units
-    )
+    text = "\n".join([*functions, *needed.values(), "!0 = !{}", attributes, ""])
+    return KernelCode(d.name, text, params, dims, units, optimize="light")
 
 
 def _guess(d: Dim) -> int:
