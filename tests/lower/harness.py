@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from vivace import compiler
 from vivace.base.dims import Dim, evaluate
 from vivace.base.machine import ISAS, Isa, host, missing_flags
 from vivace.graph import reference as graph_reference
@@ -22,6 +23,7 @@ from vivace.loops.verify import verify_kernel
 from vivace.lower.lowering import lower
 from vivace.lower.plan import Branch, Foreign, Instruction, Loop, Operand, Plan, Step, steps_of
 from vivace.lower.views import Storage
+from vivace.runtime.engine import Engine
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.codegen import emit
@@ -164,6 +166,17 @@ def check(graph: Graph, *inputs: Array, isas: Sequence[str | None] = (None, BEST
             compare(g, w, tol, f"output {i} on {isa or 'the reference'}")
     assert plan is not None
     return plan
+
+
+def check_engine(graph: Graph, *inputs: Array, threads: int = 2, tol: float = 2e-5, repeats: int = 3) -> None:
+    """Compile a graph as it stands, without the optimizer, and run it as users do: one arena, one native call, several threads."""
+    image = compiler.build_image(graph, ISAS[BEST], False, ("native",), None)
+    engine = Engine(image, threads, [])
+    want = graph_reference.evaluate(graph, list(inputs))
+    for _ in range(repeats):
+        got = engine.run({v.name: x for v, x in zip(graph.inputs, inputs, strict=True)})
+        for v, w in zip(graph.outputs, want, strict=True):
+            compare(got[v.name], w, tol, f"output {v.name} of the engine")
 
 
 def compare(got: Array, want: Array, tol: float, where: str) -> None:

@@ -11,7 +11,7 @@ from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type
 from vivace.lower.plan import Branch, Loop, steps_of
 
-from tests.lower.harness import build, check
+from tests.lower.harness import HERE, build, check, check_engine
 
 f32, i64, boolean = DType.f32, DType.i64, DType.bool
 SCALAR = Type(boolean, ())
@@ -93,3 +93,27 @@ def test_loop_over_a_branch_with_states_that_change_places() -> None:
     inner = body(turn, Type(i64, ()), SCALAR, t, t)
     graph = build(lambda b, n, x, y: list(b.loop(n, None, x, y, body=inner, n_state=2, n_scan=0, length=0)), Type(i64, ()), t, t)
     check(graph, np.asarray(9), np.arange(4, dtype=np.float32), np.ones(4, np.float32))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_loops_and_branches_in_an_engine(threads: int) -> None:
+    """Memory is shared over time: what a loop carries must not lie where its temporaries do."""
+    t = Type(f32, (40, 300))
+    then = body(lambda b, x, y: [b.sin(b.add(x, y)), b.softmax(x, axis=1)], t, t)
+    other = body(lambda b, x, y: [b.mul(b.exp(b.neg(b.mul(x, x))), y), b.transpose(b.relu(b.transpose(x, perm=(1, 0))), perm=(1, 0))], t, t)
+
+    def turn(b: Builder, i, go, x, y, fixed):  # type: ignore[no-untyped-def]
+        odd = b.eq(b.mod(i, b.const(np.int64(2)), fmod=False), b.const(np.int64(1)))
+        p, q = b.if_(odd, x, y, then=then, **{"else": other})
+        done = b.lt(i, b.const(np.int64(8)))
+        return [done, b.mul(b.add(p, b.reduce_mean(q, axes=(1,), keepdims=True)), fixed), q, b.reduce_sum(p, axes=(1,), keepdims=False)]
+
+    inner = body(turn, Type(i64, ()), SCALAR, t, t, t)
+    graph = build(
+        lambda b, n, x, y, z: list(b.loop(n, None, b.cos(x), y, b.sigmoid(z), body=inner, n_state=2, n_scan=1, length=9)),
+        Type(i64, ()), t, t, t,
+    )  # fmt: skip
+    rng = np.random.default_rng(1)
+    arrays = rng.standard_normal((3, 40, 300)).astype(np.float32)
+    check(graph, np.asarray(100), *arrays, isas=(HERE[-1],), tol=1e-4)
+    check_engine(graph, np.asarray(100), *arrays, threads=threads, tol=1e-4)

@@ -51,7 +51,8 @@ class ForeignEntry:
 
 @dataclass(frozen=True, slots=True)
 class LineEntry:
-    """One instruction: run a kernel on operands `(storage, byte offset)`, call a foreign node, or jump."""
+    """One instruction: run a kernel on operands `(storage, byte offset)`, call a foreign node, count or jump
+    (kinds: see `schedule.Line`)."""
 
     kind: str
     kernel: int = -1
@@ -139,8 +140,8 @@ def link(
                 )
             )
         else:
-            cond = () if line.cond is None else (operand(line.cond),)
-            lines.append(LineEntry(line.kind, operands=cond, target=line.target))
+            cells = tuple(operand(o) for o in (line.cond, line.limit) if o is not None)
+            lines.append(LineEntry(line.kind, operands=cells, target=line.target))
     for s_in in plan.storages:
         if s_in.kind in ("input", "output"):
             number(s_in)

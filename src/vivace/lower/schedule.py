@@ -5,16 +5,17 @@ Rules:
   write different parts of it, since every element is written once.)
 * SERIAL: a step whose estimated time is below `SERIAL_NS` runs on one thread: waking and meeting would cost more than they save.
 * MOMENT: everything that shares a barrier happens at one moment; lifetimes are counted in moments.
+* TURN: what a loop reads from before it, and what it carries from turn to turn, lives through the whole loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vivace.base.dims import Dim, Expr, substitute, symbols
-from vivace.lower.plan import Branch, Foreign, Instruction, Operand, Plan, Step
-from vivace.lower.views import Storage, View
+from vivace.lower.plan import Branch, Foreign, Instruction, Loop, Operand, Plan, Step
+from vivace.lower.views import Storage
 
 SERIAL_NS = 2_000  # handing a step over costs about 0.1 us, but its data then comes from the other core's cache
 GUESS = 64  # for symbolic dims, in estimates only
@@ -23,12 +24,17 @@ FLOPS_PER_NS, BYTES_PER_NS = 50.0, 10.0
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One instruction in line. `kind` is run, unless, jump or foreign; `target` the index of the line to jump to."""
+    """One instruction in line; `target` is the index of the line to jump to.
+
+    kinds: run, foreign; jump; unless (jump when the bool at `cond` is false); set (the i64 at `cond` becomes 0), count (it grows by 1),
+    less (go on while the i64 at `cond` is below that at `limit`, else jump).
+    """
 
     kind: str
     step: Step | None = None
     foreign: Foreign | None = None
     cond: Operand | None = None
+    limit: Operand | None = None
     target: int = -1
     serial: bool = False
     beside: bool = False
@@ -56,11 +62,13 @@ def _guess(d: Dim) -> int:
 def schedule(plan: Plan) -> Schedule:
     """Put a plan's instructions in line."""
     lines: list[Line] = []
-    _append(lines, plan.body)
-    return Schedule(tuple(lines), _lifetimes(lines))
+    loops: list[tuple[int, int, Loop]] = []
+    _append(lines, plan.body, loops)
+    return Schedule(tuple(lines), _lifetimes(lines, loops))
 
 
-def _append(lines: list[Line], body: Sequence[Instruction]) -> None:
+def _append(lines: list[Line], body: Sequence[Instruction], loops: list[tuple[int, int, Loop]]) -> None:
+    """`loops` takes the first and last line of each loop, inner loops first."""
     reads: set[Storage] = set()
     writes: set[Storage] = set()
     for item in body:
@@ -86,35 +94,49 @@ def _append(lines: list[Line], body: Sequence[Instruction]) -> None:
                 reads, writes = set(), set()
                 at = len(lines)
                 lines.append(Line("unless", cond=item.cond))
-                _append(lines, item.then)
+                _append(lines, item.then, loops)
                 jump = len(lines)
                 lines.append(Line("jump"))
                 lines[at] = Line("unless", cond=item.cond, target=len(lines))
-                _append(lines, item.otherwise)
+                _append(lines, item.otherwise, loops)
                 lines[jump] = Line("jump", target=len(lines))
+            case Loop():
+                reads, writes = set(), set()
+                counter = Operand(item.counter)
+                start = len(lines)
+                lines.append(Line("set", cond=counter))
+                top = len(lines)
+                lines.append(Line("less", cond=counter, limit=item.limit))
+                if item.go is not None:
+                    lines.append(Line("unless", cond=Operand(item.go)))
+                _append(lines, item.body, loops)
+                lines += [Line("count", cond=counter), Line("jump", target=top)]
+                for i in range(top, top + 1 + (item.go is not None)):
+                    lines[i] = replace(lines[i], target=len(lines))
+                loops.append((start, len(lines) - 1, item))
 
 
-def _lifetimes(lines: Sequence[Line]) -> dict[Storage, tuple[int, int]]:
+def _lifetimes(lines: Sequence[Line], loops: Sequence[tuple[int, int, Loop]]) -> dict[Storage, tuple[int, int]]:
     found: dict[Storage, tuple[int, int]] = {}
-    moment = 0
-
-    def touch(s: Storage | None) -> None:
-        if s is not None and s.kind == "arena":
-            first, _ = found.get(s, (moment, moment))
-            found[s] = (first, moment)
-
-    def touch_view(v: View | None) -> None:
-        touch(None if v is None else v.storage)
-
+    moments: list[int] = []
     for line in lines:
-        if not line.beside:
-            moment += 1
-        if line.step is not None:
-            for o in line.step.operands:
-                touch(o.storage)
-        if line.cond is not None:
-            touch(line.cond.storage)
-        if line.foreign is not None:
-            for v in (*line.foreign.inputs, *line.foreign.outputs):
-                touch_view(v)
+        moments.append((moments[-1] if moments else 0) + (not line.beside))
+        for s in _touched(line):
+            first, _ = found.get(s, (moments[-1], 0))
+            found[s] = (first, moments[-1])
+    for start, end, loop in loops:
+        begin, last = moments[start], moments[end]
+        for s in {s for line in lines[start : end + 1] for s in _touched(line)}:
+            if found[s][0] < begin or s in loop.carried:
+                found[s] = (min(found[s][0], begin), max(found[s][1], last))
     return found
+
+
+def _touched(line: Line) -> list[Storage]:
+    """The arena storages that a line reads or writes."""
+    touched: list[Storage | None] = [o.storage for o in (line.cond, line.limit) if o is not None]
+    if line.step is not None:
+        touched += [o.storage for o in line.step.operands]
+    if line.foreign is not None:
+        touched += [v.storage for v in (*line.foreign.inputs, *line.foreign.outputs) if v is not None]
+    return [s for s in touched if s is not None and s.kind == "arena"]

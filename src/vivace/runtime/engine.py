@@ -242,10 +242,17 @@ class Engine:
             return steps.Kernel(
                 self._library.address(kernel.symbol), tuple(args), kernel.units, kernel.grain, line.serial, line.beside
             )
-        if line.kind == "jump":
-            return steps.Jump(line.target)
-        if line.kind == "unless":
-            return steps.Unless(refs[0], line.target, 1)
+        match line.kind:
+            case "jump":
+                return steps.Jump(line.target)
+            case "unless":
+                return steps.Unless(refs[0], line.target, 1)
+            case "set":
+                return steps.Set(refs[0], 0)
+            case "count":
+                return steps.Count(refs[0])
+            case "less":
+                return steps.Less(refs[0], refs[1], line.target)
         return self._call(self.image.foreign[line.kernel], runners[line.kernel])
 
     def _call(self, entry: ForeignEntry, runner: ForeignRunner | None) -> steps.Step:
