@@ -20,7 +20,7 @@ from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 from vivace.base.dims import Dim, Expr, parse, symbols
 from vivace.base.errors import GraphError, ModelError, UnsupportedError, VivaceError
 from vivace.graph.build import constant
-from vivace.graph.graph import Graph, Type, Value
+from vivace.graph.graph import Graph, Type, Value, substitute_type
 from vivace.graph.ops.shapes import DimMismatch
 from vivace.onnx import fallback
 from vivace.onnx.call import Call, find
@@ -29,11 +29,19 @@ from vivace.onnx.ops import FAMILIES
 from vivace.onnx.reader import Model, label, read
 from vivace.onnx.scope import Fallback, Scope, Session
 from vivace.onnx.tensors import checked_shape, dtype_of
-from vivace.onnx.unify import Assumptions
+from vivace.onnx.unify import Assumptions, Learnt
 
 Shape = Sequence[int | str | None]
 _MAX_STARTS = 200
 assert FAMILIES  # importing them registers the operators
+
+
+class Misfit(DimMismatch):
+    """A mismatch with the place in the model where it arose."""
+
+    def __init__(self, cause: DimMismatch, paths: tuple[str, ...], where: str) -> None:
+        super().__init__(cause.a, cause.b, f"{where}: {cause.where}")
+        self.paths = paths
 
 
 def import_model(source: str | Path | bytes | ModelProto, *, overrides: Mapping[str, Shape] | None = None) -> Graph:
@@ -46,8 +54,10 @@ def import_model(source: str | Path | bytes | ModelProto, *, overrides: Mapping[
     for _ in range(_MAX_STARTS):
         try:
             return _import(model, assume, overrides or {})
+        except Learnt:
+            continue
         except DimMismatch as e:
-            if not assume.learn_equal(e.a, e.b):
+            if not assume.learn_inside(e.a, e.b, e.paths if isinstance(e, Misfit) else ()):
                 raise ModelError(f"its shapes contradict each other: {e.what}", where=e.where, hint="check the model's declared dims") from e
     raise ModelError("its symbolic dims cannot be made consistent", where=model.name, hint="fix the input shapes with overrides")
 
@@ -158,8 +168,10 @@ def import_node(scope: Scope, n: NodeProto) -> None:
         del scope.builder.nodes[mark:]
         scope.forget_materialised()
         results = fallback.emit(scope, n, inputs, e.reason, where)
+    except Misfit:
+        raise
     except DimMismatch as e:
-        raise DimMismatch(e.a, e.b, f"{where}: {e.where}") from e
+        raise Misfit(e, scope.paths, where) from e
     except GraphError as e:
         raise ModelError(e.what, where=f"{where}: {e.where}", expected=str(e.expected)) from e
     except VivaceError as e:
@@ -210,12 +222,12 @@ def import_inline(scope: Scope, proto: GraphProto) -> tuple[Any, ...]:
         scope.names = outer
 
 
-def import_subgraph(scope: Scope, proto: GraphProto, types: Sequence[Type], where: str) -> tuple[Scope, list[Value]]:
+def import_subgraph(scope: Scope, proto: GraphProto, types: Sequence[Type], where: str, path: str) -> tuple[Scope, list[Value]]:
     """Import a nested graph whose own inputs have the given types; returns its scope and outputs, not yet finished."""
-    inner = Scope(scope.session, scope)
+    inner = Scope(scope.session, scope, path)
     _initializers(inner, proto, where)
     for v, t in zip(proto.input, types, strict=True):
-        inner.names[v.name] = inner.builder.input(v.name, t)
+        inner.names[v.name] = inner.builder.input(v.name, substitute_type(t, inner.refined))
     import_nodes(inner, proto)
     outputs = [inner.lookup(v.name) for v in proto.output]
     for v, x in zip(proto.output, outputs):

@@ -17,7 +17,7 @@ from vivace.base.dims import Dim, Expr, bounds, maximum, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import ModelError
 from vivace.graph.build import Builder, constant
-from vivace.graph.graph import Graph, Op, Type, Value
+from vivace.graph.graph import Graph, Op, Type, Value, substitute_type
 from vivace.graph.ops.shapes import DimMismatch
 from vivace.onnx import symbolic
 from vivace.onnx.reader import Model
@@ -58,8 +58,9 @@ class Session:
 class Scope:
     """A graph under construction and the ONNX names visible in it."""
 
-    def __init__(self, session: Session, parent: Scope | None = None) -> None:
-        self.session, self.parent = session, parent
+    def __init__(self, session: Session, parent: Scope | None = None, path: str = "") -> None:
+        self.session, self.parent, self.path = session, parent, path
+        self.refined = session.assume.inside(path) if path else {}
         self.builder = Builder(prefix="t", count=0 if parent is None else parent.builder.count + 1000)
         self.names: dict[str, Any] = {}
         self.captures: dict[Value, Value] = {}
@@ -77,11 +78,20 @@ class Scope:
         return self.names[name]
 
     def capture(self, outer: Value) -> Value:
-        if outer.data is not None or outer in self.session.known:
+        if outer.data is not None:
             return outer
+        if outer in self.session.known:
+            contents = self.session.known[outer]
+            return self.virtual(symbolic.substitute_array(contents, self.refined), outer.dtype) if self.refined else outer
         if outer not in self.captures:
-            self.captures[outer] = Value(outer.name, outer.type)
+            self.captures[outer] = Value(outer.name, substitute_type(outer.type, self.refined))
         return self.captures[outer]
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The paths of the nested graphs that lead here, from the outermost."""
+        above = () if self.parent is None else self.parent.paths
+        return (*above, self.path) if self.path else above
 
     def known(self, v: Value) -> np.ndarray | None:
         """The contents of a small tensor as an object array of dims and numbers, or None."""

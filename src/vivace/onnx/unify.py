@@ -3,6 +3,9 @@
 Broadcasting and contraction assume that two symbolic dims that meet are equal; slicing a table up to a symbol assumes that the table is long
 enough. `Assumptions` holds what was learnt: replacements of symbols by dims, and tighter bounds. The importer starts again with every
 new assumption, so types never change after the fact.
+
+What a branch of an `If` needs need not hold for the other branch, nor without either: bounds learnt inside a nested graph hold only
+there (`local`, by the path of the graph). Replacements hold everywhere.
 """
 
 from __future__ import annotations
@@ -15,6 +18,10 @@ from vivace.base.dims import Apply, Bound, Dim, Expr, Symbol, as_symbol, bounds,
 _LARGEST = 1 << 31
 
 
+class Learnt(Exception):  # noqa: N818
+    """Something new was assumed: the import has to start again."""
+
+
 @dataclass(slots=True)
 class Assumptions:
     """Replacements and bounds of symbols, by name; `declared` are those of the inputs, which are the last to be replaced."""
@@ -22,6 +29,33 @@ class Assumptions:
     replaced: dict[str, Dim] = field(default_factory=dict)
     bounded: dict[str, tuple[Bound, Bound]] = field(default_factory=dict)
     declared: set[str] = field(default_factory=set)
+    local: dict[str, dict[str, tuple[Bound, Bound]]] = field(default_factory=dict)
+
+    def inside(self, path: str) -> dict[str, Dim]:
+        """The symbols as the nested graph `path` sees them: those with tighter bounds there."""
+        return {name: symbol(name, *b) for name, b in self.local.get(path, {}).items()}
+
+    def learn_inside(self, a: Dim, b: Dim, paths: tuple[str, ...]) -> bool:
+        """As `learn_equal`, for a mismatch in a nested graph; `paths` leads to it from the outermost."""
+        trial = Assumptions(dict(self.replaced), dict(self.bounded), self.declared)
+        for path in paths:
+            trial.bounded |= self.local.get(path, {})
+        seen = dict(trial.bounded)
+        if not trial.learn_equal(a, b):
+            return False
+        if trial.replaced != self.replaced or not paths:
+            self.replaced = trial.replaced
+        new = {name: bound for name, bound in trial.bounded.items() if seen.get(name) != bound}
+        target = self.local.setdefault(paths[-1], {}) if paths else self.bounded
+        target |= new
+        return True
+
+    def promote(self, path: str, parent: str) -> bool:
+        """Let what was learnt inside a nested graph hold in the graph around it. False when nothing was."""
+        learnt = self.local.pop(path, {})
+        target = self.local.setdefault(parent, {}) if parent else self.bounded
+        target |= learnt
+        return bool(learnt)
 
     def symbol(self, name: str) -> Dim:
         """The dim that stands for a symbol of the model."""

@@ -10,6 +10,9 @@ loop{body: Graph, n_state, n_scan}(trip?, cond?, *state, *captures) -> *state, *
 onnx{node: bytes, opset, domain, types, names, reason}(*inputs)
         a serialized NodeProto that a provider runs. `types` are the output types; `names` name the inputs as the node (and the graphs
         inside it) knows them; `reason` says why it is not lowered. The graph floor cannot run it: a provider sets `RUN_ONNX`.
+
+Rule NARROWER: a symbol may have tighter bounds inside a nested graph than outside: the graph is only meant for sizes within them
+(a branch that reads 512 samples, say). Types are compared with the outer bounds.
 """
 
 from __future__ import annotations
@@ -18,16 +21,22 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vivace.base.dims import Dim
+from vivace.base.dims import Dim, Expr, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError, UnsupportedError
-from vivace.graph.graph import Attrs, Graph, Op, Type
+from vivace.graph.graph import Attrs, Graph, Op, Type, substitute_type
 from vivace.graph.ops.shapes import need, same
 
 Array = np.ndarray
 OnnxHook = Callable[[Sequence[Array | None], Attrs], tuple[Array, ...]]
 RUN_ONNX: list[OnnxHook] = []
 """Set by a provider (the last one wins): runs an `onnx` node on arrays."""
+
+
+def _widened(t: Type, outer: Sequence[Type | None]) -> Type:
+    """A type of a nested graph with its symbols as the outer graph bounds them (rule NARROWER)."""
+    env = {s.name: Expr((((s,), 1),)) for o in outer if o is not None for d in o.shape for s in symbols(d)}
+    return substitute_type(t, env)
 
 
 def _match(got: Type, want: Type, where: str) -> None:
@@ -46,7 +55,7 @@ def _operands(graph: Graph, types: Sequence[Type | None], where: str) -> None:
     if len(graph.inputs) != len(types):
         raise GraphError(f"the graph takes {len(graph.inputs)} inputs and is given {len(types)}", where=where)
     for i, v in enumerate(graph.inputs):
-        _match(v.type, need(types, i, where), where)
+        _match(_widened(v.type, types), need(types, i, where), where)
 
 
 def _if(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
@@ -57,8 +66,8 @@ def _if(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
     if len(then.outputs) != len(other.outputs):
         raise GraphError("the branches give different numbers of outputs", where="if")
     for a, b in zip(then.outputs, other.outputs, strict=True):
-        _match(a.type, b.type, "if")
-    return tuple(v.type for v in then.outputs)
+        _match(_widened(a.type, types), _widened(b.type, types), "if")
+    return tuple(_widened(v.type, types) for v in then.outputs)
 
 
 def _if_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
@@ -82,8 +91,9 @@ def _loop(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
     _scalar(body.outputs[0].type, DType.bool, "loop")
     states = tuple(need(types, 2 + i, "loop") for i in range(n_state))
     for v, t in zip(body.outputs[1:], states, strict=False):
-        _match(v.type, t, "loop")
-    scans = tuple(Type(v.dtype, (attrs["length"], *v.shape)) for v in body.outputs[1 + n_state :])
+        _match(_widened(v.type, types), t, "loop")
+    slices = [_widened(v.type, types) for v in body.outputs[1 + n_state :]]
+    scans = tuple(Type(t.dtype, (attrs["length"], *t.shape)) for t in slices)
     return states + scans
 
 

@@ -17,6 +17,7 @@ from vivace.graph.graph import Graph, Type, Value
 from vivace.graph.ops.shapes import DimMismatch
 from vivace.onnx.call import Call, Result, onnx_op
 from vivace.onnx.scope import Fallback, Scope
+from vivace.onnx.unify import Learnt
 
 
 def _known_condition(c: Call, cond: Value | None) -> bool | None:
@@ -34,24 +35,38 @@ def if_(c: Call, cond: Value) -> Result:
     known = _known_condition(c, cond)
     if known is not None:
         return import_inline(c.scope, then if known else other)
-    branches = [import_subgraph(c.scope, g, (), c.site) for g in (then, other)]
-    _unify(branches)
+    branches = [import_subgraph(c.scope, g, (), c.site, f"{c.site}/{k}") for k, g in (("then", then), ("else", other))]
+    _unify(c, branches)
     captures = list({v: None for inner, _ in branches for v in inner.captures})
     graphs = [_close(c.scope, inner, g, outs, captures) for (inner, outs), g in zip(branches, (then, other))]
     result = c.if_(c.reshaped(cond, ()), *captures, **{"then": graphs[0], "else": graphs[1]})
     return result if isinstance(result, tuple) else (result,)
 
 
-def _unify(branches: Sequence[tuple[Scope, list[Value]]]) -> None:
+def _unify(c: Call, branches: Sequence[tuple[Scope, list[Value]]]) -> None:
     """Both branches must give equal types. Raises: DimMismatch, from which the importer learns; Fallback."""
     for a, b in zip(branches[0][1], branches[1][1]):
+        if a.rank != b.rank:
+            _choose_branch(c, [inner.path for inner, _ in branches])
         if a.dtype is not b.dtype or a.rank != b.rank:
             raise Fallback(f"its branches give {a.type} and {b.type}")
         for m, n in zip(a.shape, b.shape):
+            m, n = (c.scope.session.assume.apply(d) for d in (m, n))  # without what each branch assumes for itself
             if m != n:
                 if isinstance(m, int) and isinstance(n, int):
                     raise Fallback(f"its branches give {a.type} and {b.type}")
                 raise DimMismatch(m, n, "If")
+
+
+def _choose_branch(c: Call, paths: Sequence[str]) -> None:
+    """Exporters write squeeze as `if size == 1: squeeze, else: keep`: what makes the squeeze right is what makes the condition true.
+
+    Raises: Learnt, after the assumption of the one branch that made some was taken over for the outer graph.
+    """
+    assume = c.scope.session.assume
+    assuming = [p for p in paths if assume.local.get(p)]
+    if len(assuming) == 1 and assume.promote(assuming[0], c.scope.paths[-1] if c.scope.paths else ""):
+        raise Learnt
 
 
 def _close(scope: Scope, inner: Scope, proto: GraphProto, outputs: Sequence[Value], captures: Sequence[Value]) -> Graph:
@@ -69,7 +84,7 @@ def loop(c: Call, trip: Value | None, cond: Value | None = None, *state: Value) 
     types = (Type(DType.i64, ()), Type(DType.bool, ()), *(v.type for v in state))
     if len(body.input) != 2 + n:
         raise c.error(f"its body has {len(body.input)} inputs", f"{2 + n}")
-    inner, outputs = import_subgraph(c.scope, body, types, c.site)
+    inner, outputs = import_subgraph(c.scope, body, types, c.site, f"{c.site}/body")
     carried = outputs[1 : 1 + n]
     _check_state(state, carried)
     captures = list(inner.captures)
@@ -126,7 +141,7 @@ def scan(c: Call, *inputs: Value) -> Result:
     for x, a in zip(sequences, axes):
         if x.shape[a] != length:
             raise DimMismatch(length, x.shape[a], "Scan")
-    wrapper = Scope(c.scope.session, c.scope)
+    wrapper = Scope(c.scope.session, c.scope, f"{c.site}/body")
     i = wrapper.builder.input(f"{c.node.name or 'scan'}_i", Type(DType.i64, ()))
     go = wrapper.builder.input(f"{c.node.name or 'scan'}_go", Type(DType.bool, ()))
     carried = [wrapper.builder.input(f"{v.name}_in", s.type) for v, s in zip(body.input, states)]
