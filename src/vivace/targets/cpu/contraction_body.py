@@ -189,7 +189,6 @@ class Sum:
             if u == 0 and len(state.pointers) > 2 and n == self.shape.unroll:
                 for line in range(self.ahead_lines):
                     t.fetch(t.at(state.pointers[2], line * LINE_BYTES), level=2)
-            acc = _grid(t.pin(vector_type(self.isa), _flat(acc)), self.shape.vectors)
         moves = (t.mul(step_a, n), t.mul(step_b, n), self.ahead_lines * LINE_BYTES)
         return _State([t.at(x, move) for x, move in zip(state.pointers, moves)], acc)
 
@@ -200,7 +199,7 @@ class Sum:
         result = []
         for offset, row in zip(self.rows, acc):
             x = broadcast(t, isa, t.at(t.at(pointers[0], in_a), offset))
-            result.append([multiply_add(t, isa, x, y, s) for y, s in zip(columns, row)])
+            result.append(t.pin(vector_type(isa), [multiply_add(t, isa, x, y, s) for y, s in zip(columns, row)]))
         return result
 
 

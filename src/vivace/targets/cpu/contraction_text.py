@@ -146,8 +146,8 @@ class Text:
     def pin(self, kind: str, values: list[str]) -> list[str]:
         """The same values, computed before any load that follows in the text.
 
-        No instruction comes of it: it keeps LLVM's scheduler from moving loads up across steps, which spills
-        accumulators.
+        No instruction comes of it. It keeps LLVM's scheduler from moving the loads of one row of a tile up among the
+        multiply-adds of another, which leaves too few registers: accumulators are then spilled in every step.
         """
         kinds, n = ", ".join([kind] * len(values)), len(values)
         constraints = ",".join(["=x" if "16" not in kind else "=v"] * n + [str(i) for i in range(n)] + ["~{memory}"])
