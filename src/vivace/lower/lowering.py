@@ -9,14 +9,16 @@ Placement: a value is written where its reader wants it. An operand of `concat` 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vivace.base.dims import Dim
+from vivace.base.dims import Dim, symbol, symbols
 from vivace.base.dtypes import DType
+from vivace.base.errors import UnsupportedError
 from vivace.base.machine import Isa
-from vivace.graph.graph import Graph, Node, Value
+from vivace.graph.graph import Graph, Node, Value, substitute_dims
 from vivace.lower.group import VIEWS, Group, group
 from vivace.lower.plan import Instruction, Operand, Plan, Spec, Step
 from vivace.lower.views import Storage, View, dense, iota
@@ -223,7 +225,7 @@ def lower(graph: Graph, isa: Isa) -> Plan:
     """Lower a graph whose convolutions may be in either layout. Shapes may be symbolic."""
     from vivace.lower.prepare import prepare
 
-    graph = prepare(graph)
+    graph = prepare(_without_loop_names(graph))
     state = Lowering(graph, isa)
     for i, v in enumerate(graph.inputs):
         s = Storage(v.name, v.dtype, v.type.size, "input", None, i)
@@ -235,7 +237,31 @@ def lower(graph: Graph, isa: Isa) -> Plan:
         state.storages.append(s)
         outputs.append((v, dense(s, v.shape)))
     body = state.run(outputs)
+    _refuse_unknown_sizes(graph, state.storages)
     return Plan(graph.inputs, graph.outputs, body, tuple(state.storages))
+
+
+# Names that kernels give to their loops and positions.
+_LOOP_NAME = re.compile(r"[a-z]\d*|[a-z]\d+_\d+|at\d*(_\d+)?|img|kc|len|only|i_only|found")
+
+
+def _without_loop_names(graph: Graph) -> Graph:
+    """The graph with the dims renamed that a loop of a kernel would hide: `n` becomes `dim_n`."""
+    found = {s.name: s for v in graph.inputs for d in v.shape for s in symbols(d)}
+    return substitute_dims(
+        graph, {n: symbol(f"dim_{n}", s.lo, s.hi) for n, s in found.items() if _LOOP_NAME.fullmatch(n)}
+    )
+
+
+def _refuse_unknown_sizes(graph: Graph, storages: Sequence[Storage]) -> None:
+    known = {s.name for v in graph.inputs for d in v.shape for s in symbols(d)}
+    for storage in storages:
+        unknown = sorted({s.name for s in symbols(storage.size)} - known)
+        if unknown:
+            raise UnsupportedError(
+                f"the size of {storage.name} only shows when the model runs", where=f"dims {', '.join(unknown)}",
+                expected="sizes that follow from those of the inputs",
+            )  # fmt: skip
 
 
 def _and_then(view: View | None, change: Callable[[View], View | None]) -> View | None:
