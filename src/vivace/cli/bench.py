@@ -173,7 +173,8 @@ def measure(job: Job, arrays: dict[str, np.ndarray], wanted: Wanted, progress: A
         progress=progress,
     )
     total, peaks = _limit(job, notes, progress) if wanted.limit else (None, None)
-    cold = _cold_starts(job, arrays, wanted.providers, notes, progress) if wanted.memory else {}
+    able = [name for name, engine in zip(wanted.providers, found.engines, strict=True) if not engine.failure]
+    cold = _cold_starts(job, arrays, able, notes, progress) if wanted.memory else {}
     shapes = {name: array.shape for name, array in arrays.items()}
     return Report(job, shapes, found, cold, total, peaks, tuple(notes))
 
@@ -315,7 +316,7 @@ def _kernel_table(provider: str, job: Job, arrays: Any, report: Report) -> Any:
 def _judge(report: Report, max_ratio: float) -> None:
     ours = report.bench.engines[0]
     if ours.failure:
-        raise GateError("our engine could not run the model", where=str(report.job.model), hint=ours.failure)
+        raise GateError(f"our engine could not run the model: {ours.failure}", where=str(report.job.model))
     if ours.agrees is False:
         bad = ", ".join(d.name for d in ours.differences if not d.agrees)
         raise GateError("our outputs differ from onnxruntime's", where=bad, expected=str(report.bench.tolerance))

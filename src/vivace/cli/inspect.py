@@ -198,8 +198,9 @@ def _print(found: Inspection, show_all: bool) -> None:
     shapes = ", ".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in found.shapes.items())
     print(f"{'at':10} {shapes}")
     print(f"{'parameters':10} {amount(found.n_parameters)} in {size(found.parameter_bytes)}")
-    print(f"{'work':10} {amount(found.flops)}FLOP, {size(found.weight_bytes)} of weights and "
-          f"{size(found.activation_bytes)} of activations moved by {sum(not x.is_fused for x in found.layers)} layers")  # fmt: skip
+    moved = f"{size(found.weight_bytes)} of weights and {size(found.activation_bytes)} of activations"
+    n_layers = sum(not x.is_fused for x in found.layers)
+    print(f"{'work':10} {amount(found.flops)}FLOP, {moved} moved by {n_layers} layers")
     print(f"{'memory':10} {size(found.live_bytes)} of activations alive at once")
     print(f"{'ONNX ops':10} {', '.join(f'{n} {op}' for op, n in found.onnx_ops.items())}")
     print(f"{'core ops':10} {', '.join(f'{n} {op}' for op, n in found.core_ops.items())}")

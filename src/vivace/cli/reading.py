@@ -136,7 +136,7 @@ def cut_out(picture: np.ndarray, corners: np.ndarray) -> np.ndarray:
 
 
 def rectangles(chances: np.ndarray) -> list[np.ndarray]:
-    """Rectangles around the regions of a map of chances `f32[H,W]`, grown to what the detector was trained to shrink."""
+    """Rectangles around the regions of a map of chances `f32[H,W]`, grown by what the detector shrinks them."""
     labels, n_regions = label_regions(chances > _THRESHOLD)
     found = []
     for y, x in _points_by_label(labels, n_regions):

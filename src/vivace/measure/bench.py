@@ -151,6 +151,8 @@ def bench(
             entries[contestant.name] = _load(contestant, inputs, reference, tolerance)
         except VivaceError as error:
             failures[contestant.name] = str(error)
+        except Exception as error:  # a fault inside one engine must not hide what the others do
+            failures[contestant.name] = f"{type(error).__name__}: {error}"
     start, began = snapshot(), time.monotonic()
     n_rounds = _measure(list(entries.values()), inputs, settings, progress) if entries else 0
     return Bench(

@@ -116,7 +116,7 @@ def _spec(arg: ort.NodeArg) -> TensorSpec:
 def _dim(size: int | str | None, name: str, axis: int) -> Dim:
     if isinstance(size, int) and size >= 0:
         return size
-    if not isinstance(size, str) or not size:
+    if not isinstance(size, str) or not any(map(str.isalpha, size)):  # "", "?", "-1": a size of its own
         return symbol(f"{name}.{axis}")
     try:
         return parse(size)

@@ -1,0 +1,7 @@
+"""`python -m benchmarks` is `python -m benchmarks.times`: the table of measured results."""
+
+import sys
+
+from benchmarks.times import main
+
+sys.exit(main())

@@ -1,0 +1,156 @@
+"""What each verb does with a small model, on our engine and on others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vivace.cli.bench import Wanted, gather_inputs, measure
+from vivace.cli.contestants import Job
+from vivace.measure.bench import Settings
+from vivace.measure.compare import Tolerance
+
+SHAPES = "x:2x8,ids:2x3"
+
+
+@pytest.mark.parametrize("provider", ["native,onnxruntime", "onnxruntime"])
+def test_run_compares(cli, model: Path, provider: str) -> None:  # type: ignore[no-untyped-def]
+    result = cli("run", model, "--shapes", SHAPES, "--provider", provider, "--against", "onnxruntime", "--json")
+    assert result.code == 0, result.err
+    data = json.loads(result.out)
+    assert data["schema_version"] == 1
+    assert data["outputs"]["y"]["shape"] == [2, 4]
+    assert data["outputs"]["n"]["dtype"] == "int64"
+    assert [d["n_over"] for d in data["differences"]] == [0, 0]
+
+
+def test_run_with_files(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    x = np.linspace(-1, 1, 24, dtype=np.float32).reshape(3, 8)
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "rest.npz", ids=np.arange(6).reshape(3, 2))
+    saved = tmp_path / "out.npz"
+    result = cli(
+        "run", model, "--provider", "onnxruntime", "-o", saved,
+        "--input", f"x={tmp_path / 'x.npy'}", "--input", tmp_path / "rest.npz",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    with np.load(saved) as outputs:
+        np.testing.assert_array_equal(outputs["n"], [1, 5, 9])
+        np.testing.assert_allclose(outputs["y"].sum(1), 1, rtol=1e-6)
+    assert "output" in result.out
+
+
+@pytest.mark.parametrize(
+    ("extra", "part"),
+    [
+        (["--input", "z={x}"], "no input 'z'"),
+        (["--input", "x={wide}"], "does not fit"),
+        (["--input", "x={double}"], "float64"),
+        (["--input", "x={broken}"], "cannot read an array"),
+        (["--input", "x={x}", "--shapes", "ids:3x2"], "other inputs make it 2"),
+        (["--shapes", "x:2x9"], "does not fit"),
+        (["--shapes", "q:2"], "no input 'q'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_run_refuses_inputs(cli, model: Path, tmp_path: Path, extra: list[str], part: str) -> None:  # type: ignore[no-untyped-def]
+    files = {"x": np.zeros((2, 8), np.float32), "wide": np.zeros((2, 9), np.float32), "double": np.zeros((2, 8))}
+    paths = {name: tmp_path / f"{name}.npy" for name in (*files, "broken")}
+    for name, array in files.items():
+        np.save(paths[name], array)
+    paths["broken"].write_bytes(b"\x93NUMPY garbage")
+    result = cli("run", model, "--provider", "onnxruntime", *(text.format(**paths) for text in extra))
+    assert result.code == 2
+    assert part in result.err
+
+
+def test_gate_of_run(cli, model: Path) -> None:  # type: ignore[no-untyped-def]
+    from vivace.cli import run_model
+
+    different = {"y": np.ones(2, np.float32)}
+    from vivace.measure.compare import compare
+
+    with pytest.raises(Exception, match="differ") as raised:
+        run_model._judge(compare(different, {"y": np.zeros(2, np.float32)}), "onnxruntime", as_json=True)
+    assert getattr(raised.value, "exit_code", None) == 1
+
+
+def test_inspect(cli, model: Path) -> None:  # type: ignore[no-untyped-def]
+    result = cli("inspect", model, "--shapes", SHAPES, "--json")
+    assert result.code == 0, result.err
+    data = json.loads(result.out)
+    assert data["inputs"] == ["x: f32[N,8]", "ids: i64[N,M]"]
+    assert data["onnx_ops"] == {"MatMul": 1, "Add": 1, "Relu": 1, "Softmax": 1, "ReduceSum": 1}
+    assert data["n_parameters"] == 8 * 4 + 4
+    assert data["opsets"] == {"": 17}
+    product = next(layer for layer in data["layers"] if layer["op"] == "matmul")
+    assert (product["name"], product["flops"], product["weight_bytes"]) == ("product", 2 * 2 * 8 * 4, 8 * 4 * 4)
+    assert data["elsewhere"] == []
+    text = cli("inspect", model, "--shapes", SHAPES).out
+    assert "every node would run natively" in text
+
+
+def test_inspect_draws(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    page = tmp_path / "graph.html"
+    assert cli("inspect", model, "--html", page).code == 0
+    text = page.read_text()
+    assert text.count("<svg") == 2
+    assert "matmul" in text
+
+
+def test_bench_measures_and_checks(model: Path) -> None:
+    arrays, job = gather_inputs(Job(model, 1, shapes={"x": (2, 8), "ids": (2, 3)}), (), 0)
+    settings = Settings(budget_seconds=0.0, least_rounds=8, turn_seconds=0.0, least_calls=2)
+    wanted = Wanted(("native,onnxruntime", "onnxruntime"), settings, Tolerance(), memory=True, limit=False)
+    report = measure(job, arrays, wanted)
+    ours, theirs = report.bench.engines
+    assert ours.agrees and theirs.agrees
+    assert ours.calls.shape == theirs.calls.shape == (8, 2)
+    assert theirs.ratio is not None and theirs.ratio.low is not None
+    assert report.cold["vivace"].peak_bytes > report.cold["vivace"].base_bytes > 1 << 20
+    data = json.loads(json.dumps(report.to_dict()))
+    assert [engine["name"] for engine in data["engines"]] == ["vivace", "onnxruntime"]
+    assert data["engines"][0]["percentiles"]["p99"]["high"] is None  # 16 samples prove nothing about a tail
+    assert data["best_ratio"] > 0
+
+
+def test_bench_refuses_unknown_engines(cli, model: Path) -> None:  # type: ignore[no-untyped-def]
+    result = cli("bench", model, "--shapes", SHAPES, "--against", "tensorflow")
+    assert result.code == 2
+    assert "one of onnxruntime, openvino" in result.err
+
+
+def test_bench_prints(cli, model: Path) -> None:  # type: ignore[no-untyped-def]
+    result = cli(
+        "bench", model, "--shapes", SHAPES, "--budget", 0, "--no-memory", "--no-limit", "--provider", "onnxruntime",
+        "--against", "", "--threads", 1,
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert "onnxruntime" in result.out and "measured 8 rounds" in result.out
+
+
+def test_bench_gate(cli, model: Path) -> None:  # type: ignore[no-untyped-def]
+    result = cli(
+        "bench", model, "--shapes", SHAPES, "--budget", 0, "--no-memory", "--no-limit", "--max-ratio", 0, "--threads", 1,
+    )  # fmt: skip
+    assert result.code == 1
+    assert "expected at most 0" in result.err.lower()
+
+
+def test_sys(cli) -> None:  # type: ignore[no-untyped-def]
+    result = cli("sys", "--no-peaks", "--json")
+    assert result.code == 0
+    data = json.loads(result.out)
+    assert data["machine"]["cores"] >= 1
+    assert {engine["name"] for engine in data["engines"]} == {"onnxruntime", "openvino"}
+    assert "CPU" in cli("sys", "--no-peaks").out
+
+
+def test_opt_runs_chosen_passes(cli, model: Path) -> None:  # type: ignore[no-untyped-def]
+    result = cli("opt", model, "-p", "remove_dead,simplify", "--time")
+    assert result.code == 0, result.err
+    assert "# remove_dead:" in result.out and "# simplify:" in result.out
+    assert "matmul" in result.out
