@@ -60,7 +60,7 @@ class _Sides:
         self.own_inverse = inverse(perm) == perm
         self.plans: dict[Node, Flexible] = {}
         for n in graph.nodes:
-            plan = flexible(n, perm)
+            plan = flexible(n, perm, windows=pin_convs)
             if plan is not None:
                 self.plans[n] = plan
         self.parent: dict[Value | Node, tuple[Value | Node, int]] = {}

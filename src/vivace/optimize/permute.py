@@ -6,7 +6,7 @@ write side 1 instead of side 0 by changing its attributes alone; `flexible(node,
     relu, add, where, ...     as they are; operands of lower rank get leading ones, then the same transpose
     reduce, softmax, concat, slice, pad, expand, resize, gather, cumsum, argmax, iota     their axes move
     layer_norm, rms_norm      when the normalized axes stay last
-    conv, pools               NCHW becomes NHWC, when `perm` moves axis 1 to the end
+    conv, pools               NCHW becomes NHWC, when asked for and `perm` moves axis 1 to the end
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vivace.base.dims import Dim
-from vivace.graph.graph import Node, Value
+from vivace.graph.graph import Node
 
 Perm = tuple[int, ...]
 CONVS = frozenset({"conv", "conv_transpose"})
@@ -54,8 +54,8 @@ def _all(n: Node) -> tuple[bool, ...]:
     return (True,) * len(n.inputs)
 
 
-def flexible(n: Node, perm: Perm) -> Flexible | None:
-    """How `n` runs on side 1, or None when it cannot."""
+def flexible(n: Node, perm: Perm, windows: bool) -> Flexible | None:
+    """How `n` runs on side 1, or None when it cannot; convolutions and pools only where `windows` says so."""
     name, a, rank = n.op.name, n.attrs, len(perm)
     if name == "transpose" or not n.inputs and name != "iota":
         return None
@@ -69,7 +69,7 @@ def flexible(n: Node, perm: Perm) -> Flexible | None:
     if x is None or x.rank != rank:
         return None
     if name in CONVS | POOLS:
-        if perm != channels_last(rank) or a["layout"] != "NCHW":
+        if not windows or perm != channels_last(rank) or a["layout"] != "NCHW":
             return None
         return Flexible({**a, "layout": "NHWC"}, (True,) + (False,) * (len(n.inputs) - 1))
     if name in ("slice", "pad", "resize"):
@@ -96,8 +96,3 @@ def _reduction(n: Node, perm: Perm, axes: tuple[int, ...], moved: dict[str, Any]
         return Flexible(attrs, (True,))
     left = [p for p in perm if p not in axes]
     return Flexible(attrs, (True,), result_follows=False) if left == sorted(left) else None
-
-
-def operand_on_side_1(v: Value, rank: int) -> bool:
-    """True for an operand that has sides: one of full rank that is no constant."""
-    return v.data is None and v.rank == rank
