@@ -134,7 +134,7 @@ def test_bench_prints(cli, model: Path) -> None:  # type: ignore[no-untyped-def]
 
 def test_bench_gate(cli, model: Path) -> None:  # type: ignore[no-untyped-def]
     result = cli(
-        "bench", model, "--shapes", SHAPES, "--budget", 0, "--no-memory", "--no-limit", "--max-ratio", 0, "--threads", 1,
+        "bench", model, "--shapes", SHAPES, "--budget", 0, "--no-memory", "--no-limit", "--max-ratio", 0, "-t", 1,
     )  # fmt: skip
     assert result.code == 1
     assert "expected at most 0" in result.err.lower()
