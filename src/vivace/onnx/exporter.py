@@ -7,6 +7,7 @@ Opsets 18 (reductions take their axes as an input) to `NEWEST`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -129,6 +130,28 @@ def write_node(w: Writer, n: Node, outs: list[str]) -> None:
 def value_info(v: Value, name: str) -> ValueInfoProto:
     """Name, element type and dims; a symbolic dim by its text."""
     return helper.make_tensor_value_info(name, data_type_of(v.dtype), [d if isinstance(d, int) else str(d) for d in v.shape])
+
+
+def count_operators(source: Path | ModelProto) -> Counter[str]:
+    """Operators of an ONNX model by type, those of nested graphs included. A Constant is no operator."""
+    model = onnx.load(str(source), load_external_data=False) if isinstance(source, Path) else source
+    found: Counter[str] = Counter()
+
+    def visit(g: GraphProto) -> None:
+        for n in g.node:
+            found[n.op_type] += n.op_type != "Constant"
+            for a in n.attribute:
+                if a.type == onnx.AttributeProto.GRAPH:
+                    visit(a.g)
+
+    visit(model.graph)
+    return +found
+
+
+def opset_of(source: Path) -> int:
+    """The version of the default domain in a model file."""
+    model = onnx.load(str(source), load_external_data=False)
+    return max((i.version for i in model.opset_import if i.domain in ("", "ai.onnx")), default=0)
 
 
 def save(model: ModelProto, path: Path) -> None:

@@ -1,7 +1,7 @@
 """`onnx` nodes: operators that run through a provider, with the types that shape inference of `onnx` gives.
 
 A node is kept as its serialized NodeProto. Its inputs are those of the ONNX node and the outer values that nested graphs read.
-Sequences, maps and optional values cannot be held by a graph: the nodes that make and use them are kept together
+Sequences, maps, optional values and tensors of unknown rank cannot be held by a graph: the nodes that make and use them are kept together
 (an `Opaque` collects them) until tensors come out, and then stand in one `If` whose condition is a constant.
 """
 
@@ -17,7 +17,7 @@ from onnx import GraphProto, NodeProto, TensorProto, TypeProto, helper, numpy_he
 
 from vivace.base.dims import Dim
 from vivace.base.dtypes import DType
-from vivace.base.errors import ModelError, UnsupportedError
+from vivace.base.errors import ModelError
 from vivace.graph.graph import Type, Value
 from vivace.graph.ops import OPS
 from vivace.onnx.reader import label, needs
@@ -29,7 +29,7 @@ _INFERENCE_BYTES = 1 << 16  # constants up to this size take part in shape infer
 
 @dataclass(frozen=True, slots=True)
 class Opaque:
-    """A value that is no tensor: the nodes that compute it and the tensors that they read."""
+    """A value that has no tensor type: the nodes that compute it and the tensors that they read."""
 
     nodes: tuple[NodeProto, ...]
     inputs: dict[str, Value]
@@ -37,7 +37,8 @@ class Opaque:
 
     @property
     def kind(self) -> str:
-        return (self.type.WhichOneof("value") or "value").removesuffix("_type").replace("_", " ")
+        kind = (self.type.WhichOneof("value") or "value of unknown type").removesuffix("_type").replace("_", " ")
+        return "tensor of unknown rank" if kind == "tensor" else kind
 
 
 def emit(scope: Scope, n: NodeProto, inputs: Sequence[Any], reason: str, where: str) -> tuple[Any, ...]:
@@ -133,7 +134,7 @@ def _type(scope: Scope, t: TypeProto | None, declared: TypeProto | None, name: s
             continue
         dims = [_dim(scope, d, f"{name}_{i}", spelled) for i, d in enumerate(tensor.shape.dim)]
         return Type(dtype_of(tensor.elem_type, where), tuple(dims))
-    raise UnsupportedError(f"the type of {name!r} cannot be inferred", where=where, hint="declare it in the model's value_info")
+    return TypeProto() if t is None else t
 
 
 def _dim(scope: Scope, d: Any, name: str, spelled: dict[str, Dim]) -> Dim:

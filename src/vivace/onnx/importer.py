@@ -18,6 +18,7 @@ from typing import Any
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
 from vivace.base.dims import Dim, Expr, parse, symbols
+from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError, ModelError, UnsupportedError, VivaceError
 from vivace.graph.build import constant
 from vivace.graph.graph import Graph, Type, Value, substitute_type
@@ -27,12 +28,13 @@ from vivace.onnx.call import Call, find
 from vivace.onnx.expand import function_body
 from vivace.onnx.ops import FAMILIES
 from vivace.onnx.reader import Model, label, read
-from vivace.onnx.scope import Fallback, Scope, Session
+from vivace.onnx.scope import Fallback, Scope, Session, UseBody
 from vivace.onnx.tensors import checked_shape, dtype_of
 from vivace.onnx.unify import Assumptions, Learnt
 
 Shape = Sequence[int | str | None]
 _MAX_STARTS = 200
+_STRING_SAFE = frozenset({"Identity", "Shape", "Size", "If", "Loop"})  # these move or measure, and never look at the elements
 assert FAMILIES  # importing them registers the operators
 
 
@@ -165,8 +167,7 @@ def import_node(scope: Scope, n: NodeProto) -> None:
     try:
         results = _apply(scope, n, domain, inputs, where)
     except Fallback as e:
-        del scope.builder.nodes[mark:]
-        scope.forget_materialised()
+        scope.discard(mark)
         results = fallback.emit(scope, n, inputs, e.reason, where)
     except Misfit:
         raise
@@ -187,16 +188,22 @@ def import_node(scope: Scope, n: NodeProto) -> None:
 
 def _apply(scope: Scope, n: NodeProto, domain: str, inputs: list[Any], where: str) -> tuple[Any, ...]:
     if any(i is not None and not isinstance(i, Value) for i in inputs):
-        raise Fallback("it works on sequences, maps or optional values")
+        raise Fallback("it works on a value that no tensor type describes")
+    if any(i is not None and i.dtype is DType.string for i in inputs) and n.op_type not in _STRING_SAFE:
+        raise Fallback("it works on strings")
     opset = scope.session.model.opsets[domain]
     function = find(domain, n.op_type, opset)
-    if function is None:
-        body = function_body(n, domain, scope.session.model.opsets, inputs)
-        if body is None:
-            raise Fallback("it is not written with core ops")
-        return _inline(scope, n, body, inputs)
-    result = function(Call(scope, n, opset, where), *inputs)
-    return result if isinstance(result, tuple) else (result,)
+    mark = len(scope.builder.nodes)
+    if function is not None:
+        try:
+            result = function(Call(scope, n, opset, where), *inputs)
+            return result if isinstance(result, tuple) else (result,)
+        except UseBody:
+            scope.discard(mark)
+    body = function_body(n, domain, scope.session.model.opsets, inputs)
+    if body is None:
+        raise Fallback("it is not written with core ops")
+    return _inline(scope, n, body, inputs)
 
 
 def _inline(scope: Scope, n: NodeProto, body: GraphProto, inputs: list[Any]) -> tuple[Any, ...]:

@@ -38,6 +38,10 @@ class Fallback(Exception):  # noqa: N818
         super().__init__(reason)
 
 
+class UseBody(Fallback):
+    """As Fallback, where the body by which `onnx` defines the operator serves instead."""
+
+
 @dataclass(slots=True)
 class Session:
     """What all scopes of one import share."""
@@ -172,8 +176,9 @@ class Scope:
         out = symbolic.evaluate(op, [c for c in contents if c is not None], attrs)
         return None if out is None else self.virtual(out, types[0].dtype)
 
-    def forget_materialised(self) -> None:
-        """After nodes were discarded: known values that some of them computed have to be computed again."""
+    def discard(self, mark: int) -> None:
+        """Drop the nodes since `mark`; known values that some of them computed have to be computed again."""
+        del self.builder.nodes[mark:]
         alive = {v for n in self.builder.nodes for v in n.outputs}
         self._data = {k: v for k, v in self._data.items() if v in alive}
 

@@ -1,9 +1,12 @@
-"""Moving data: Transpose, Concat, Slice, Split, Pad, Gather*, Scatter*, TopK, OneHot, DepthToSpace, SpaceToDepth, Compress-free indexing."""
+"""Moving data: Transpose, Concat, Slice, Split, Pad, Gather*, Scatter*, TopK, OneHot, DepthToSpace, SpaceToDepth, Compress,
+ReverseSequence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+
+import numpy as np
 
 from vivace.base.dims import Dim, bounds, ceildiv, floordiv, maximum, minimum, symbols
 from vivace.base.dtypes import DType
@@ -223,7 +226,16 @@ def depth_to_space(c: Call, x: Value) -> Value:
 def space_to_depth(c: Call, x: Value) -> Value:
     b, (n, ch, h, w) = c.attr("blocksize"), x.shape
     split = c.reshape(x, shape=(n, ch, floordiv(h, b), b, floordiv(w, b), b))
-    return c.reshape(c.transpose(split, perm=(0, 3, 5, 1, 2, 4)), shape=(n, ch * b * b, floordiv(h, b), floordiv(w, b)))  # type: ignore[no-any-return]
+    perm = (0, 3, 5, 1, 2, 4) if c.attr("mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
+    return c.reshape(c.transpose(split, perm=perm), shape=(n, ch * b * b, floordiv(h, b), floordiv(w, b)))  # type: ignore[no-any-return]
+
+
+@onnx_op("Compress", since=9)
+def compress(c: Call, x: Value, condition: Value) -> Value:
+    kept = np.flatnonzero(c.array(condition, "the condition"))
+    if "axis" not in c.attrs:
+        return c.gather(c.reshaped(x, (x.type.size,)), c.const(kept), axis=0)  # type: ignore[no-any-return]
+    return c.gather(x, c.const(kept), axis=c.axis(c.attr("axis"), x.rank))  # type: ignore[no-any-return]
 
 
 @onnx_op("ReverseSequence", since=10)

@@ -1,0 +1,188 @@
+"""Quantization: QuantizeLinear, DequantizeLinear, the integer products, QLinear*, MatMulNBits.
+
+Composed of exact core ops: integers are widened to i32, products are summed in i32, and the scale is applied in f32.
+Source: `y = saturate(round_half_even(x / scale) + zero_point)`, `x = (q - zero_point) * scale`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vivace.base.dims import Dim, exact_div
+from vivace.base.dtypes import DType
+from vivace.graph.graph import Value
+from vivace.onnx.call import Call, Result, onnx_op
+from vivace.onnx.ops.math import cast_value
+from vivace.onnx.ops.nn import conv
+from vivace.onnx.scope import Fallback
+from vivace.onnx.tensors import dtype_of
+
+_RANGES = {
+    DType.i4: (-8, 7), DType.u4: (0, 15), DType.i8: (-128, 127), DType.u8: (0, 255),
+    DType.i16: (-32768, 32767), DType.u16: (0, 65535), DType.i32: (-(1 << 31), (1 << 31) - 1),
+}  # fmt: skip
+
+
+def along_axis(c: Call, v: Value, x: Value, axis: int, block: int) -> Value:
+    """A scale or zero point in a shape that broadcasts with x: per tensor, per axis, or per block of an axis."""
+    if v.type.size == 1 and not block:
+        return c.reshaped(v, ())
+    if not block:
+        return c.reshaped(v, tuple(x.shape[i] if i == axis else 1 for i in range(x.rank)))
+    blocks = v.shape[axis]
+    if exact_div(x.shape[axis], blocks) != block:
+        raise Fallback("its blocks do not divide the axis")
+    spread = c.reshape(v, shape=(*v.shape[: axis + 1], 1, *v.shape[axis + 1 :]))
+    full = c.expand(spread, shape=(*v.shape[: axis + 1], block, *v.shape[axis + 1 :]))
+    return c.reshape(full, shape=x.shape)  # type: ignore[no-any-return]
+
+
+def dequantize(c: Call, x: Value, scale: Value, zero: Value | None) -> Value:
+    """(x - zero) * scale in f32, of operands that broadcast."""
+    wide = c.cast_to(x, DType.i32) if x.dtype.is_int else c.cast_to(x, DType.f32)
+    if zero is not None and not (zero.data is not None and not zero.data.any()):
+        wide = c.sub(wide, c.cast_to(zero, wide.dtype))
+    return c.mul(c.cast_to(wide, DType.f32), c.cast_to(scale, DType.f32))  # type: ignore[no-any-return]
+
+
+def quantize(c: Call, x: Value, scale: Value, zero: Value | None, to: DType) -> Value:
+    """saturate(round(x / scale) + zero), of operands that broadcast."""
+    y = c.div(c.cast_to(x, DType.f32), c.cast_to(scale, DType.f32))
+    if to.is_float:
+        y = y if zero is None else c.add(y, c.cast_to(zero, DType.f32))
+        return cast_value(c, y, to)
+    low, high = _RANGES[to]
+    y = c.round(y)
+    y = y if zero is None else c.add(y, c.cast_to(zero, DType.f32))
+    return c.cast_to(c.clip(y, min=float(low), max=float(high)), to)
+
+
+@onnx_op("DequantizeLinear", since=10)
+@onnx_op("DequantizeLinear", domain="com.microsoft")
+def dequantize_linear(c: Call, x: Value, scale: Value, zero: Value | None = None) -> Value:
+    axis, block = c.axis(c.attr("axis", 1), max(x.rank, 2)), c.attr("block_size", 0)
+    to = dtype_of(c.attr("output_dtype"), c.site) if c.attr("output_dtype", 0) else scale.dtype
+    scale = along_axis(c, scale, x, axis, block)
+    zero = None if zero is None else along_axis(c, zero, x, axis, block)
+    return c.cast_to(dequantize(c, x, scale, zero), to)
+
+
+@onnx_op("QuantizeLinear", since=10)
+@onnx_op("QuantizeLinear", domain="com.microsoft")
+def quantize_linear(c: Call, x: Value, scale: Value, zero: Value | None = None) -> Value:
+    axis, block = c.axis(c.attr("axis", 1), max(x.rank, 2)), c.attr("block_size", 0)
+    to = zero.dtype if zero is not None else dtype_of(c.attr("output_dtype"), c.site) if c.attr("output_dtype", 0) else DType.u8
+    if to not in _RANGES and not to.is_float:
+        raise Fallback(f"it quantizes to {to}")
+    if to.is_float and not c.attr("saturate", 1):
+        raise Fallback("it does not saturate")
+    scale = along_axis(c, scale, x, axis, block)
+    zero = None if zero is None else along_axis(c, zero, x, axis, block)
+    return quantize(c, x, scale, zero, to)
+
+
+@onnx_op("DynamicQuantizeLinear", since=11)
+def dynamic_quantize_linear(c: Call, x: Value) -> Result:
+    axes, zero = tuple(range(x.rank)), c.like(x, 0)
+    reduce = lambda op: op(x, axes=axes, keepdims=False) if axes else x  # noqa: E731
+    low, high = c.min(reduce(c.reduce_min), zero), c.max(reduce(c.reduce_max), zero)
+    scale = c.div(c.sub(high, low), c.like(x, 255))
+    point = c.clip(c.round(c.div(c.neg(low), scale)), min=0.0, max=255.0)
+    # Nothing but zeros: any scale is right, and 0/0 must not reach the integer.
+    point = c.where(c.eq(scale, zero), zero, point)
+    quantized = quantize(c, x, c.where(c.eq(scale, zero), c.like(x, 1), scale), c.cast_to(point, DType.u8), DType.u8)
+    return quantized, scale, c.cast_to(point, DType.u8)
+
+
+def _shifted(c: Call, x: Value, zero: Value | None, shape: Sequence[Dim]) -> Value:
+    """x - zero in i32; a zero point with several elements takes the given shape."""
+    wide = c.cast_to(x, DType.i32)
+    if zero is None or (zero.data is not None and not zero.data.any()):
+        return wide
+    zero = c.cast_to(zero, DType.i32)
+    return c.sub(wide, c.reshaped(zero, () if zero.type.size == 1 else tuple(shape)))  # type: ignore[no-any-return]
+
+
+def _product(c: Call, a: Value, b: Value, a_zero: Value | None, b_zero: Value | None) -> Value:
+    rows = a_zero is not None and a_zero.rank == 1
+    left = _shifted(c, a, a_zero, (a.shape[-2], 1) if rows and a.rank > 1 else a_zero.shape if a_zero is not None else ())
+    columns = b_zero is not None and b_zero.rank == 1
+    right = _shifted(c, b, b_zero, (b.shape[-1],) if columns else b_zero.shape if b_zero is not None else ())
+    return c.matmul(left, right)  # type: ignore[no-any-return]
+
+
+@onnx_op("MatMulInteger", since=10)
+def matmul_integer(c: Call, a: Value, b: Value, a_zero: Value | None = None, b_zero: Value | None = None) -> Value:
+    return _product(c, a, b, a_zero, b_zero)
+
+
+def _convolved(c: Call, x: Value, w: Value, x_zero: Value | None, w_zero: Value | None, bias: Value | None = None) -> Value:
+    filters = (w.shape[0], *[1] * (w.rank - 1))
+    return conv(c, _shifted(c, x, x_zero, ()), _shifted(c, w, w_zero, filters), bias)
+
+
+@onnx_op("ConvInteger", since=10)
+def conv_integer(c: Call, x: Value, w: Value, x_zero: Value | None = None, w_zero: Value | None = None) -> Value:
+    return _convolved(c, x, w, x_zero, w_zero)
+
+
+@onnx_op("QLinearMatMul", since=10)
+def qlinear_matmul(
+    c: Call, a: Value, a_scale: Value, a_zero: Value, b: Value, b_scale: Value, b_zero: Value, y_scale: Value, y_zero: Value
+) -> Value:
+    total = c.cast_to(_product(c, a, b, a_zero, b_zero), DType.f32)
+    left = c.cast_to(a_scale, DType.f32)
+    left = c.reshaped(left, () if left.type.size == 1 else (left.type.size, 1) if left.rank == 1 else left.shape)
+    right = c.cast_to(b_scale, DType.f32)
+    right = c.reshaped(right, () if right.type.size == 1 else right.shape)
+    return quantize(c, c.mul(total, c.mul(left, right)), y_scale, y_zero, y_zero.dtype)
+
+
+@onnx_op("QLinearConv", since=10)
+def qlinear_conv(
+    c: Call, x: Value, x_scale: Value, x_zero: Value, w: Value, w_scale: Value, w_zero: Value, y_scale: Value, y_zero: Value,
+    bias: Value | None = None,
+) -> Value:  # fmt: skip
+    total = c.cast_to(_convolved(c, x, w, x_zero, w_zero, bias), DType.f32)
+    scale = c.mul(c.reshaped(x_scale, ()), w_scale)
+    scale = c.reshaped(scale, () if scale.type.size == 1 else (scale.type.size, *[1] * (x.rank - 2)))
+    return quantize(c, c.mul(total, scale), y_scale, y_zero, y_zero.dtype)
+
+
+@onnx_op("QLinearAdd", "QLinearMul", domain="com.microsoft")
+def qlinear_binary(
+    c: Call, a: Value, a_scale: Value, a_zero: Value, b: Value, b_scale: Value, b_zero: Value, y_scale: Value, y_zero: Value
+) -> Value:
+    left, right = dequantize(c, a, a_scale, a_zero), dequantize(c, b, b_scale, b_zero)
+    return quantize(c, c.add(left, right) if c.op_type == "QLinearAdd" else c.mul(left, right), y_scale, y_zero, y_zero.dtype)
+
+
+def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The first `count` numbers of the last axis of a u8 array that holds 8 // bits of them in each byte, low bits first."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    wide = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
+    return wide.reshape(*packed.shape[:-1], -1)[..., :count]
+
+
+@onnx_op("MatMulNBits", domain="com.microsoft")
+def matmul_n_bits(
+    c: Call, a: Value, packed: Value, scales: Value, zeros: Value | None = None, groups: Value | None = None, bias: Value | None = None
+) -> Value:
+    """B is packed [N, blocks, bytes]; its constant is dequantized at import."""
+    bits, depth, width, block = c.attr("bits", 4), c.attr("K"), c.attr("N"), c.attr("block_size")
+    if groups is not None or bits not in (2, 4, 8):
+        raise Fallback("its blocks are reordered" if groups is not None else f"its weights have {bits} bits")
+    blocks = -(-depth // block)
+    levels = unpack_bits(c.array(packed, "the packed matrix").reshape(width, blocks, -1), bits, block).astype(np.float32)
+    scale = c.array(scales, "the scales").astype(np.float32).reshape(width, blocks, 1)
+    if zeros is None:
+        zero: np.ndarray = np.full((width, blocks, 1), 1 << (bits - 1), np.float32)
+    else:
+        given = c.array(zeros, "the zero points")
+        zero = unpack_bits(given.reshape(width, -1), bits, blocks) if given.dtype == np.uint8 else given.reshape(width, blocks)
+        zero = zero.astype(np.float32)[..., None]
+    matrix = ((levels - zero) * scale).reshape(width, -1)[:, :depth].T
+    y = c.matmul(a, c.const(np.ascontiguousarray(matrix).astype(a.dtype.numpy)))
+    return y if bias is None else c.add(y, bias)  # type: ignore[no-any-return]
