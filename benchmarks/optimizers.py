@@ -18,15 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 
 from benchmarks.models import MODELS, cache_dir, inputs
 from vivace.base.errors import VivaceError
-from vivace.onnx.exporter import export, save
+from vivace.graph.graph import substitute_dims
+from vivace.graph.reference import bind
+from vivace.onnx.exporter import DEFAULT, NEWEST, count_operators, export, opset_of, save
 from vivace.onnx.importer import import_model
 from vivace.optimize.pipeline import Level, optimize
-from vivace.optimize.report import Report, moved_bytes
+from vivace.optimize.report import moved_bytes
 
 
 @dataclass(slots=True)
@@ -36,7 +37,6 @@ class Row:
     model: str
     before: int
     ours: int | None = None
-    extended: int | None = None
     onnxslim: int | None = None
     ort: int | None = None
     megabytes: tuple[float, float] = (0.0, 0.0)
@@ -51,14 +51,8 @@ class Row:
         return self.ours is not None and (not peers or self.ours <= min(peers)) and not self.note
 
 
-def count_nodes(graph: onnx.GraphProto) -> int:
-    """Operators, those of nested graphs included; constants are not operators."""
-    total = 0
-    for n in graph.node:
-        total += n.op_type != "Constant"
-        for a in n.attribute:
-            total += count_nodes(a.g) if a.type == onnx.AttributeProto.GRAPH else 0
-    return total
+def count_nodes(path: Path) -> int:
+    return count_operators(path).total()
 
 
 def run_ort(path: Path, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -87,9 +81,12 @@ def slim(path: Path, out: Path) -> Path:
     return out
 
 
-def megabytes(path: Path) -> float | None:
+def megabytes(path: Path, feeds: dict[str, np.ndarray]) -> float | None:
+    """Bytes that the nodes of a file move at the sizes of these inputs."""
     try:
-        return moved_bytes(import_model(path)) / 1e6
+        graph = import_model(path)
+        env = bind((v, feeds[v.name].shape) for v in graph.inputs)
+        return moved_bytes(substitute_dims(graph, dict(env))) / 1e6
     except VivaceError:
         return None
 
@@ -111,16 +108,15 @@ def difference(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
 
 
 def measure(name: str, path: Path, folder: Path, peers: bool = True) -> Row:
-    row = Row(name, count_nodes(onnx.load(str(path), load_external_data=False).graph))
+    row = Row(name, count_nodes(path))
     graph = import_model(path)
     start = time.perf_counter()
-    report = Report()
-    best = optimize(graph, Level.EXTENDED, report=report)
+    best = optimize(graph, Level.EXTENDED)
     row.seconds = time.perf_counter() - start
-    save(export(best), folder / "ours.onnx")
-    row.ours = count_nodes(onnx.load(str(folder / "ours.onnx"), load_external_data=False).graph)
-    row.megabytes = (report.bytes_before / 1e6, moved_bytes(import_model(folder / "ours.onnx")) / 1e6)
+    save(export(best, min(max(DEFAULT, opset_of(path)), NEWEST)), folder / "ours.onnx")
+    row.ours = count_nodes(folder / "ours.onnx")
     feeds = inputs(name)
+    row.megabytes = (megabytes(path, feeds) or 0.0, megabytes(folder / "ours.onnx", feeds) or 0.0)
     row.error = difference(run_ort(path, feeds), run_ort(folder / "ours.onnx", feeds))
     if row.error > 2e-3:
         row.note = "outputs differ"
@@ -131,8 +127,8 @@ def measure(name: str, path: Path, folder: Path, peers: bool = True) -> Row:
             except Exception as e:  # a peer that fails loses its place, not the benchmark
                 row.note += f"{key}: {type(e).__name__}; "
                 continue
-            setattr(row, key, count_nodes(onnx.load(str(out), load_external_data=False).graph))
-            row.peers_megabytes = (*row.peers_megabytes[:1], megabytes(out)) if key == "ort" else (megabytes(out), None)
+            setattr(row, key, count_nodes(out))
+            row.peers_megabytes = (*row.peers_megabytes[:1], megabytes(out, feeds)) if key == "ort" else (megabytes(out, feeds), None)
     return row
 
 

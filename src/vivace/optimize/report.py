@@ -15,7 +15,10 @@ VIEWS = frozenset({"reshape", "slice", "expand"})
 
 @dataclass(slots=True)
 class Report:
-    """Filled by `optimize`. `explain` names the rules whose near misses are wanted; `notes` holds them."""
+    """Filled by `optimize`. `explain` names the rules whose near misses are wanted; `notes` holds them.
+
+    The counts of ONNX operators and the error are known where a file was written (`vivace.optimizer`).
+    """
 
     explain: tuple[str, ...] = ()
     stages: list[Stage] = field(default_factory=list)
@@ -24,6 +27,9 @@ class Report:
     ops_after: Counter[str] = field(default_factory=Counter)
     bytes_before: int = 0
     bytes_after: int = 0
+    operators_before: Counter[str] = field(default_factory=Counter)
+    operators_after: Counter[str] = field(default_factory=Counter)
+    largest_error: float | None = None
 
     @property
     def fired(self) -> Counter[str]:
