@@ -154,3 +154,36 @@ def test_opt_runs_chosen_passes(cli, model: Path) -> None:  # type: ignore[no-un
     assert result.code == 0, result.err
     assert "# remove_dead:" in result.out and "# simplify:" in result.out
     assert "matmul" in result.out
+
+
+def test_optimize(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "smaller.onnx"
+    result = cli("optimize", model, out, "--json")
+    assert result.code == 0, result.err
+    data = json.loads(result.out)
+    assert data["nodes_after"] <= data["nodes_before"] == 5
+    assert data["largest_error"] is not None and data["largest_error"] < 1e-5
+    assert cli("run", out, "--shapes", SHAPES, "--provider", "native", "--against", "onnxruntime").code == 0
+    dry = tmp_path / "dry.onnx"
+    result = cli("optimize", model, dry, "--dry-run")
+    assert result.code == 0 and "wrote nothing" in result.out
+    assert not dry.exists()
+    assert cli("optimize", model).code == 2
+
+
+def test_compile_then_run_and_inspect(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    engine = tmp_path / "small.vivace"
+    result = cli("compile", model, "-o", engine, "--threads", 1)
+    assert result.code == 0, result.err
+    assert " native, 0 in other engines" in result.out
+    assert engine.stat().st_size > 1000
+    found = cli("run", engine, "--shapes", SHAPES, "--json", "--threads", 1)
+    assert found.code == 0, found.err
+    assert json.loads(found.out)["outputs"]["y"]["shape"] == [2, 4]
+    seen = cli("inspect", engine, "--json")
+    assert seen.code == 0, seen.err
+    assert {place["provider"] for place in json.loads(seen.out)["placement"]} == {"native"}
+    assert cli("run", engine, "--provider", "onnxruntime").code == 2
+    engine.write_bytes(engine.read_bytes()[:500])
+    broken = cli("run", engine)
+    assert broken.code == 2 and "small.vivace" in broken.err
