@@ -1,6 +1,7 @@
 """Run a graph in NumPy: the meaning that every target is held to. Clear, not fast.
 
-Symbols get their values from the shapes of the inputs, then, for outputs whose size depends on data, from the arrays that nodes give.
+Symbols get their values from the shapes of the inputs, then, for outputs whose size depends on data, from the arrays
+that nodes give.
 """
 
 from __future__ import annotations
@@ -40,7 +41,11 @@ def _solve(v: Value, axis: int, d: Dim, size: int, found: dict[str, int]) -> boo
     """Check `d == size`, or learn one symbol from it. False when it has more unknowns than one."""
     if not isinstance(d, Expr):
         if d != size:
-            raise InputError(f"has size {size} on axis {axis}", where=f"input {v.name!r}", expected=f"{d}, since its type is {v.type}")
+            raise InputError(
+                f"has size {size} on axis {axis}",
+                where=f"input {v.name!r}",
+                expected=f"{d}, since its type is {v.type}",
+            )
         return True
     names = {s.name: s for s in symbols(d)}
     if len(names) != 1:
@@ -53,21 +58,31 @@ def _solve(v: Value, axis: int, d: Dim, size: int, found: dict[str, int]) -> boo
     if rest or (s.lo is not None and value < s.lo) or (s.hi is not None and value > s.hi):
         low, high = "-" if s.lo is None else s.lo, "any" if s.hi is None else s.hi
         raise InputError(
-            f"has size {size} on axis {axis}", where=f"input {v.name!r}", expected=f"{d} with {name} from {low} to {high}"
+            f"has size {size} on axis {axis}",
+            where=f"input {v.name!r}",
+            expected=f"{d} with {name} from {low} to {high}",
         )
     found[name] = value
     return True
 
 
-def evaluate(graph: Graph, inputs: Mapping[str, Array] | Sequence[Array | None], env: Mapping[str, int] | None = None) -> list[Array]:
+def evaluate(
+    graph: Graph, inputs: Mapping[str, Array] | Sequence[Array | None], env: Mapping[str, int] | None = None
+) -> list[Array]:
     """The outputs of `graph` for inputs by name, or in order. `env` gives symbols that no input determines."""
     if isinstance(inputs, Mapping):
         missing = [v.name for v in graph.inputs if v.name not in inputs]
         if missing:
-            raise InputError(f"missing {', '.join(missing)}", where="inputs", expected=", ".join(map(str, graph.inputs)))
+            raise InputError(
+                f"missing {', '.join(missing)}", where="inputs", expected=", ".join(map(str, graph.inputs))
+            )
         inputs = [inputs[v.name] for v in graph.inputs]
     if len(inputs) != len(graph.inputs):
-        raise InputError(f"{len(inputs)} arrays", where="inputs", expected=f"{len(graph.inputs)}: {', '.join(map(str, graph.inputs))}")
+        raise InputError(
+            f"{len(inputs)} arrays",
+            where="inputs",
+            expected=f"{len(graph.inputs)}: {', '.join(map(str, graph.inputs))}",
+        )
     values: dict[Value, Array] = {}
     for v, given in zip(graph.inputs, inputs, strict=True):
         array = np.asarray(given)
@@ -75,7 +90,9 @@ def evaluate(graph: Graph, inputs: Mapping[str, Array] | Sequence[Array | None],
             raise InputError(f"has dtype {array.dtype}", where=f"input {v.name!r}", expected=str(v.dtype))
         values[v] = array
     bound = bind(((v, values[v].shape) for v in graph.inputs), env)
-    last_use = {v: i for i, n in enumerate(graph.nodes) for v in n.inputs if v is not None} | dict.fromkeys(graph.outputs, len(graph.nodes))
+    last_use = {v: i for i, n in enumerate(graph.nodes) for v in n.inputs if v is not None} | dict.fromkeys(
+        graph.outputs, len(graph.nodes)
+    )
     for i, n in enumerate(graph.nodes):
         arrays = [None if v is None else v.data if v.data is not None else values[v] for v in n.inputs]
         results = n.op.evaluate(arrays, substitute_attrs(n.attrs, bound))

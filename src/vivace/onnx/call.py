@@ -1,10 +1,12 @@
-"""What an operator function sees: the ONNX node's attributes, known contents of its inputs, and core ops to write it with.
+"""What an operator function sees: the ONNX node's attributes, known contents of its inputs, and core ops to write it
+with.
 
     @onnx_op("Elu")
     def elu(c: Call, x: Value) -> Value:
         return c.where(c.lt(x, c.like(x, 0)), c.mul(c.expm1(x), c.like(x, c.attr("alpha", 1.0))), x)
 
-`c.<op>(...)` emits a core op, folding constants and shape arithmetic (see `scope`). A function raises `Fallback(reason)` when it cannot be
+`c.<op>(...)` emits a core op, folding constants and shape arithmetic (see `scope`). A function raises
+`Fallback(reason)` when it cannot be
 written with core ops for these operands; what it emitted is then discarded.
 """
 
@@ -185,5 +187,8 @@ class Call:
         """`size` elements of one axis from `start` on."""
         if start == 0 and size == x.shape[axis]:
             return x
-        starts, sizes = [start if i == axis else 0 for i in range(x.rank)], [size if i == axis else d for i, d in enumerate(x.shape)]
+        starts, sizes = (
+            [start if i == axis else 0 for i in range(x.rank)],
+            [size if i == axis else d for i, d in enumerate(x.shape)],
+        )
         return self.slice(x, starts=tuple(starts), sizes=tuple(sizes), steps=(1,) * x.rank)

@@ -13,9 +13,11 @@ from vivace.onnx.tensors import data_type_of
 
 
 def function_body(n: NodeProto, domain: str, opsets: dict[str, int], inputs: Sequence[Any]) -> GraphProto | None:
-    """The body of an operator as a graph with the node's attributes filled in, or None when it has none for this opset."""
+    """The body of an operator as a graph with the node's attributes filled in, or None when it has none for this
+    opset.
+    """
     try:
-        schema = onnx.defs.get_schema(n.op_type, opsets[domain], domain)
+        schema: Any = onnx.defs.get_schema(n.op_type, opsets[domain], domain)
     except onnx.defs.SchemaError:
         return None
     version = opsets[""]

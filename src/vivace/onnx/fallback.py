@@ -1,7 +1,9 @@
 """`onnx` nodes: operators that run through a provider, with the types that shape inference of `onnx` gives.
 
-A node is kept as its serialized NodeProto. Its inputs are those of the ONNX node and the outer values that nested graphs read.
-Sequences, maps, optional values and tensors of unknown rank cannot be held by a graph: the nodes that make and use them are kept together
+A node is kept as its serialized NodeProto. Its inputs are those of the ONNX node and the outer values that nested
+graphs read.
+Sequences, maps, optional values and tensors of unknown rank cannot be held by a graph: the nodes that make and use
+them are kept together
 (an `Opaque` collects them) until tensors come out, and then stand in one `If` whose condition is a constant.
 """
 
@@ -56,24 +58,39 @@ def emit(scope: Scope, n: NodeProto, inputs: Sequence[Any], reason: str, where: 
     types = _infer(scope, nodes, tensors, n, where)
     if not all(t is None or isinstance(t, Type) for t in types):
         group = Opaque(tuple(nodes), tensors, TypeProto())
-        return tuple(Opaque(group.nodes, group.inputs, t) if isinstance(t, TypeProto) else _one(scope, nodes, tensors, n, i, t, reason) for i, t in enumerate(types))
+        return tuple(
+            Opaque(group.nodes, group.inputs, t)
+            if isinstance(t, TypeProto)
+            else _one(scope, nodes, tensors, n, i, t, reason)
+            for i, t in enumerate(types)
+        )
     kept = [t if t is not None else Type(DType.bool, ()) for t in types]
-    names = [o for o in n.output]
+    names = list(n.output)
     return _node(scope, nodes, tensors, names, kept, reason, label(n))
 
 
-def _one(scope: Scope, nodes: list[NodeProto], tensors: dict[str, Value], n: NodeProto, i: int, t: Any, reason: str) -> Any:
+def _one(
+    scope: Scope, nodes: list[NodeProto], tensors: dict[str, Value], n: NodeProto, i: int, t: Any, reason: str
+) -> Any:
     return None if t is None else _node(scope, nodes, tensors, [n.output[i]], [t], reason, label(n))[0]
 
 
 def _node(
-    scope: Scope, nodes: list[NodeProto], tensors: dict[str, Value], outputs: list[str], types: list[Type], reason: str, name: str
+    scope: Scope,
+    nodes: list[NodeProto],
+    tensors: dict[str, Value],
+    outputs: list[str],
+    types: list[Type],
+    reason: str,
+    name: str,
 ) -> tuple[Value, ...]:
     if len(nodes) == 1 and outputs == list(nodes[0].output):
         proto = nodes[0]
     else:
         group = GraphProto(name="group", node=nodes)
-        group.output.extend(helper.make_tensor_value_info(o, data_type_of(t.dtype), None) for o, t in zip(outputs, types, strict=True))
+        group.output.extend(
+            helper.make_tensor_value_info(o, data_type_of(t.dtype), None) for o, t in zip(outputs, types, strict=True)
+        )
         cond = f"{outputs[0]}/always"
         tensors = {cond: scope.virtual(np.array([True], object).reshape(()), DType.bool), **tensors}
         proto = helper.make_node("If", [cond], outputs, name=name, then_branch=group, else_branch=group)
@@ -91,7 +108,9 @@ def _node(
     return scope.builder.emit(OPS["onnx"], [scope.materialise(v) for v in tensors.values()], attrs)
 
 
-def _infer(scope: Scope, nodes: list[NodeProto], tensors: dict[str, Value], n: NodeProto, where: str) -> list[Type | TypeProto | None]:
+def _infer(
+    scope: Scope, nodes: list[NodeProto], tensors: dict[str, Value], n: NodeProto, where: str
+) -> list[Type | TypeProto | None]:
     """Types of the outputs of `n`, from shape inference over `nodes`; unknown sizes get symbols of their own."""
     graph = GraphProto(name="infer", node=nodes)
     spelled: dict[str, Dim] = {}
@@ -104,12 +123,15 @@ def _infer(scope: Scope, nodes: list[NodeProto], tensors: dict[str, Value], n: N
     graph.output.extend(onnx.ValueInfoProto(name=o) for o in n.output if o)
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True, strict_mode=True).graph
+        # Inside a group types may be unknown, which strict inference takes for an error.
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True, strict_mode=len(nodes) == 1).graph
     except Exception as e:  # several kinds, all saying that the node does not fit its inputs
         text = next((line for line in str(e).splitlines() if "rror" in line), str(e)).strip()
         raise ModelError(f"its operands do not fit ({text[:300]})", where=where) from e
     found = {v.name: v.type for v in [*inferred.output, *inferred.value_info]}
-    declared = {v.name: v.type for v in [*scope.session.model.proto.graph.value_info, *scope.session.model.proto.graph.output]}
+    declared = {
+        v.name: v.type for v in [*scope.session.model.proto.graph.value_info, *scope.session.model.proto.graph.output]
+    }
     return [None if not o else _type(scope, found.get(o), declared.get(o), o, spelled, where) for o in n.output]
 
 
@@ -123,7 +145,9 @@ def _tensor(data: np.ndarray, name: str) -> TensorProto:
     return numpy_helper.from_array(np.ascontiguousarray(data).reshape(data.shape), name)
 
 
-def _type(scope: Scope, t: TypeProto | None, declared: TypeProto | None, name: str, spelled: dict[str, Dim], where: str) -> Type | TypeProto:
+def _type(
+    scope: Scope, t: TypeProto | None, declared: TypeProto | None, name: str, spelled: dict[str, Dim], where: str
+) -> Type | TypeProto:
     for candidate in (t, declared):
         if candidate is None or candidate.WhichOneof("value") is None:
             continue

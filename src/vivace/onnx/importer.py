@@ -1,11 +1,15 @@
 """Import: an ONNX model becomes a Graph.
 
-* Initializers and Constant nodes become constants; an initializer that is also an input is a constant (it cannot be fed any more).
-* Symbolic dims keep their names; unnamed ones (-1, "?", empty) get a symbol of their own, `<input>_<axis>`. A symbol may be 0 unless the
+* Initializers and Constant nodes become constants; an initializer that is also an input is a constant (it cannot be
+  fed any more).
+* Symbolic dims keep their names; unnamed ones (-1, "?", empty) get a symbol of their own, `<input>_<axis>`. A symbol
+  may be 0 unless the
   model cannot be: bounds are learnt where a slice needs them (see `unify`).
-* Two symbolic dims that must be equal (operands of one Add, say) are taken to be one; the import then starts again. A symbolic dim
+* Two symbolic dims that must be equal (operands of one Add, say) are taken to be one; the import then starts again.
+  A symbolic dim
   is never taken for a broadcast 1.
-* What cannot be written with core ops becomes an `onnx` node for a provider, with the reason; an operator unknown to `onnx` is an error.
+* What cannot be written with core ops becomes an `onnx` node for a provider, with the reason; an operator unknown to
+  `onnx` is an error.
 """
 
 from __future__ import annotations
@@ -34,7 +38,9 @@ from vivace.onnx.unify import Assumptions, Learnt
 
 Shape = Sequence[int | str | None]
 _MAX_STARTS = 200
-_STRING_SAFE = frozenset({"Identity", "Shape", "Size", "If", "Loop"})  # these move or measure, and never look at the elements
+_STRING_SAFE = frozenset(
+    {"Identity", "Shape", "Size", "If", "Loop"}
+)  # these move or measure, and never look at the elements
 assert FAMILIES  # importing them registers the operators
 
 
@@ -60,8 +66,12 @@ def import_model(source: str | Path | bytes | ModelProto, *, overrides: Mapping[
             continue
         except DimMismatch as e:
             if not assume.learn_inside(e.a, e.b, e.paths if isinstance(e, Misfit) else ()):
-                raise ModelError(f"its shapes contradict each other: {e.what}", where=e.where, hint="check the model's declared dims") from e
-    raise ModelError("its symbolic dims cannot be made consistent", where=model.name, hint="fix the input shapes with overrides")
+                raise ModelError(
+                    f"its shapes contradict each other: {e.what}", where=e.where, hint="check the model's declared dims"
+                ) from e
+    raise ModelError(
+        "its symbolic dims cannot be made consistent", where=model.name, hint="fix the input shapes with overrides"
+    )
 
 
 def _import(model: Model, assume: Assumptions, overrides: Mapping[str, Shape]) -> Graph:
@@ -72,7 +82,9 @@ def _import(model: Model, assume: Assumptions, overrides: Mapping[str, Shape]) -
     inputs = [v for v in proto.input if v.name not in fixed]
     unknown = set(overrides) - {v.name for v in inputs}
     if unknown:
-        raise ModelError(f"no input is called {sorted(unknown)[0]!r}", where=model.name, expected=", ".join(v.name for v in inputs))
+        raise ModelError(
+            f"no input is called {sorted(unknown)[0]!r}", where=model.name, expected=", ".join(v.name for v in inputs)
+        )
     names = {d.dim_param.strip() for v in inputs for d in v.type.tensor_type.shape.dim if d.dim_param}
     for v in inputs:
         scope.names[v.name] = x = scope.builder.input(v.name, _input_type(session, v, names, overrides.get(v.name)))
@@ -84,7 +96,12 @@ def _import(model: Model, assume: Assumptions, overrides: Mapping[str, Shape]) -
 def _tensor(scope: Scope, name: str, where: str) -> Value:
     v = scope.lookup(name)
     if not isinstance(v, Value):
-        raise UnsupportedError(f"the output {name!r} is a {v.kind}", where=where, expected="tensors", hint="export the model with tensor outputs")
+        raise UnsupportedError(
+            f"the output {name!r} is a {v.kind}",
+            where=where,
+            expected="tensors",
+            hint="export the model with tensor outputs",
+        )
     return v
 
 
@@ -114,7 +131,10 @@ def _input_type(session: Session, v: ValueInfoProto, names: set[str], override: 
     if override is not None:
         if tensor.HasField("shape") and len(override) != len(declared):
             raise ModelError(f"is given shape {tuple(override)}", where=where, expected=f"{len(declared)} dims")
-        declared = [_overridden(session, o, declared[i] if i < len(declared) else None, f"{v.name}_{i}", where) for i, o in enumerate(override)]
+        declared = [
+            _overridden(session, o, declared[i] if i < len(declared) else None, f"{v.name}_{i}", where)
+            for i, o in enumerate(override)
+        ]
     shape = tuple(map(session.assume.apply, declared))
     checked_shape([d for d in shape if isinstance(d, int)], dtype, where)
     return Type(dtype, shape)
@@ -229,7 +249,9 @@ def import_inline(scope: Scope, proto: GraphProto) -> tuple[Any, ...]:
         scope.names = outer
 
 
-def import_subgraph(scope: Scope, proto: GraphProto, types: Sequence[Type], where: str, path: str) -> tuple[Scope, list[Value]]:
+def import_subgraph(
+    scope: Scope, proto: GraphProto, types: Sequence[Type], where: str, path: str
+) -> tuple[Scope, list[Value]]:
     """Import a nested graph whose own inputs have the given types; returns its scope and outputs, not yet finished."""
     inner = Scope(scope.session, scope, path)
     _initializers(inner, proto, where)

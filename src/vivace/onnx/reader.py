@@ -1,4 +1,5 @@
-"""Open a model: a path, bytes or ModelProto becomes a checked `Model`. The only door to protobuf parsing and external data.
+"""Open a model: a path, bytes or ModelProto becomes a checked `Model`. The only door to protobuf parsing and
+external data.
 
 After `read`:
 * the graph and every nested graph are topologically sorted, each name is defined once, and every name read is defined;
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+import onnx.inliner
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 
 from vivace.base.errors import ModelError, UnsupportedError
@@ -59,7 +61,11 @@ def _parse(source: str | Path | bytes | ModelProto) -> tuple[ModelProto, Path | 
         try:
             data = path.read_bytes()
         except (OSError, ValueError) as e:
-            raise ModelError(f"cannot be read ({getattr(e, 'strerror', None) or e})", where=str(path), expected="the path of an ONNX file") from e
+            raise ModelError(
+                f"cannot be read ({getattr(e, 'strerror', None) or e})",
+                where=str(path),
+                expected="the path of an ONNX file",
+            ) from e
     if not data:
         raise ModelError("the file is empty", where=name, expected="an ONNX model")
     proto = ModelProto()
@@ -67,7 +73,10 @@ def _parse(source: str | Path | bytes | ModelProto) -> tuple[ModelProto, Path | 
         proto.ParseFromString(data)
     except Exception as e:  # DecodeError, whose class depends on the protobuf implementation
         raise ModelError(
-            f"the {len(data)} bytes cannot be parsed as ONNX", where=name, expected="a complete ONNX model", hint="copy or download the file again"
+            f"the {len(data)} bytes cannot be parsed as ONNX",
+            where=name,
+            expected="a complete ONNX model",
+            hint="copy or download the file again",
         ) from e
     return proto, directory, name
 
@@ -162,7 +171,11 @@ def _check_graph(g: GraphProto, outer: frozenset[str], opsets: dict[str, int], i
     for n in g.node:
         for o in n.output:
             if o and o in made:
-                raise ModelError(f"its output {o!r} is already defined", where=f"{where} node {label(n)!r}", expected="each name once")
+                raise ModelError(
+                    f"its output {o!r} is already defined",
+                    where=f"{where} node {label(n)!r}",
+                    expected="each name once",
+                )
             made.add(o)
     _sort(g, own, outer, where)
     visible = frozenset(made | outer)
@@ -176,7 +189,9 @@ def _check_graph(g: GraphProto, outer: frozenset[str], opsets: dict[str, int], i
 
 
 def _sort(g: GraphProto, own: set[str], outer: frozenset[str], where: str) -> None:
-    """Put the nodes in an order in which each reads only what stands before it; already sorted graphs keep their order."""
+    """Put the nodes in an order in which each reads only what stands before it; already sorted graphs keep their
+    order.
+    """
     wants = [[name for name in needs(n) if name not in own] for n in g.node]
     makers = {o: i for i, n in enumerate(g.node) for o in n.output if o}
     for n, names in zip(g.node, wants):
@@ -197,7 +212,11 @@ def _sort(g: GraphProto, own: set[str], outer: frozenset[str], where: str) -> No
                 order.append(i)
                 stack.pop()
             elif state[j] == 1:
-                raise ModelError(f"depends on itself through {label(g.node[i])!r}", where=f"{where} node {label(g.node[j])!r}", expected="a graph without cycles")
+                raise ModelError(
+                    f"depends on itself through {label(g.node[i])!r}",
+                    where=f"{where} node {label(g.node[j])!r}",
+                    expected="a graph without cycles",
+                )
             else:
                 state[j] = 1
                 stack.append((j, iter(wants[j])))
@@ -214,10 +233,20 @@ def _check_node(n: NodeProto, opsets: dict[str, int], ir_version: int, where: st
         schema = onnx.defs.get_schema(n.op_type, opsets[domain], domain)
     except onnx.defs.SchemaError as e:
         known = {s.domain for s in onnx.defs.get_all_schemas()}
-        what = f"operator {n.op_type!r} of opset {opsets[domain]}" if domain in known else f"domain {domain!r} (operator {n.op_type!r})"
-        raise UnsupportedError(f"{what} is unknown", where=where, hint="export the model with standard ONNX operators") from e
+        what = (
+            f"operator {n.op_type!r} of opset {opsets[domain]}"
+            if domain in known
+            else f"domain {domain!r} (operator {n.op_type!r})"
+        )
+        raise UnsupportedError(
+            f"{what} is unknown", where=where, hint="export the model with standard ONNX operators"
+        ) from e
     if schema.deprecated:
-        raise UnsupportedError(f"operator {n.op_type} was removed before opset {opsets[domain]}", where=where, hint="export the model again")
+        raise UnsupportedError(
+            f"operator {n.op_type} was removed before opset {opsets[domain]}",
+            where=where,
+            hint="export the model again",
+        )
     if n.op_type == "Constant" or graphs_of(n):
         return  # a Constant holds its data, which is checked when it is read; nested graphs are checked node by node
     context = onnx.checker.C.CheckerContext()

@@ -1,7 +1,9 @@
 """Where nodes are emitted during import: constants are folded at once, shape arithmetic stays symbolic.
 
-A `Scope` is one graph under construction; a nested one (a branch, a loop body) takes what it uses of its parents as captures.
-A value can be *virtual*: its contents are known dims (see `symbolic`), no node computes it, and it is materialised only when an operator
+A `Scope` is one graph under construction; a nested one (a branch, a loop body) takes what it uses of its parents as
+captures.
+A value can be *virtual*: its contents are known dims (see `symbolic`), no node computes it, and it is materialised
+only when an operator
 needs it as data.
 """
 
@@ -30,7 +32,7 @@ _WINDOWED = frozenset({"conv", "max_pool", "avg_pool"})
 _MAX_FOLD_GROWTH_BYTES = 1 << 14
 
 
-class Fallback(Exception):  # noqa: N818
+class Fallback(Exception):
     """The operator cannot be written with core ops here; `reason` goes into the placement report."""
 
     def __init__(self, reason: str) -> None:
@@ -52,7 +54,9 @@ class Session:
     names: dict[str, int] = field(default_factory=dict)
 
     def fresh_symbol(self, hint: str) -> Dim:
-        """A symbol of its own for a size that only data determines. The name depends only on what was imported before."""
+        """A symbol of its own for a size that only data determines. The name depends only on what was imported
+        before.
+        """
         base = "".join(c if c.isalnum() else "_" for c in hint).strip("_") or "u"
         base = f"u_{base}" if base[0].isdigit() else base
         k = self.names[base] = self.names.get(base, 0) + 1
@@ -65,7 +69,8 @@ class Scope:
     def __init__(self, session: Session, parent: Scope | None = None, path: str = "") -> None:
         self.session, self.parent, self.path = session, parent, path
         self.refined = session.assume.inside(path) if path else {}
-        self.builder = Builder(prefix="t", count=0 if parent is None else parent.builder.count + 1000)
+        start = 0 if parent is None else parent.builder.count + 1000
+        self.builder: Builder = Builder(prefix="t", count=start)
         self.names: dict[str, Any] = {}
         self.captures: dict[Value, Value] = {}
         self._data: dict[Value, Value] = {}
@@ -86,7 +91,9 @@ class Scope:
             return outer
         if outer in self.session.known:
             contents = self.session.known[outer]
-            return self.virtual(symbolic.substitute_array(contents, self.refined), outer.dtype) if self.refined else outer
+            return (
+                self.virtual(symbolic.substitute_array(contents, self.refined), outer.dtype) if self.refined else outer
+            )
         if outer not in self.captures:
             self.captures[outer] = Value(outer.name, substitute_type(outer.type, self.refined))
         return self.captures[outer]
@@ -123,7 +130,10 @@ class Scope:
             return v
         if v not in self._data:
             b = self.builder
-            flat = [e if isinstance(e, symbolic.Ratio) else symbolic.Ratio(int(e) if isinstance(e, (bool, np.bool_)) else e) for e in contents.flat]
+            flat = [
+                e if isinstance(e, symbolic.Ratio) else symbolic.Ratio(int(e) if isinstance(e, (bool, np.bool_)) else e)
+                for e in contents.flat
+            ]
             x = b.dims(values=tuple(e.num for e in flat))
             if v.dtype is not DType.i64:
                 x = b.cast(x, to=v.dtype)
@@ -248,5 +258,3 @@ def _has_symbols(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(_has_symbols, value.values()))
     return False
-
-

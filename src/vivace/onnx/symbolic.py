@@ -1,7 +1,9 @@
 """Shape arithmetic: run core ops on arrays of dims.
 
-The contents of a small tensor whose elements are known integer expressions are held as an object array of `Dim` (integers and bools)
-or `Ratio` (floats that are a dim over an integer, as `Cast(Shape) * 0.5` gives). `evaluate` runs a core op on such arrays; it
+The contents of a small tensor whose elements are known integer expressions are held as an object array of `Dim`
+(integers and bools)
+or `Ratio` (floats that are a dim over an integer, as `Cast(Shape) * 0.5` gives). `evaluate` runs a core op on such
+arrays; it
 returns None where the result cannot be stated, such as a comparison that depends on the value of a symbol.
 """
 
@@ -31,12 +33,19 @@ class Ratio:
     den: int = 1
 
 
-class Unknown(Exception):  # noqa: N818
+class Unknown(Exception):
     """The result depends on the value of a symbol."""
 
 
+def value_of(r: Ratio) -> float | None:
+    """The number that a ratio is, or None when a symbol is in it."""
+    return None if isinstance(r.num, Expr) else r.num / r.den
+
+
 def is_symbolic(array: Array) -> bool:
-    return array.dtype == object and any(isinstance(e, Expr) or (isinstance(e, Ratio) and isinstance(e.num, Expr)) for e in array.flat)
+    return array.dtype == object and any(
+        isinstance(e, Expr) or (isinstance(e, Ratio) and isinstance(e.num, Expr)) for e in array.flat
+    )
 
 
 def to_object(data: Array) -> Array:
@@ -59,7 +68,7 @@ def _ratio(x: float) -> Ratio:
 
 def to_numbers(array: Array, dtype: DType) -> Array:
     """An object array without symbols as an array of its dtype."""
-    plain = [e.num / e.den if isinstance(e, Ratio) else e for e in array.flat]
+    plain = [value_of(e) if isinstance(e, Ratio) else e for e in array.flat]
     return np.array(plain, dtype=dtype.numpy).reshape(array.shape)
 
 
@@ -143,7 +152,12 @@ def _compare(name: str) -> Callable[[Any, Any], bool]:
             if (lo is not None and lo > 0) or (hi is not None and hi < 0):
                 return name == "ne"
             raise Unknown
-        always = {"lt": hi is not None and hi < 0, "le": hi is not None and hi <= 0, "gt": lo is not None and lo > 0, "ge": lo is not None and lo >= 0}
+        always = {
+            "lt": hi is not None and hi < 0,
+            "le": hi is not None and hi <= 0,
+            "gt": lo is not None and lo > 0,
+            "ge": lo is not None and lo >= 0,
+        }
         never = {"lt": always["ge"], "le": always["gt"], "gt": always["le"], "ge": always["lt"]}
         if always[name] or never[name]:
             return always[name]

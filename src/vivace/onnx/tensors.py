@@ -1,6 +1,7 @@
 """Tensors of ONNX files as NumPy arrays; data outside the model file is memory-mapped.
 
-External data is read only from inside the model's directory: a location that is absolute, climbs with `..`, or leads out through a
+External data is read only from inside the model's directory: a location that is absolute, climbs with `..`, or leads
+out through a
 symbolic link is refused. Sizes are compared before any memory is taken.
 """
 
@@ -59,12 +60,18 @@ def checked_shape(dims: list[int], dtype: DType, where: str) -> tuple[int, ...]:
     if any(d < 0 for d in dims):
         raise ModelError(f"dims {dims} hold a negative size", where=where)
     if math.prod(dims) * dtype.size_bytes > MAX_BYTES:
-        raise ModelError(f"dims {dims} make {math.prod(dims) * dtype.size_bytes:.3g} bytes", where=where, expected=f"at most {MAX_BYTES} bytes")
+        raise ModelError(
+            f"dims {dims} make {math.prod(dims) * dtype.size_bytes:.3g} bytes",
+            where=where,
+            expected=f"at most {MAX_BYTES} bytes",
+        )
     return tuple(dims)
 
 
 class Tensors:
-    """Reads the tensors of one model; `directory` is where its external data lies (None when the model came as bytes)."""
+    """Reads the tensors of one model; `directory` is where its external data lies (None when the model came as
+    bytes).
+    """
 
     def __init__(self, directory: Path | None) -> None:
         self.directory = None if directory is None else directory.resolve()
@@ -82,13 +89,17 @@ class Tensors:
             packed = dtype in (DType.i4, DType.u4)
             want = (n + 1) // 2 if packed else n * dtype.size_bytes
             if dtype is DType.string or len(t.raw_data) != want:
-                raise ModelError(f"holds {len(t.raw_data)} bytes", where=where, expected=f"{want} for {dtype}{list(shape)}")
+                raise ModelError(
+                    f"holds {len(t.raw_data)} bytes", where=where, expected=f"{want} for {dtype}{list(shape)}"
+                )
             if not packed:
                 return np.frombuffer(t.raw_data, dtype.numpy).reshape(shape)
         try:
             array = numpy_helper.to_array(t)
         except (ValueError, TypeError, OverflowError) as e:
-            raise ModelError(f"its data does not fit its type {dtype}{list(shape)}", where=where, hint="export the model again") from e
+            raise ModelError(
+                f"its data does not fit its type {dtype}{list(shape)}", where=where, hint="export the model again"
+            ) from e
         if array.shape != shape:
             raise ModelError(f"holds {array.size} elements", where=where, expected=f"{n}")
         return array if dtype is DType.string else array.astype(dtype.numpy, copy=False)
@@ -119,12 +130,16 @@ class Tensors:
         except ValueError as e:
             raise ModelError("the offset or length of its external data is no number", where=where) from e
         if length != want or dtype is DType.string:
-            raise ModelError(f"its external data has {length} bytes", where=where, expected=f"{want} for {dtype}{list(shape)}")
+            raise ModelError(
+                f"its external data has {length} bytes", where=where, expected=f"{want} for {dtype}{list(shape)}"
+            )
         if offset < 0 or offset + length > file.size:
             raise ModelError(
-                f"its external data ends at byte {offset + length}", where=where, expected=f"at most {file.size}, the size of {path.name}",
+                f"its external data ends at byte {offset + length}",
+                where=where,
+                expected=f"at most {file.size}, the size of {path.name}",
                 hint="copy the data file again, it may be truncated",
-            )  # fmt: skip
+            )
         data = file[offset : offset + length]
         if packed:
             inline = TensorProto(dims=shape, data_type=t.data_type, raw_data=data.tobytes())
@@ -135,20 +150,28 @@ class Tensors:
 
     def _path(self, location: str, where: str) -> Path:
         if self.directory is None:
-            raise ModelError("its data lies outside the model, which came as bytes", where=where, hint="pass the path of the model file")
+            raise ModelError(
+                "its data lies outside the model, which came as bytes",
+                where=where,
+                hint="pass the path of the model file",
+            )
         if not location or "\0" in location:
             raise ModelError("its external data has no location", where=where)
         path = Path(location)
         safe = f"a file inside {self.directory}"
         if path.is_absolute() or ".." in path.parts or "\\" in location:
-            raise ModelError(f"its external data {location!r} escapes from the model's directory", where=where, expected=safe)
+            raise ModelError(
+                f"its external data {location!r} escapes from the model's directory", where=where, expected=safe
+            )
         try:
             real = (self.directory / path).resolve(strict=True)
         except (OSError, RuntimeError, ValueError) as e:
             raise ModelError(f"its external data {location[:200]!r} cannot be found", where=where, expected=safe) from e
         if not real.is_relative_to(self.directory) or not real.is_file():
             raise ModelError(
-                f"its external data {location!r} leads out of the model's directory or is no file", where=where, expected=safe,
+                f"its external data {location!r} leads out of the model's directory or is no file",
+                where=where,
+                expected=safe,
                 hint="replace the symbolic link by the file",
-            )  # fmt: skip
+            )
         return real

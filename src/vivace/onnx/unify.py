@@ -1,10 +1,13 @@
 """What the importer assumes about symbolic dims so that the model makes sense, and how it learns it.
 
-Broadcasting and contraction assume that two symbolic dims that meet are equal; slicing a table up to a symbol assumes that the table is long
-enough. `Assumptions` holds what was learnt: replacements of symbols by dims, and tighter bounds. The importer starts again with every
+Broadcasting and contraction assume that two symbolic dims that meet are equal; slicing a table up to a symbol
+assumes that the table is long
+enough. `Assumptions` holds what was learnt: replacements of symbols by dims, and tighter bounds. The importer starts
+again with every
 new assumption, so types never change after the fact.
 
-What a branch of an `If` needs need not hold for the other branch, nor without either: bounds learnt inside a nested graph hold only
+What a branch of an `If` needs need not hold for the other branch, nor without either: bounds learnt inside a nested
+graph hold only
 there (`local`, by the path of the graph). Replacements hold everywhere.
 """
 
@@ -12,19 +15,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from vivace.base.dims import Apply, Bound, Dim, Expr, Symbol, as_symbol, bounds, evaluate, exact_div, linear, substitute, symbol, symbols
-
+from vivace.base.dims import (
+    Apply,
+    Bound,
+    Dim,
+    Expr,
+    Symbol,
+    as_symbol,
+    bounds,
+    evaluate,
+    exact_div,
+    linear,
+    substitute,
+    symbol,
+    symbols,
+)
 
 _LARGEST = 1 << 31
 
 
-class Learnt(Exception):  # noqa: N818
+class Learnt(Exception):
     """Something new was assumed: the import has to start again."""
 
 
 @dataclass(slots=True)
 class Assumptions:
-    """Replacements and bounds of symbols, by name; `declared` are those of the inputs, which are the last to be replaced."""
+    """Replacements and bounds of symbols, by name; `declared` are those of the inputs, which are the last to be
+    replaced.
+    """
 
     replaced: dict[str, Dim] = field(default_factory=dict)
     bounded: dict[str, tuple[Bound, Bound]] = field(default_factory=dict)
@@ -80,7 +98,9 @@ class Assumptions:
         return self._solve(a, b) or self._choose(a, b) or self._choose(b, a)
 
     def _solve(self, a: Dim, b: Dim) -> bool:
-        """Replace a symbol by what makes the two equal; a bare side first, else a symbol with a coefficient that divides."""
+        """Replace a symbol by what makes the two equal; a bare side first, else a symbol with a coefficient that
+        divides.
+        """
         for x, y in sorted(((b, a), (a, b)), key=lambda pair: self._is_declared(pair[0])):
             s = as_symbol(x)
             if s is not None and s.name not in {t.name for t in symbols(y)}:
@@ -96,12 +116,16 @@ class Assumptions:
         return self._rename(a, b) or self._invert(a - b) or self._divide(a, b)
 
     def _divide(self, a: Dim, b: Dim) -> bool:
-        """`2*((H+1)//2) == H` holds for even H: take the symbol for a multiple of the least power of two that makes the two equal."""
+        """`2*((H+1)//2) == H` holds for even H: take the symbol for a multiple of the least power of two that makes
+        the two equal.
+        """
         for name in {s.name: None for s in symbols(a - b)}:
             for by in (2, 4, 8, 16, 32, 64, 128, 256):
                 part = self.symbol(f"{name}_by_{by}")
                 if substitute(a, {name: part * by}) == substitute(b, {name: part * by}):
-                    self.replaced = {k: substitute(v, {name: part * by}) for k, v in self.replaced.items()} | {name: part * by}
+                    self.replaced = {k: substitute(v, {name: part * by}) for k, v in self.replaced.items()} | {
+                        name: part * by
+                    }
                     return True
         return False
 
@@ -110,22 +134,32 @@ class Assumptions:
         return s is not None and s.name in self.declared
 
     def _invert(self, d: Dim) -> bool:
-        """Assume d == 0 for a monotone function of one symbol, such as `(H+1)//2 - 4`: the symbol is bounded to where it holds."""
+        """Assume d == 0 for a monotone function of one symbol, such as `(H+1)//2 - 4`: the symbol is bounded to
+        where it holds.
+        """
         names = {s.name: s for s in symbols(d)}
         if len(names) != 1 or not _is_monotone(d):
             return False
         ((name, s),) = names.items()
         low, high = _first(d, name, 0), _first(d, name, 1) - 1
-        if low > high or substitute(d, {name: low}) != 0 or (s.hi is not None and low > s.hi) or (s.lo is not None and high < s.lo):
+        if (
+            low > high
+            or substitute(d, {name: low}) != 0
+            or (s.hi is not None and low > s.hi)
+            or (s.lo is not None and high < s.lo)
+        ):
             return False
         return self._replace(s, low) if low == high else self._bound(name, low, high)
 
     def _rename(self, a: Dim, b: Dim) -> bool:
-        """`M*k == N*k` (k not zero) and `(N*k // M) * M == N*k`: take the symbols that stand in only one of the two for equal."""
+        """`M*k == N*k` (k not zero) and `(N*k // M) * M == N*k`: take the symbols that stand in only one of the two
+        for equal.
+        """
         sa, sb = {s.name: s for s in symbols(a)}, {s.name: s for s in symbols(b)}
         only_a, only_b = [s for n, s in sa.items() if n not in sb], [s for n, s in sb.items() if n not in sa]
         if len(only_a) + len(only_b) == 1:
-            # (N*S // M) * M == N*S: the divisor M must be a factor, and the only symbol that it can be is one of the others.
+            # (N*S // M) * M == N*S: the divisor M must be a factor, and the only symbol that it can be is one of the
+            # others.
             (odd,) = only_a or only_b
             for other in (sa if only_b else sb).values():
                 env = {odd.name: _as_dim(other)}
@@ -203,14 +237,21 @@ def _common_factor(d: Dim) -> Dim:
 
 
 def _is_monotone(d: Dim) -> bool:
-    """True for a function that grows with its symbols: positive coefficients over symbols, divisions by constants, min and max."""
+    """True for a function that grows with its symbols: positive coefficients over symbols, divisions by constants,
+    min and max.
+    """
     if not isinstance(d, Expr):
         return True
     for atoms, coefficient in d.terms:
         if atoms and coefficient < 0:
             return False
         for a in atoms:
-            if isinstance(a, Apply) and (a.fn == "%" or not _is_monotone(a.a) or not _is_monotone(a.b) or (a.fn == "//" and not isinstance(a.b, int))):
+            if isinstance(a, Apply) and (
+                a.fn == "%"
+                or not _is_monotone(a.a)
+                or not _is_monotone(a.b)
+                or (a.fn == "//" and not isinstance(a.b, int))
+            ):
                 return False
     return True
 

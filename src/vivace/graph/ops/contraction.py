@@ -3,7 +3,8 @@
 matmul(a, b)                      NumPy semantics: 1-D operands and broadcast batch dims included
 conv{strides, dilations, before, after, group, layout}(x, w, bias?)
         any number of spatial axes, one entry of strides, dilations, before and after (zero padding) for each;
-        layout NCHW: x [N,C,spatial...]; NHWC: x [N,spatial...,C], the output likewise; w is [OC,C/group,spatial...] in both
+        layout NCHW: x [N,C,spatial...]; NHWC: x [N,spatial...,C], the output likewise; w is [OC,C/group,spatial...]
+        in both
 conv_transpose{strides, dilations, before, after, output_padding, group, layout}(x, w, bias?)
         w [C,OC/group,spatial...]; before and after crop the full output
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 
@@ -84,7 +86,9 @@ def check_spatial(types: Sequence[Type | None], attrs: Attrs, names: Sequence[st
     """The number of spatial axes, every per-axis attribute having that many entries."""
     n = need(types, 0, where).rank - 2
     if n < 0 or attrs["layout"] not in ("NCHW", "NHWC"):
-        raise GraphError(f"operand is {types[0]}, layout {attrs['layout']!r}", where=where, expected="[N,C,...] NCHW or NHWC")
+        raise GraphError(
+            f"operand is {types[0]}, layout {attrs['layout']!r}", where=where, expected="[N,C,...] NCHW or NHWC"
+        )
     for name in names:
         if len(attrs[name]) != n:
             raise GraphError(f"{name} is {attrs[name]}", where=where, expected=f"{n} entries")
@@ -118,7 +122,9 @@ def _conv(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
     _bias(types, w.shape[0], "conv")
     out = [
         window_out(d, k, *rest)
-        for d, k, *rest in zip(spatial, w.shape[2:], *(attrs[a] for a in ("strides", "dilations", "before", "after")), strict=True)
+        for d, k, *rest in zip(
+            spatial, w.shape[2:], *(attrs[a] for a in ("strides", "dilations", "before", "after")), strict=True
+        )
     ]
     if any(isinstance(d, int) and d < 0 for d in out):
         raise GraphError(f"the filter {w} is larger than the padded input {x}", where="conv")
@@ -135,16 +141,20 @@ def _conv_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
     dtype, g, wide = x.dtype, attrs["group"], _wide(x.dtype)
     x = channels_first(x, attrs["layout"]).astype(wide)
     x = np.pad(x, [(0, 0), (0, 0), *zip(attrs["before"], attrs["after"], strict=True)])
-    (n, c), (oc, cg), kernel = x.shape[:2], w.shape[:2], w.shape[2:]
+    n, (oc, cg), kernel = x.shape[0], w.shape[:2], w.shape[2:]
     steps = list(zip(kernel, attrs["strides"], attrs["dilations"], strict=True))
     out_shape = [(d - e * (k - 1) - 1) // s + 1 for d, (k, s, e) in zip(x.shape[2:], steps, strict=True)]
     w = w.astype(wide).reshape(g, oc // g, cg, *kernel)
     out = np.zeros((n, g, oc // g, int(np.prod(out_shape, dtype=np.int64))), wide)
     with np.errstate(all="ignore"):
         for tap in product(*map(range, kernel)):  # one matrix product for each position in the filter
-            window = tuple(slice(t * e, t * e + s * (o - 1) + 1, s) if o else slice(0, 0) for t, o, (_, s, e) in zip(tap, out_shape, steps, strict=True))
-            part = x[(slice(None), slice(None), *window)].reshape(n, g, cg, -1)
-            weight = w[(slice(None), slice(None), slice(None), *tap)]
+            window = tuple(
+                slice(t * e, t * e + s * (o - 1) + 1, s) if o else slice(0, 0)
+                for t, o, (_, s, e) in zip(tap, out_shape, steps, strict=True)
+            )
+            part = x[(slice(None), slice(None), *window)].reshape(n, g, cg, out.shape[-1])
+            at: tuple[Any, ...] = (..., *tap)
+            weight = w[at]
             out += part * weight if cg == 1 else np.matmul(weight, part)
     out = _add_bias(out.reshape(n, oc, *out_shape), bias)
     return (to_layout(_to(out, dtype), attrs["layout"]),)
@@ -187,9 +197,13 @@ def _conv_transpose_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array
     flat, w = x.reshape(n, g, c // g, -1), w.astype(wide).reshape(g, c // g, ocg, *kernel)
     with np.errstate(all="ignore"):
         for tap in product(*map(range, kernel)):
-            weight = w[(slice(None), slice(None), slice(None), *tap)].swapaxes(1, 2)
+            at: tuple[Any, ...] = (..., *tap)
+            weight = w[at].swapaxes(1, 2)
             part = np.matmul(weight, flat).reshape(n, g, ocg, *spatial)
-            window = tuple(slice(t * e, t * e + s * (d - 1) + 1, s) if d else slice(0, 0) for t, (d, _, s, e, _p) in zip(tap, steps, strict=True))
+            window = tuple(
+                slice(t * e, t * e + s * (d - 1) + 1, s) if d else slice(0, 0)
+                for t, (d, _, s, e, _p) in zip(tap, steps, strict=True)
+            )
             out[(slice(None), slice(None), slice(None), *window)] += part
     before, after = attrs["before"], attrs["after"]
     out = np.pad(out, [(0, 0)] * 3 + [(max(-b, 0), max(-a, 0)) for b, a in zip(before, after, strict=True)])

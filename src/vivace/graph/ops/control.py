@@ -4,14 +4,18 @@ if{then: Graph, else: Graph}(cond, *captures)
         both graphs take the captures as inputs and give outputs of equal types
 loop{body: Graph, n_state, n_scan}(trip?, cond?, *state, *captures) -> *state, *scans
         body inputs: iteration i64[], cond bool[], *state, *captures; body outputs: cond, *state, *scan slices.
-        Runs while iteration < trip and cond; state keeps its types; a scan output is the slices stacked on a new first axis,
+        Runs while iteration < trip and cond; state keeps its types; a scan output is the slices stacked on a new
+        first axis,
         of the static length `length` where trip is a constant and cond absent, otherwise of a symbol of its own.
         attr length: Dim
 onnx{node: bytes, opset, domain, types, names, reason}(*inputs)
-        a serialized NodeProto that a provider runs. `types` are the output types; `names` name the inputs as the node (and the graphs
-        inside it) knows them; `reason` says why it is not lowered. The graph floor cannot run it: a provider sets `RUN_ONNX`.
+        a serialized NodeProto that a provider runs. `types` are the output types; `names` name the inputs as the
+        node (and the graphs
+        inside it) knows them; `reason` says why it is not lowered. The graph floor cannot run it: a provider sets
+        `RUN_ONNX`.
 
-Rule NARROWER: a symbol may have tighter bounds inside a nested graph than outside: the graph is only meant for sizes within them
+Rule NARROWER: a symbol may have tighter bounds inside a nested graph than outside: the graph is only meant for sizes
+within them
 (a branch that reads 512 samples, say). Types are compared with the outer bounds.
 """
 
@@ -87,7 +91,9 @@ def _loop(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
     scalars = (Type(DType.i64, ()), Type(DType.bool, ()))
     _operands(body, (*scalars, *types[2:]), "loop")
     if len(body.outputs) != 1 + n_state + n_scan:
-        raise GraphError(f"the body gives {len(body.outputs)} outputs", where="loop", expected=f"{1 + n_state + n_scan}")
+        raise GraphError(
+            f"the body gives {len(body.outputs)} outputs", where="loop", expected=f"{1 + n_state + n_scan}"
+        )
     _scalar(body.outputs[0].type, DType.bool, "loop")
     states = tuple(need(types, 2 + i, "loop") for i in range(n_state))
     for v, t in zip(body.outputs[1:], states, strict=False):
@@ -102,8 +108,9 @@ def _loop_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
 
     body, n_state = attrs["body"], attrs["n_state"]
     trip, cond, *rest = (*xs, None)[: max(2, len(xs))]
-    state, captures = rest[:n_state], rest[n_state:]
+    captures = rest[n_state:]
     go, limit, i = cond is None or bool(cond.reshape(())), None if trip is None else int(trip.reshape(())), 0
+    state: Sequence[Array | None] = rest[:n_state]
     slices: list[list[Array]] = [[] for _ in range(attrs["n_scan"])]
     while go and (limit is None or i < limit):
         flag, *outs = evaluate(body, [np.asarray(i, np.int64), np.asarray(go), *state, *captures])
@@ -120,7 +127,9 @@ def _loop_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
 def _onnx_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
     if not RUN_ONNX:
         raise UnsupportedError(
-            f"an operator is left to another provider ({attrs['reason']})", where=attrs["name"], hint="install a provider such as onnxruntime"
+            f"an operator is left to another provider ({attrs['reason']})",
+            where=attrs["name"],
+            hint="install a provider such as onnxruntime",
         )
     return RUN_ONNX[-1](xs, attrs)
 

@@ -1,11 +1,14 @@
 """Ops that read or write at computed positions; negative indices count from the end, as in ONNX.
 
-gather{axis}(data, indices)                              data[..., indices, ...]: the axis is replaced by the axes of indices
+gather{axis}(data, indices)                              data[..., indices, ...]: the axis is replaced by the axes of
+        indices
 gather_elements{axis}(data, indices)                     out[i][j] = data[indices[i][j]][j] for axis 0
 gather_nd{batch_dims}(data, indices)                     the last axis of indices holds coordinates
 scatter_elements{axis, reduction}(data, indices, updates)
-scatter_nd{reduction}(data, indices, updates)            reduction none|add|mul|max|min; with none, the last of equal positions wins
-topk{axis, k, largest, sorted}(x) -> values, indices     i64 indices; of equal elements the one with the lower index comes first
+scatter_nd{reduction}(data, indices, updates)            reduction none|add|mul|max|min; with none, the last of equal
+        positions wins
+topk{axis, k, largest, sorted}(x) -> values, indices     i64 indices; of equal elements the one with the lower index
+        comes first
 """
 
 from __future__ import annotations
@@ -60,7 +63,7 @@ def _gather_elements(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, 
 
 
 def _positions(idx: Array, axis: int, size: int, where: str) -> tuple[Array, ...]:
-    grid = list(np.indices(idx.shape, sparse=True))
+    grid: list[Array] = list(np.indices(idx.shape, sparse=True))
     grid[axis] = _check(idx, size, where)
     return tuple(np.broadcast_arrays(*grid))
 
@@ -76,14 +79,16 @@ def _gather_nd(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
     x, idx, b = need(types, 0, "gather_nd"), _indices(types, 1, "gather_nd"), attrs["batch_dims"]
     depth = idx.shape[-1] if idx.rank else None
     if not isinstance(depth, int) or b + depth > x.rank or b >= idx.rank:
-        raise GraphError(f"operands are {x} and {idx}", where="gather_nd", expected="coordinates within the rank of the data")
+        raise GraphError(
+            f"operands are {x} and {idx}", where="gather_nd", expected="coordinates within the rank of the data"
+        )
     for d in range(b):
         same(x.shape[d], idx.shape[d], "gather_nd")
     return (Type(x.dtype, (*idx.shape[:-1], *x.shape[b + depth :])),)
 
 
 def _coordinates(x: Array, idx: Array, b: int, where: str) -> tuple[Array, ...]:
-    batch = [g[(...,) + (None,) * (idx.ndim - 1 - b)] for g in np.indices(idx.shape[:b], sparse=False)]
+    batch = [g[(...,) + (None,) * (idx.ndim - 1 - b)] for g in np.asarray(np.indices(idx.shape[:b]))]
     return (*batch, *(_check(idx[..., i], x.shape[b + i], where) for i in range(idx.shape[-1])))
 
 

@@ -5,7 +5,8 @@ layer_norm{axis, epsilon}(x, scale?, bias?)    over axes axis..rank-1; scale and
 rms_norm{axis, epsilon}(x, scale?)             x / sqrt(mean(x^2) + epsilon) * scale
 attention{scale, causal, softcap}(q [B,H,S,D], k [B,G,T,D], v [B,G,T,E], mask?) -> [B,H,S,E]
         H % G == 0: head h reads group h // (H / G). scores = q k^T * scale; softcap c > 0: c * tanh(scores / c);
-        causal: query i sees keys <= i + T - S; a bool mask keeps True, a float mask is added; it broadcasts to [B,H,S,T].
+        causal: query i sees keys <= i + T - S; a bool mask keeps True, a float mask is added; it broadcasts to
+        [B,H,S,T].
         A row that sees no key gives NaN, as softmax of -inf everywhere does.
 max_pool{kernel, strides, dilations, before, after, layout}(x)           padding never wins
 avg_pool{kernel, strides, dilations, before, after, count_include_pad, layout}(x)
@@ -25,7 +26,7 @@ from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError
 from vivace.graph.graph import Attrs, Op, Type
 from vivace.graph.ops.contraction import channels_first, check_spatial, join_layout, split_layout, to_layout
-from vivace.graph.ops.reduction import lowest, accumulator
+from vivace.graph.ops.reduction import accumulator, lowest
 from vivace.graph.ops.shapes import axis_of, broadcast, need, same, window_out
 
 Array = np.ndarray
@@ -134,7 +135,9 @@ def _attention(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
             seen = np.arange(t)[None, :] <= np.arange(s)[:, None] + t - s
             scores = np.where(seen, scores, wide.type(-np.inf))
         if mask is not None:
-            scores = np.where(mask, scores, wide.type(-np.inf)) if mask.dtype == np.bool_ else scores + mask.astype(wide)
+            scores = (
+                np.where(mask, scores, wide.type(-np.inf)) if mask.dtype == np.bool_ else scores + mask.astype(wide)
+            )
         (p,) = _softmax((scores,), {"axis": -1})
         out = p.reshape(n, group, h // group, s, t) @ v.astype(wide)[:, :, None]
     return (out.reshape(n, h, s, v.shape[-1]).astype(dtype),)
@@ -166,7 +169,15 @@ def _windows(x: Array, attrs: Attrs, fill: float) -> list[Array]:
     steps = list(zip(x.shape[2:], attrs["kernel"], attrs["strides"], attrs["dilations"], strict=True))
     out = [(d - e * (k - 1) - 1) // s + 1 for d, k, s, e in steps]
     return [
-        x[(..., *(slice(t * e, t * e + s * (o - 1) + 1, s) if o else slice(0, 0) for t, o, (_, _k, s, e) in zip(tap, out, steps, strict=True)))]
+        x[
+            (
+                ...,
+                *(
+                    slice(t * e, t * e + s * (o - 1) + 1, s) if o else slice(0, 0)
+                    for t, o, (_, _k, s, e) in zip(tap, out, steps, strict=True)
+                ),
+            )
+        ]
         for tap in product(*map(range, attrs["kernel"]))
     ]
 
@@ -201,7 +212,15 @@ def _per_element(flops: int) -> object:
     return lambda ins, outs, attrs: outs[0].size * flops
 
 
-def _op(name: str, infer: object, run: object, flops: object, exact: bool = False, tolerance: float = 1e-6, kind: str = "reduction") -> Op:
+def _op(
+    name: str,
+    infer: object,
+    run: object,
+    flops: object,
+    exact: bool = False,
+    tolerance: float = 1e-6,
+    kind: str = "reduction",
+) -> Op:
     return Op(name, infer, run, flops, exact, tolerance, kind)  # type: ignore[arg-type]
 
 

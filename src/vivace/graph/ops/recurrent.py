@@ -4,9 +4,12 @@ lstm{direction, hidden, activations, clip, layout, input_forget}(x, w, r, b?, se
 gru{direction, hidden, activations, clip, layout, linear_before_reset}(x, w, r, b?, seq_lens?, h0?) -> y, y_h
 rnn{direction, hidden, activations, clip, layout}(x, w, r, b?, seq_lens?, h0?) -> y, y_h
 
-layout 0: x [T,N,I], y [T,dirs,N,H], y_h [dirs,N,H]; layout 1: x [N,T,I], y [N,T,dirs,H], y_h [N,dirs,H], states likewise.
-w [dirs,gates*H,I], r [dirs,gates*H,H], b [dirs,2*gates*H] (input half, then recurrent half), p [dirs,3*H] in order i o f.
-direction forward|reverse|bidirectional; activations: names for each direction in turn; clip: float or None, applied before activations.
+layout 0: x [T,N,I], y [T,dirs,N,H], y_h [dirs,N,H]; layout 1: x [N,T,I], y [N,T,dirs,H], y_h [N,dirs,H], states
+likewise.
+w [dirs,gates*H,I], r [dirs,gates*H,H], b [dirs,2*gates*H] (input half, then recurrent half), p [dirs,3*H] in order i
+o f.
+direction forward|reverse|bidirectional; activations: names for each direction in turn; clip: float or None, applied
+before activations.
 Steps beyond a sequence's length give zeros in y and leave the state.
 """
 
@@ -47,12 +50,23 @@ def _infer(name: str) -> Callable[[Sequence[Type | None], Attrs], tuple[Type, ..
         dirs = 2 if attrs["direction"] == "bidirectional" else 1
         if x.rank != 3 or w.rank != 3 or r.rank != 3:
             raise GraphError(f"operands are {x}, {w}, {r}", where=name, expected="rank 3")
-        for got, want in ((w.shape[0], dirs), (w.shape[1], gates * hidden), (w.shape[2], x.shape[2]), (r.shape[2], hidden)):
+        for got, want in (
+            (w.shape[0], dirs),
+            (w.shape[1], gates * hidden),
+            (w.shape[2], x.shape[2]),
+            (r.shape[2], hidden),
+        ):
             same(got, want, name)
-        if len(attrs["activations"]) != dirs * _FUNCTIONS[name] or any(a not in ACTIVATIONS for a in attrs["activations"]):
-            raise GraphError(f"activations are {attrs['activations']}", where=name, expected=f"{dirs * _FUNCTIONS[name]} of {', '.join(ACTIVATIONS)}")
-        n: Dim
-        t: Dim
+        if len(attrs["activations"]) != dirs * _FUNCTIONS[name] or any(
+            a not in ACTIVATIONS for a in attrs["activations"]
+        ):
+            raise GraphError(
+                f"activations are {attrs['activations']}",
+                where=name,
+                expected=f"{dirs * _FUNCTIONS[name]} of {', '.join(ACTIVATIONS)}",
+            )
+        y: tuple[Dim, ...]
+        state: tuple[Dim, ...]
         if attrs["layout"]:
             n, t = x.shape[:2]
             y, state = (n, t, dirs, hidden), (n, dirs, hidden)
@@ -116,7 +130,8 @@ _STEP = {"lstm": _lstm_step, "gru": _gru_step, "rnn": _rnn_step}
 
 def _run(name: str) -> Callable[[Sequence[Array | None], Attrs], tuple[Array, ...]]:
     def run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
-        x, w, r, b, lens, h0, c0, p = (*xs, *(None,) * (8 - len(xs)))
+        given: list[Array | None] = [*xs, *[None] * (8 - len(xs))]
+        x, w, r, b, lens, h0, c0, p = given
         assert x is not None and w is not None and r is not None
         dtype, wide = x.dtype, accumulator(x.dtype)
         x, w, r = (a.astype(wide, copy=False) for a in (x, w, r))
@@ -124,7 +139,11 @@ def _run(name: str) -> Callable[[Sequence[Array | None], Attrs], tuple[Array, ..
             x, h0, c0 = x.swapaxes(0, 1), *(None if s is None else s.swapaxes(0, 1) for s in (h0, c0))
         steps, n, hidden, dirs = x.shape[0], x.shape[1], attrs["hidden"], w.shape[0]
         b = np.zeros((dirs, 2 * _GATES[name] * hidden), wide) if b is None else b.astype(wide, copy=False)
-        y, h_last, c_last = np.zeros((steps, dirs, n, hidden), wide), np.zeros((dirs, n, hidden), wide), np.zeros((dirs, n, hidden), wide)
+        y, h_last, c_last = (
+            np.zeros((steps, dirs, n, hidden), wide),
+            np.zeros((dirs, n, hidden), wide),
+            np.zeros((dirs, n, hidden), wide),
+        )
         each = _FUNCTIONS[name]
         for d in range(dirs):
             f = [ACTIVATIONS[a] for a in attrs["activations"][d * each : (d + 1) * each]]

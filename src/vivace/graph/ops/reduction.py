@@ -1,7 +1,8 @@
 """Ops that reduce or scan axes.
 
 reduce_sum|reduce_max|reduce_min|reduce_prod|reduce_mean{axes: tuple, keepdims}(x)
-        axes are non-negative and ascending; an empty axis gives the neutral element (sum 0, prod 1, max -inf or the least integer, mean NaN)
+        axes are non-negative and ascending; an empty axis gives the neutral element (sum 0, prod 1, max -inf or the
+        least integer, mean NaN)
 argmax|argmin{axis, keepdims, select_last}(x) -> i64
 cumsum{axis, exclusive, reverse}(x)
 

@@ -1,19 +1,21 @@
 """resize: sample a tensor at other coordinates, axis by axis.
 
 resize{mode, coordinate, nearest_mode, cubic_coeff, exclude_outside, sizes, scales}(x)
-        mode nearest|linear|cubic; sizes: the whole output shape; scales: one float or None per axis: the scale that maps output to
+        mode nearest|linear|cubic; sizes: the whole output shape; scales: one float or None per axis: the scale that
+        maps output to
         input coordinates, None where it is size_out / size_in.
         coordinate half_pixel|half_pixel_symmetric|pytorch_half_pixel|align_corners|asymmetric
         nearest_mode round_prefer_floor|round_prefer_ceil|floor|ceil
 
-An axis is resampled when its size or scale differs from the identity; every mode is separable, so the result is one matrix per axis.
+An axis is resampled when its size or scale differs from the identity; every mode is separable, so the result is one
+matrix per axis.
 Antialiasing and regions of interest are not core.
 Source: ONNX operator Resize.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -57,13 +59,23 @@ def source_coordinates(size_in: int, size_out: int, scale: float | None, coordin
 
 
 def nearest_index(x: Array, size_in: int, nearest_mode: str) -> Array:
-    rounded = {
+    rounders: dict[str, Callable[[Array], Array]] = {
         "floor": np.floor,
         "ceil": np.ceil,
         "round_prefer_floor": lambda v: np.ceil(v - 0.5),
         "round_prefer_ceil": lambda v: np.floor(v + 0.5),
-    }[nearest_mode](x)
-    return np.clip(rounded, 0, size_in - 1).astype(np.int64)
+    }
+    return np.clip(rounders[nearest_mode](x), 0, size_in - 1).astype(np.int64)
+
+
+def _near(d: Array, a: float) -> Array:
+    """Keys' cubic kernel for distances up to 1."""
+    return ((a + 2) * d - (a + 3)) * d * d + 1
+
+
+def _far(d: Array, a: float) -> Array:
+    """Keys' cubic kernel for distances from 1 to 2."""
+    return ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
 
 
 def weights(size_in: int, size_out: int, scale: float | None, attrs: Attrs) -> Array:
@@ -75,9 +87,12 @@ def weights(size_in: int, size_out: int, scale: float | None, attrs: Attrs) -> A
         taps = [(base, 1 - t), (base + 1, t)]
     else:
         a = attrs["cubic_coeff"]
-        near = lambda d: ((a + 2) * d - (a + 3)) * d * d + 1  # noqa: E731
-        far = lambda d: ((a * d - 5 * a) * d + 8 * a) * d - 4 * a  # noqa: E731
-        taps = [(base - 1, far(1 + t)), (base, near(t)), (base + 1, near(1 - t)), (base + 2, far(2 - t))]
+        taps = [
+            (base - 1, _far(1 + t, a)),
+            (base, _near(t, a)),
+            (base + 1, _near(1 - t, a)),
+            (base + 2, _far(2 - t, a)),
+        ]
     if attrs["exclude_outside"]:
         taps = [(i, np.where((i >= 0) & (i < size_in), w, 0.0)) for i, w in taps]
         total = sum(w for _, w in taps)

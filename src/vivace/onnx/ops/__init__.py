@@ -2,6 +2,38 @@
 
 from __future__ import annotations
 
-from vivace.onnx.ops import activation, attention, classic, control, logic, math, movement, nn, normalization, pooling, quant, recurrent, reduction, resize, shape
+from vivace.onnx.ops import (
+    activation,
+    attention,
+    classic,
+    control,
+    logic,
+    math,
+    movement,
+    nn,
+    normalization,
+    pooling,
+    quant,
+    recurrent,
+    reduction,
+    resize,
+    shape,
+)
 
-FAMILIES = (activation, attention, classic, control, logic, math, movement, nn, normalization, pooling, quant, recurrent, reduction, resize, shape)
+FAMILIES = (
+    activation,
+    attention,
+    classic,
+    control,
+    logic,
+    math,
+    movement,
+    nn,
+    normalization,
+    pooling,
+    quant,
+    recurrent,
+    reduction,
+    resize,
+    shape,
+)

@@ -17,39 +17,39 @@ def _number(v: Value, like: DType) -> float | int:
 @onnx_op("Clip")
 def clip_attributes(c: Call, x: Value) -> Value:
     low, high = c.attr("min"), c.attr("max")
-    return x if low is None and high is None else c.clip(x, min=low, max=high)  # type: ignore[no-any-return]
+    return x if low is None and high is None else c.clip(x, min=low, max=high)
 
 
 @onnx_op("Clip", since=11)
 def clip(c: Call, x: Value, low: Value | None = None, high: Value | None = None) -> Value:
     if c.scope.known(x) is None and all(b is None or b.data is not None for b in (low, high)):
         bounds = [None if b is None else _number(b, x.dtype) for b in (low, high)]
-        return x if bounds == [None, None] else c.clip(x, min=bounds[0], max=bounds[1])  # type: ignore[no-any-return]
+        return x if bounds == [None, None] else c.clip(x, min=bounds[0], max=bounds[1])
     x = x if low is None else c.max(x, low)
     return x if high is None else c.min(x, high)
 
 
 @onnx_op("LeakyRelu")
 def leaky_relu(c: Call, x: Value) -> Value:
-    return c.leaky_relu(x, alpha=c.attr("alpha", 0.01))  # type: ignore[no-any-return]
+    return c.leaky_relu(x, alpha=c.attr("alpha", 0.01))
 
 
 @onnx_op("PRelu")
 def prelu(c: Call, x: Value, slope: Value) -> Value:
     if slope.data is not None and slope.data.size == 1 and slope.rank <= x.rank:
-        return c.leaky_relu(x, alpha=float(slope.data.reshape(-1)[0]))  # type: ignore[no-any-return]
-    return c.where(c.lt(x, c.like(x, 0)), c.mul(x, slope), x)  # type: ignore[no-any-return]
+        return c.leaky_relu(x, alpha=float(slope.data.reshape(-1)[0]))
+    return c.where(c.lt(x, c.like(x, 0)), c.mul(x, slope), x)
 
 
 @onnx_op("ThresholdedRelu", since=10)
 def thresholded_relu(c: Call, x: Value) -> Value:
-    return c.where(c.gt(x, c.like(x, c.attr("alpha", 1.0))), x, c.like(x, 0))  # type: ignore[no-any-return]
+    return c.where(c.gt(x, c.like(x, c.attr("alpha", 1.0))), x, c.like(x, 0))
 
 
 def _elu(c: Call, x: Value, positive: Value, alpha: float, scale: float = 1.0) -> Value:
     """`positive` where x > 0, else alpha * (exp(x / scale) - 1)."""
     inner = x if scale == 1 else c.div(x, c.like(x, scale))
-    return c.where(c.gt(x, c.like(x, 0)), positive, c.mul(c.expm1(inner), c.like(x, alpha)))  # type: ignore[no-any-return]
+    return c.where(c.gt(x, c.like(x, 0)), positive, c.mul(c.expm1(inner), c.like(x, alpha)))
 
 
 @onnx_op("Elu")
@@ -71,17 +71,17 @@ def selu(c: Call, x: Value) -> Value:
 
 @onnx_op("HardSigmoid")
 def hard_sigmoid(c: Call, x: Value) -> Value:
-    return c.hard_sigmoid(x, alpha=c.attr("alpha", 0.2), beta=c.attr("beta", 0.5))  # type: ignore[no-any-return]
+    return c.hard_sigmoid(x, alpha=c.attr("alpha", 0.2), beta=c.attr("beta", 0.5))
 
 
 @onnx_op("HardSwish", since=14)
 def hard_swish(c: Call, x: Value) -> Value:
-    return c.hard_swish(x)  # type: ignore[no-any-return]
+    return c.hard_swish(x)
 
 
 def softplus_of(c: Call, x: Value) -> Value:
     """log(1 + exp(x)) without overflow: max(x, 0) + log1p(exp(-|x|))."""
-    return c.add(c.relu(x), c.log1p(c.exp(c.neg(c.abs(x)))))  # type: ignore[no-any-return]
+    return c.add(c.relu(x), c.log1p(c.exp(c.neg(c.abs(x)))))
 
 
 @onnx_op("Softplus")
@@ -91,42 +91,42 @@ def softplus(c: Call, x: Value) -> Value:
 
 @onnx_op("Softsign")
 def softsign(c: Call, x: Value) -> Value:
-    return c.div(x, c.add(c.abs(x), c.like(x, 1)))  # type: ignore[no-any-return]
+    return c.div(x, c.add(c.abs(x), c.like(x, 1)))
 
 
 @onnx_op("Mish", since=18)
 def mish(c: Call, x: Value) -> Value:
-    return c.mul(x, c.tanh(softplus_of(c, x)))  # type: ignore[no-any-return]
+    return c.mul(x, c.tanh(softplus_of(c, x)))
 
 
 @onnx_op("Swish", since=24)
 def swish(c: Call, x: Value) -> Value:
     alpha = c.attr("alpha", 1.0)
-    return c.silu(x) if alpha == 1 else c.mul(x, c.sigmoid(c.mul(x, c.like(x, alpha))))  # type: ignore[no-any-return]
+    return c.silu(x) if alpha == 1 else c.mul(x, c.sigmoid(c.mul(x, c.like(x, alpha))))
 
 
 @onnx_op("Gelu", since=20)
 @onnx_op("Gelu", domain="com.microsoft")
 def gelu(c: Call, x: Value) -> Value:
-    return c.gelu(x, approximate=c.attr("approximate", "none"))  # type: ignore[no-any-return]
+    return c.gelu(x, approximate=c.attr("approximate", "none"))
 
 
 @onnx_op("FastGelu", "BiasGelu", domain="com.microsoft")
 def bias_gelu(c: Call, x: Value, bias: Value | None = None) -> Value:
     x = x if bias is None else c.add(x, bias)
-    return c.gelu(x, approximate="tanh" if c.op_type == "FastGelu" else "none")  # type: ignore[no-any-return]
+    return c.gelu(x, approximate="tanh" if c.op_type == "FastGelu" else "none")
 
 
 @onnx_op("QuickGelu", domain="com.microsoft")
 def quick_gelu(c: Call, x: Value) -> Value:
-    return c.mul(x, c.sigmoid(c.mul(x, c.like(x, c.attr("alpha", 1.702)))))  # type: ignore[no-any-return]
+    return c.mul(x, c.sigmoid(c.mul(x, c.like(x, c.attr("alpha", 1.702)))))
 
 
 @onnx_op("Shrink", since=9)
 def shrink(c: Call, x: Value) -> Value:
     bias, bound = c.like(x, c.attr("bias", 0.0)), c.attr("lambd", 0.5)
     low = c.where(c.lt(x, c.like(x, -bound)), c.add(x, bias), c.like(x, 0))
-    return c.where(c.gt(x, c.like(x, bound)), c.sub(x, bias), low)  # type: ignore[no-any-return]
+    return c.where(c.gt(x, c.like(x, bound)), c.sub(x, bias), low)
 
 
 def _flattened(c: Call, x: Value, core: str) -> Value:
@@ -143,7 +143,7 @@ def softmax_flat(c: Call, x: Value) -> Value:
 
 @onnx_op("Softmax", since=13)
 def softmax(c: Call, x: Value) -> Value:
-    return c.softmax(x, axis=c.axis(c.attr("axis", -1), x.rank))  # type: ignore[no-any-return]
+    return c.softmax(x, axis=c.axis(c.attr("axis", -1), x.rank))
 
 
 @onnx_op("LogSoftmax")
@@ -153,7 +153,7 @@ def log_softmax_flat(c: Call, x: Value) -> Value:
 
 @onnx_op("LogSoftmax", since=13)
 def log_softmax(c: Call, x: Value) -> Value:
-    return c.log_softmax(x, axis=c.axis(c.attr("axis", -1), x.rank))  # type: ignore[no-any-return]
+    return c.log_softmax(x, axis=c.axis(c.attr("axis", -1), x.rank))
 
 
 def _hardmax(c: Call, x: Value, axis: int) -> Value:

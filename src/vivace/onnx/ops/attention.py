@@ -1,6 +1,7 @@
 """Attention (opset 23 and newer) and Microsoft's MultiHeadAttention.
 
-What the core op cannot say (sliding windows, lengths per batch, softcap after a mask, intermediate outputs) is left to the body by which
+What the core op cannot say (sliding windows, lengths per batch, softcap after a mask, intermediate outputs) is left
+to the body by which
 ONNX defines the operator.
 """
 
@@ -22,30 +23,30 @@ def _heads(c: Call, x: Value, n: int) -> Value:
     b, s, width = x.shape
     if not isinstance(width, int) or not n or width % n:
         raise c.error(f"{x.type} does not divide into {n} heads")
-    return c.transpose(c.reshape(x, shape=(b, s, n, width // n)), perm=(0, 2, 1, 3))  # type: ignore[no-any-return]
+    return c.transpose(c.reshape(x, shape=(b, s, n, width // n)), perm=(0, 2, 1, 3))
 
 
 def _joined(c: Call, y: Value) -> Value:
     """[B,H,S,E] -> [B,S,H*E]."""
     b, h, s, e = y.shape
-    return c.reshape(c.transpose(y, perm=(0, 2, 1, 3)), shape=(b, s, h * e))  # type: ignore[no-any-return]
+    return c.reshape(c.transpose(y, perm=(0, 2, 1, 3)), shape=(b, s, h * e))
 
 
 def _positions(c: Call, n: Dim, axis: int) -> Value:
-    return c.iota(shape=(n, 1) if axis == 0 else (1, n), axis=axis, dtype=DType.i64)  # type: ignore[no-any-return]
+    return c.iota(shape=(n, 1) if axis == 0 else (1, n), axis=axis, dtype=DType.i64)
 
 
 def _lower_triangle(c: Call, queries: Dim, keys: Dim, offset: Dim) -> Value:
     """bool[S,T]: key j is seen by query i where j <= i + offset."""
     rows = c.add(_positions(c, queries, 0), c.dims([offset], ()))
-    return c.le(_positions(c, keys, 1), rows)  # type: ignore[no-any-return]
+    return c.le(_positions(c, keys, 1), rows)
 
 
 def _masked(c: Call, mask: Value, allowed: Value) -> Value:
     """A bool or additive mask that also hides what is not allowed."""
     if mask.dtype is DType.bool:
-        return c.and_(mask, allowed)  # type: ignore[no-any-return]
-    return c.where(allowed, mask, c.like(mask, -np.inf))  # type: ignore[no-any-return]
+        return c.and_(mask, allowed)
+    return c.where(allowed, mask, c.like(mask, -np.inf))
 
 
 def _zero_where_blind(c: Call, y: Value, mask: Value) -> Value:
@@ -53,14 +54,20 @@ def _zero_where_blind(c: Call, y: Value, mask: Value) -> Value:
     if mask.shape[-1] == 1:
         return y
     seen = mask if mask.dtype is DType.bool else c.gt(mask, c.like(mask, -np.inf))
-    return c.where(c.reduce_max(seen, axes=(seen.rank - 1,), keepdims=True), y, c.like(y, 0))  # type: ignore[no-any-return]
+    return c.where(c.reduce_max(seen, axes=(seen.rank - 1,), keepdims=True), y, c.like(y, 0))
 
 
 @onnx_op("Attention", since=23)
 def attention(
-    c: Call, q: Value, k: Value, v: Value, mask: Value | None = None, past_k: Value | None = None, past_v: Value | None = None,
+    c: Call,
+    q: Value,
+    k: Value,
+    v: Value,
+    mask: Value | None = None,
+    past_k: Value | None = None,
+    past_v: Value | None = None,
     lengths: Value | None = None,
-) -> Result:  # fmt: skip
+) -> Result:
     names = [*c.node.output, "", "", ""]
     softcap, causal = c.attr("softcap", 0.0), bool(c.attr("is_causal", 0))
     windowed = c.attr("left_window_size", -1) != -1 or c.attr("right_window_size", -1) != -1
@@ -76,7 +83,12 @@ def attention(
         offset = past_k.shape[2]
         k, v = c.concat(past_k, k, axis=2), c.concat(past_v, v, axis=2)
     queries, keys = q.shape[2], k.shape[2]
-    if mask is not None and mask.shape[-1] not in (1, keys) and isinstance(mask.shape[-1], int) and isinstance(keys, int):
+    if (
+        mask is not None
+        and mask.shape[-1] not in (1, keys)
+        and isinstance(mask.shape[-1], int)
+        and isinstance(keys, int)
+    ):
         raise UseBody("its mask is shorter than the keys")
     aligned = offset == keys - queries
     if causal and (mask is not None or not aligned):
@@ -95,9 +107,17 @@ def attention(
 
 @onnx_op("MultiHeadAttention", domain="com.microsoft")
 def multi_head_attention(
-    c: Call, q: Value, k: Value | None = None, v: Value | None = None, bias: Value | None = None, padding: Value | None = None,
-    scores_bias: Value | None = None, past_k: Value | None = None, past_v: Value | None = None, *rest: Value,
-) -> Result:  # fmt: skip
+    c: Call,
+    q: Value,
+    k: Value | None = None,
+    v: Value | None = None,
+    bias: Value | None = None,
+    padding: Value | None = None,
+    scores_bias: Value | None = None,
+    past_k: Value | None = None,
+    past_v: Value | None = None,
+    *rest: Value,
+) -> Result:
     if k is None or v is None or q.rank != 3 or k.rank != 3 or v.rank != 3 or any(r is not None for r in rest):
         raise Fallback("its operands are packed")
     n = c.attr("num_heads")
@@ -128,7 +148,9 @@ def _static(d: Dim) -> int:
 
 @onnx_op("RotaryEmbedding", since=23)
 def rotary_embedding(c: Call, x: Value, cos: Value, sin: Value, positions: Value | None = None) -> Value:
-    """Rotates pairs of the first `rotary_embedding_dim` features of each head. Source: ONNX operator RotaryEmbedding."""
+    """Rotates pairs of the first `rotary_embedding_dim` features of each head. Source: ONNX operator
+    RotaryEmbedding.
+    """
     flat = x.rank == 3
     y = _heads(c, x, c.attr("num_heads", 0)) if flat else x
     width = y.shape[3]
@@ -151,4 +173,3 @@ def rotary_embedding(c: Call, x: Value, cos: Value, sin: Value, positions: Value
         out = c.concat(real, imaginary, axis=3)
     out = out if turned == width else c.concat(out, rest, axis=3)
     return _joined(c, out) if flat else out
-

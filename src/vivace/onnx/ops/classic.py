@@ -1,4 +1,6 @@
-"""The ai.onnx.ml operators that are plain arithmetic: Scaler, Normalizer, Binarizer, ArrayFeatureExtractor, LinearRegressor."""
+"""The ai.onnx.ml operators that are plain arithmetic: Scaler, Normalizer, Binarizer, ArrayFeatureExtractor,
+LinearRegressor.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ def scaler(c: Call, x: Value) -> Value:
     x = c.cast_to(x, DType.f32)
     offset, scale = (np.asarray(c.attr(a, ()), np.float32) for a in ("offset", "scale"))
     y = c.sub(x, c.const(offset)) if offset.size else x
-    return c.mul(y, c.const(scale)) if scale.size else y  # type: ignore[no-any-return]
+    return c.mul(y, c.const(scale)) if scale.size else y
 
 
 @onnx_op("Normalizer", domain=ML)
@@ -30,7 +32,7 @@ def normalizer(c: Call, x: Value) -> Value:
         size = c.sqrt(c.reduce_sum(c.mul(x, x), axes=axes, keepdims=True))
     else:
         size = c.reduce_max(x, axes=axes, keepdims=True)
-    return c.where(c.eq(size, c.like(size, 0)), x, c.div(x, size))  # type: ignore[no-any-return]
+    return c.where(c.eq(size, c.like(size, 0)), x, c.div(x, size))
 
 
 @onnx_op("Binarizer", domain=ML)
@@ -44,7 +46,7 @@ def array_feature_extractor(c: Call, x: Value, indices: Value) -> Value:
         raise Fallback("it works on strings")
     # The indices are a list whatever their shape; a vector counts as one row.
     rows = c.reshaped(x, (1, *x.shape)) if x.rank == 1 else x
-    return c.gather(rows, c.reshaped(indices, (indices.type.size,)), axis=rows.rank - 1)  # type: ignore[no-any-return]
+    return c.gather(rows, c.reshaped(indices, (indices.type.size,)), axis=rows.rank - 1)
 
 
 @onnx_op("LinearRegressor", domain=ML)
@@ -55,4 +57,4 @@ def linear_regressor(c: Call, x: Value) -> Value:
     weights = np.asarray(c.attr("coefficients"), np.float32).reshape(targets, -1).T
     y = c.matmul(x, c.const(np.ascontiguousarray(weights)))
     bias = np.asarray(c.attr("intercepts", ()), np.float32)
-    return c.add(y, c.const(bias)) if bias.size else y  # type: ignore[no-any-return]
+    return c.add(y, c.const(bias)) if bias.size else y

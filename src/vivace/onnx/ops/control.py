@@ -1,6 +1,7 @@
 """Control flow: If, Loop, Scan.
 
-A condition that is known at import selects its branch. A nested graph becomes a closed Graph: what it uses of the outer graph (other than
+A condition that is known at import selects its branch. A nested graph becomes a closed Graph: what it uses of the
+outer graph (other than
 constants and known dims) comes in as captures.
 """
 
@@ -59,7 +60,8 @@ def _unify(c: Call, branches: Sequence[tuple[Scope, list[Value]]]) -> None:
 
 
 def _choose_branch(c: Call, paths: Sequence[str]) -> None:
-    """Exporters write squeeze as `if size == 1: squeeze, else: keep`: what makes the squeeze right is what makes the condition true.
+    """Exporters write squeeze as `if size == 1: squeeze, else: keep`: what makes the squeeze right is what makes the
+    condition true.
 
     Raises: Learnt, after the assumption of the one branch that made some was taken over for the outer graph.
     """

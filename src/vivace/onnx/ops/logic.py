@@ -8,4 +8,4 @@ from vivace.onnx.call import Call, onnx_op
 
 @onnx_op("Where", since=9)
 def where(c: Call, cond: Value, a: Value, b: Value) -> Value:
-    return c.where(cond, a, b)  # type: ignore[no-any-return]
+    return c.where(cond, a, b)

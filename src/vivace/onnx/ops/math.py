@@ -15,23 +15,25 @@ from vivace.onnx.scope import Fallback
 from vivace.onnx.tensors import dtype_of
 
 UNARY = {
-    "Abs": "abs", "Neg": "neg", "Sqrt": "sqrt", "Exp": "exp", "Log": "log", "Erf": "erf", "Sin": "sin", "Cos": "cos", "Tan": "tan",
-    "Asin": "asin", "Acos": "acos", "Atan": "atan", "Sinh": "sinh", "Cosh": "cosh", "Tanh": "tanh", "Asinh": "asinh", "Acosh": "acosh",
-    "Atanh": "atanh", "Sigmoid": "sigmoid", "Floor": "floor", "Ceil": "ceil", "Round": "round", "Sign": "sign", "Relu": "relu",
-    "BitwiseNot": "bitnot", "Not": "not", "IsNaN": "isnan",
+    "Abs": "abs", "Neg": "neg", "Sqrt": "sqrt", "Exp": "exp", "Log": "log", "Erf": "erf", "Sin": "sin",
+    "Cos": "cos", "Tan": "tan", "Asin": "asin", "Acos": "acos", "Atan": "atan", "Sinh": "sinh", "Cosh": "cosh",
+    "Tanh": "tanh", "Asinh": "asinh", "Acosh": "acosh", "Atanh": "atanh", "Sigmoid": "sigmoid",
+    "Floor": "floor", "Ceil": "ceil", "Round": "round", "Sign": "sign", "Relu": "relu", "BitwiseNot": "bitnot",
+    "Not": "not", "IsNaN": "isnan",
 }  # fmt: skip
 BINARY = {
-    "Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "BitwiseAnd": "bitand", "BitwiseOr": "bitor", "BitwiseXor": "bitxor",
-    "Equal": "eq", "Greater": "gt", "GreaterOrEqual": "ge", "Less": "lt", "LessOrEqual": "le", "And": "and", "Or": "or", "Xor": "xor",
+    "Add": "add", "Sub": "sub", "Mul": "mul", "Div": "div", "BitwiseAnd": "bitand", "BitwiseOr": "bitor",
+    "BitwiseXor": "bitxor", "Equal": "eq", "Greater": "gt", "GreaterOrEqual": "ge", "Less": "lt",
+    "LessOrEqual": "le", "And": "and", "Or": "or", "Xor": "xor",
 }  # fmt: skip
 
 
 def _unary(core: str) -> Callable[[Call, Value], Value]:
-    return lambda c, x: getattr(c, core)(x)  # type: ignore[no-any-return]
+    return lambda c, x: getattr(c, core)(x)
 
 
 def _binary(core: str) -> Callable[[Call, Value, Value], Value]:
-    return lambda c, a, b: getattr(c, core)(a, b)  # type: ignore[no-any-return]
+    return lambda c, a, b: getattr(c, core)(a, b)
 
 
 for _name, _core in UNARY.items():
@@ -57,22 +59,22 @@ def total(c: Call, *xs: Value) -> Value:
 
 @onnx_op("Mean")
 def mean(c: Call, *xs: Value) -> Value:
-    return c.div(reduce(c.add, xs), c.like(xs[0], len(xs)))  # type: ignore[no-any-return]
+    return c.div(reduce(c.add, xs), c.like(xs[0], len(xs)))
 
 
 @onnx_op("Reciprocal")
 def reciprocal(c: Call, x: Value) -> Value:
-    return c.div(c.like(x, 1), x)  # type: ignore[no-any-return]
+    return c.div(c.like(x, 1), x)
 
 
 @onnx_op("IsInf", since=10)
 def is_inf(c: Call, x: Value) -> Value:
     high, low = c.attr("detect_positive", 1), c.attr("detect_negative", 1)
     if high and low:
-        return c.isinf(x)  # type: ignore[no-any-return]
+        return c.isinf(x)
     if not high and not low:
         return c.full(x.shape, False, DType.bool)
-    return c.eq(x, c.like(x, np.inf if high else -np.inf))  # type: ignore[no-any-return]
+    return c.eq(x, c.like(x, np.inf if high else -np.inf))
 
 
 @onnx_op("Pow")
@@ -80,22 +82,22 @@ def power(c: Call, x: Value, y: Value) -> Value:
     if y.data is not None and y.data.size == 1 and y.rank <= x.rank and float(y.data.reshape(-1)[0]) in (1.0, 2.0):
         return c.mul(x, x) if float(y.data.reshape(-1)[0]) == 2.0 else x
     if x.dtype is y.dtype:
-        return c.pow(x, y)  # type: ignore[no-any-return]
+        return c.pow(x, y)
     if x.dtype.is_float:
-        return c.pow(x, c.cast_to(y, x.dtype))  # type: ignore[no-any-return]
+        return c.pow(x, c.cast_to(y, x.dtype))
     if y.dtype.is_float:  # an integer to a fractional power is computed in f64 and truncated
         return c.cast_to(c.pow(c.cast_to(x, DType.f64), c.cast_to(y, DType.f64)), x.dtype)
-    return c.pow(x, c.cast_to(y, x.dtype))  # type: ignore[no-any-return]
+    return c.pow(x, c.cast_to(y, x.dtype))
 
 
 @onnx_op("Mod", since=10)
 def modulo(c: Call, a: Value, b: Value) -> Value:
-    return c.mod(a, b, fmod=bool(c.attr("fmod", 0)))  # type: ignore[no-any-return]
+    return c.mod(a, b, fmod=bool(c.attr("fmod", 0)))
 
 
 @onnx_op("BitShift", since=11)
 def bit_shift(c: Call, a: Value, b: Value) -> Value:
-    return c.shl(a, b) if c.attr("direction") == "LEFT" else c.shr(a, b)  # type: ignore[no-any-return]
+    return c.shl(a, b) if c.attr("direction") == "LEFT" else c.shr(a, b)
 
 
 _SATURATING = {DType.f8e4m3fn: 448.0, DType.f8e5m2: 57344.0}
@@ -122,7 +124,7 @@ def cast_value(c: Call, x: Value, to: DType) -> Value:
 
 @onnx_op("MatMul")
 def matmul(c: Call, a: Value, b: Value) -> Value:
-    return c.matmul(a, b)  # type: ignore[no-any-return]
+    return c.matmul(a, b)
 
 
 @onnx_op("Gemm")
@@ -136,14 +138,14 @@ def gemm(c: Call, a: Value, b: Value, bias: Value | None = None) -> Value:
     if alpha != 1:
         y = c.mul(y, c.like(y, alpha))
     if bias is None or beta == 0:
-        return y  # type: ignore[no-any-return]
-    return c.add(y, bias if beta == 1 else c.mul(bias, c.like(bias, beta)))  # type: ignore[no-any-return]
+        return y
+    return c.add(y, bias if beta == 1 else c.mul(bias, c.like(bias, beta)))
 
 
 @onnx_op("CumSum", since=11)
 def cumsum(c: Call, x: Value, axis: Value) -> Value:
     along = c.axis(int(c.scalar(axis, "the axis")), x.rank)
-    return c.cumsum(x, axis=along, exclusive=bool(c.attr("exclusive", 0)), reverse=bool(c.attr("reverse", 0)))  # type: ignore[no-any-return]
+    return c.cumsum(x, axis=along, exclusive=bool(c.attr("exclusive", 0)), reverse=bool(c.attr("reverse", 0)))
 
 
 @onnx_op("Einsum", since=12)
@@ -157,7 +159,9 @@ def einsum(c: Call, *xs: Value) -> Result:
     spare = [ch for ch in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if ch not in equation]
     wide = max((x.rank - len(t.replace("...", "")) for t, x in zip(terms, xs) if "..." in t), default=0)
     dots = "".join(spare[:wide])
-    terms = [t.replace("...", dots[wide - (x.rank - len(t) + 3) :] if x.rank - len(t) + 3 else "") for t, x in zip(terms, xs)]
+    terms = [
+        t.replace("...", dots[wide - (x.rank - len(t) + 3) :] if x.rank - len(t) + 3 else "") for t, x in zip(terms, xs)
+    ]
     if "->" not in equation:
         letters = "".join(terms)
         right = dots + "".join(sorted(ch for ch in set(letters) - set(dots) if letters.count(ch) == 1))
@@ -187,10 +191,9 @@ def _contract(c: Call, a: Value, an: str, b: Value, bn: str, later: set[str]) ->
     shared = [ch for ch in an if ch in bn and ch not in later]
     rows, columns = [ch for ch in an if ch not in bn], [ch for ch in bn if ch not in an]
     sizes = dict(zip(bn, b.shape)) | {ch: d for ch, d in zip(an, a.shape) if d != 1 or ch not in bn}
-    group = lambda letters: prod(tuple(sizes[ch] for ch in letters))  # noqa: E731
     x = c.transposed(a, [an.index(ch) for ch in batch + rows + shared])
     y = c.transposed(b, [bn.index(ch) for ch in batch + shared + columns])
-    lead = tuple(sizes[ch] for ch in batch)
-    z = c.matmul(c.reshaped(x, (*lead, group(rows), group(shared))), c.reshaped(y, (*lead, group(shared), group(columns))))
+    n, (m, k, p) = len(batch), (prod(tuple(sizes[ch] for ch in part)) for part in (rows, shared, columns))
+    z = c.matmul(c.reshaped(x, (*x.shape[:n], m, k)), c.reshaped(y, (*y.shape[:n], k, p)))
     names = "".join(batch + rows + columns)
     return c.reshaped(z, tuple(sizes[ch] for ch in names)), names

@@ -1,4 +1,5 @@
-"""Moving data: Transpose, Concat, Slice, Split, Pad, Gather*, Scatter*, TopK, OneHot, DepthToSpace, SpaceToDepth, Compress,
+"""Moving data: Transpose, Concat, Slice, Split, Pad, Gather*, Scatter*, TopK, OneHot, DepthToSpace, SpaceToDepth,
+Compress,
 ReverseSequence."""
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ _TO_THE_END = (1 << 31) - 1
 
 
 def _position(d: Dim, size: Dim, least: Dim, most: Dim) -> Dim:
-    """A slice bound: negative counts from the end, then clamped; exporters write the largest integer for `to the end`."""
+    """A slice bound: negative counts from the end, then clamped; exporters write the largest integer for `to the
+    end`.
+    """
     if isinstance(d, int) and d >= _TO_THE_END:
         return most
     if sign_of(d) < 0:
@@ -72,13 +75,17 @@ def slice_attributes(c: Call, x: Value) -> Value:
 
 
 @onnx_op("Slice", since=10)
-def slice_inputs(c: Call, x: Value, starts: Value, ends: Value, axes: Value | None = None, steps: Value | None = None) -> Value:
+def slice_inputs(
+    c: Call, x: Value, starts: Value, ends: Value, axes: Value | None = None, steps: Value | None = None
+) -> Value:
     first, last = c.ints(starts, "a start"), c.ints(ends, "an end")
     along = tuple(range(len(first))) if axes is None else c.static_ints(axes, "axes")
     return _slice(c, x, first, last, along, (1,) * len(first) if steps is None else c.static_ints(steps, "a step"))
 
 
-def _slice(c: Call, x: Value, starts: Sequence[Dim], ends: Sequence[Dim], axes: Sequence[int], steps: Sequence[int]) -> Value:
+def _slice(
+    c: Call, x: Value, starts: Sequence[Dim], ends: Sequence[Dim], axes: Sequence[int], steps: Sequence[int]
+) -> Value:
     if not len(starts) == len(ends) == len(axes) == len(steps) or 0 in steps:
         raise c.error("starts, ends, axes and steps do not match, or a step is 0")
     first: list[Dim] = [0] * x.rank
@@ -109,14 +116,15 @@ def _split(c: Call, x: Value, sizes: Sequence[Dim] | None) -> Result:
         part = ceildiv(whole, n)
         if isinstance(whole, int) and c.opset < 18 and whole % n:
             raise c.error(f"axis {axis} of {x.type} does not divide into {n} parts")
-        exact = not isinstance(whole, int) and c.opset < 18  # the operator demands equal parts
-        sizes = [floordiv(whole, n)] * n if exact else [*[part] * (n - 1), whole - part * (n - 1)]
-        if isinstance(sizes[-1], int) and sizes[-1] < 0:
-            sizes = [max(min(part, whole - part * i), 0) for i in range(n)]  # type: ignore[operator]
-    total = sum(sizes, start=0) if sizes else 0  # type: ignore[arg-type]
+        equal = not isinstance(whole, int) and c.opset < 18  # the operator demands equal parts
+        sizes = [floordiv(whole, n)] * n if equal else [maximum(minimum(part, whole - part * i), 0) for i in range(n)]
+    total: Dim = 0
+    for s in sizes:
+        total = total + s
     if total != whole:
         raise DimMismatch(whole, total, "Split")
-    outs, at = [], 0
+    outs: list[Value] = []
+    at: Dim = 0
     for s in sizes:
         outs.append(c.sliced(x, axis, at, s))
         at = at + s
@@ -178,7 +186,9 @@ def gather_nd(c: Call, x: Value, indices: Value) -> Value:
 
 @onnx_op("Scatter", "ScatterElements")
 def scatter_elements(c: Call, x: Value, indices: Value, updates: Value) -> Value:
-    return c.scatter_elements(x, indices, updates, axis=c.axis(c.attr("axis", 0), x.rank), reduction=c.attr("reduction", "none"))
+    return c.scatter_elements(
+        x, indices, updates, axis=c.axis(c.attr("axis", 0), x.rank), reduction=c.attr("reduction", "none")
+    )
 
 
 @onnx_op("ScatterND", since=11)
@@ -188,15 +198,16 @@ def scatter_nd(c: Call, x: Value, indices: Value, updates: Value) -> Value:
 
 @onnx_op("TopK")
 def topk_attribute(c: Call, x: Value) -> Result:
-    return c.topk(x, axis=c.axis(c.attr("axis", -1), x.rank), k=c.attr("k"), largest=True, sorted=True)  # type: ignore[no-any-return]
+    return c.topk(x, axis=c.axis(c.attr("axis", -1), x.rank), k=c.attr("k"), largest=True, sorted=True)
 
 
 @onnx_op("TopK", since=10)
 def topk(c: Call, x: Value, k: Value) -> Result:
     axis, size = c.axis(c.attr("axis", -1), x.rank), c.scalar(k, "k")
-    if isinstance(size, int) and isinstance(x.shape[axis], int) and not 0 <= size <= x.shape[axis]:
-        raise c.error(f"k is {size}", f"0 to {x.shape[axis]}")
-    return c.topk(x, axis=axis, k=size, largest=bool(c.attr("largest", 1)), sorted=bool(c.attr("sorted", 1)))  # type: ignore[no-any-return]
+    most = x.shape[axis]
+    if isinstance(size, int) and isinstance(most, int) and not 0 <= size <= most:
+        raise c.error(f"k is {size}", f"0 to {most}")
+    return c.topk(x, axis=axis, k=size, largest=bool(c.attr("largest", 1)), sorted=bool(c.attr("sorted", 1)))
 
 
 @onnx_op("OneHot", since=9)
@@ -207,9 +218,11 @@ def one_hot(c: Call, indices: Value, depth: Value, values: Value) -> Value:
     idx = c.cast_to(indices, DType.i64)
     idx = c.where(c.lt(idx, c.like(idx, 0)), c.add(idx, c.dims([n], ())), idx)
     shape = (*indices.shape[:axis], 1, *indices.shape[axis:])
-    line = c.reshape(c.iota(shape=(n,), axis=0, dtype=DType.i64), shape=tuple(n if i == axis else 1 for i in range(len(shape))))
+    line = c.reshape(
+        c.iota(shape=(n,), axis=0, dtype=DType.i64), shape=tuple(n if i == axis else 1 for i in range(len(shape)))
+    )
     off, on = (c.reshaped(c.sliced(values, 0, i, 1), ()) for i in (0, 1))
-    return c.where(c.eq(c.reshaped(idx, shape), line), on, off)  # type: ignore[no-any-return]
+    return c.where(c.eq(c.reshaped(idx, shape), line), on, off)
 
 
 @onnx_op("DepthToSpace")
@@ -219,7 +232,7 @@ def depth_to_space(c: Call, x: Value) -> Value:
         x = c.transpose(c.reshape(x, shape=(n, b, b, floordiv(ch, b * b), h, w)), perm=(0, 3, 4, 1, 5, 2))
     else:
         x = c.transpose(c.reshape(x, shape=(n, floordiv(ch, b * b), b, b, h, w)), perm=(0, 1, 4, 2, 5, 3))
-    return c.reshape(x, shape=(n, floordiv(ch, b * b), h * b, w * b))  # type: ignore[no-any-return]
+    return c.reshape(x, shape=(n, floordiv(ch, b * b), h * b, w * b))
 
 
 @onnx_op("SpaceToDepth")
@@ -227,15 +240,15 @@ def space_to_depth(c: Call, x: Value) -> Value:
     b, (n, ch, h, w) = c.attr("blocksize"), x.shape
     split = c.reshape(x, shape=(n, ch, floordiv(h, b), b, floordiv(w, b), b))
     perm = (0, 3, 5, 1, 2, 4) if c.attr("mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
-    return c.reshape(c.transpose(split, perm=perm), shape=(n, ch * b * b, floordiv(h, b), floordiv(w, b)))  # type: ignore[no-any-return]
+    return c.reshape(c.transpose(split, perm=perm), shape=(n, ch * b * b, floordiv(h, b), floordiv(w, b)))
 
 
 @onnx_op("Compress", since=9)
 def compress(c: Call, x: Value, condition: Value) -> Value:
     kept = np.flatnonzero(c.array(condition, "the condition"))
     if "axis" not in c.attrs:
-        return c.gather(c.reshaped(x, (x.type.size,)), c.const(kept), axis=0)  # type: ignore[no-any-return]
-    return c.gather(x, c.const(kept), axis=c.axis(c.attr("axis"), x.rank))  # type: ignore[no-any-return]
+        return c.gather(c.reshaped(x, (x.type.size,)), c.const(kept), axis=0)
+    return c.gather(x, c.const(kept), axis=c.axis(c.attr("axis"), x.rank))
 
 
 @onnx_op("ReverseSequence", since=10)
@@ -245,4 +258,4 @@ def reverse_sequence(c: Call, x: Value, lens: Value) -> Value:
     step = c.iota(shape=tuple(along), axis=time, dtype=DType.i64)
     n = c.reshape(c.cast_to(lens, DType.i64), shape=tuple(x.shape[batch] if i == batch else 1 for i in range(x.rank)))
     back = c.where(c.lt(step, n), c.sub(c.sub(n, step), c.like(n, 1)), step)
-    return c.gather_elements(x, c.expand(back, shape=x.shape), axis=time)  # type: ignore[no-any-return]
+    return c.gather_elements(x, c.expand(back, shape=x.shape), axis=time)

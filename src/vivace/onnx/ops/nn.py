@@ -41,6 +41,11 @@ def per_axis(c: Call, name: str, n: int, default: int) -> tuple[int, ...]:
 
 @onnx_op("Conv")
 def conv(c: Call, x: Value, w: Value, bias: Value | None = None) -> Value:
+    return convolve(c, x, w, bias)
+
+
+def convolve(c: Call, x: Value, w: Value, bias: Value | None) -> Value:
+    """A convolution with the window of the node's attributes."""
     n = x.rank - 2
     if n < 1 or w.rank != x.rank:
         raise c.error(f"operands are {x.type} and {w.type}", "one rank of at least 3")
@@ -52,19 +57,32 @@ def conv(c: Call, x: Value, w: Value, bias: Value | None = None) -> Value:
     strides, dilations = per_axis(c, "strides", n, 1), per_axis(c, "dilations", n, 1)
     before, after = window_padding(c, x.shape[2:], kernel, strides, dilations)  # type: ignore[arg-type]
     x, before, after = _crop(c, x, before, after)
-    return c.conv(  # type: ignore[no-any-return]
-        x, w, bias, strides=strides, dilations=dilations, before=before, after=after, group=c.attr("group", 1), layout="NCHW"
+    return c.conv(
+        x,
+        w,
+        bias,
+        strides=strides,
+        dilations=dilations,
+        before=before,
+        after=after,
+        group=c.attr("group", 1),
+        layout="NCHW",
     )
 
 
-def _crop(c: Call, x: Value, before: tuple[Dim, ...], after: tuple[Dim, ...]) -> tuple[Value, tuple[Dim, ...], tuple[Dim, ...]]:
+def _crop(
+    c: Call, x: Value, before: tuple[Dim, ...], after: tuple[Dim, ...]
+) -> tuple[Value, tuple[Dim, ...], tuple[Dim, ...]]:
     """Negative padding crops the input."""
     for i, (b, a) in enumerate(zip(before, after)):
         cut = [max(-p, 0) if isinstance(p, int) else 0 for p in (b, a)]
         if any(cut):
             x = c.sliced(x, i + 2, cut[0], x.shape[i + 2] - cut[0] - cut[1])
-    keep = lambda pads: tuple(max(p, 0) if isinstance(p, int) else p for p in pads)  # noqa: E731
-    return x, keep(before), keep(after)
+    return x, _not_negative(before), _not_negative(after)
+
+
+def _not_negative(pads: tuple[Dim, ...]) -> tuple[Dim, ...]:
+    return tuple(max(p, 0) if isinstance(p, int) else p for p in pads)
 
 
 @onnx_op("ConvTranspose")
@@ -84,11 +102,24 @@ def conv_transpose(c: Call, x: Value, w: Value, bias: Value | None = None) -> Va
         before, after = window_padding(c, spatial, kernel, strides, dilations)  # type: ignore[arg-type]
     else:
         wanted = wanted[-n:]
-        totals = [s * (d - 1) + p + (k - 1) * e + 1 - o for d, k, s, e, p, o in zip(spatial, kernel, strides, dilations, extra, wanted)]
+        totals = [
+            s * (d - 1) + p + (k - 1) * e + 1 - o
+            for d, k, s, e, p, o in zip(spatial, kernel, strides, dilations, extra, wanted)
+        ]
         less = [floordiv(t, 2) for t in totals]
         rest = [t - h for t, h in zip(totals, less)]
-        # Source: ONNX operator ConvTranspose: SAME_UPPER leaves the larger half at the end, any other mode at the beginning.
+        # Source: ONNX operator ConvTranspose: SAME_UPPER leaves the larger half at the end, any other mode at the
+        # beginning.
         before, after = (tuple(less), tuple(rest)) if auto == "SAME_UPPER" else (tuple(rest), tuple(less))
-    return c.conv_transpose(  # type: ignore[no-any-return]
-        x, w, bias, strides=strides, dilations=dilations, before=before, after=after, output_padding=extra, group=c.attr("group", 1), layout="NCHW"
+    return c.conv_transpose(
+        x,
+        w,
+        bias,
+        strides=strides,
+        dilations=dilations,
+        before=before,
+        after=after,
+        output_padding=extra,
+        group=c.attr("group", 1),
+        layout="NCHW",
     )

@@ -24,13 +24,13 @@ def batch_normalization(c: Call, x: Value, scale: Value, bias: Value, mean: Valu
     factor = c.div(scale, c.sqrt(c.add(variance, c.like(variance, c.attr("epsilon", 1e-5)))))
     offset = c.sub(bias, c.mul(mean, factor))
     factor, offset = (per_channel(c, c.cast_to(v, x.dtype), x) for v in (factor, offset))
-    return c.add(c.mul(x, factor), offset)  # type: ignore[no-any-return]
+    return c.add(c.mul(x, factor), offset)
 
 
 @onnx_op("InstanceNormalization")
 def instance_normalization(c: Call, x: Value, scale: Value, bias: Value) -> Value:
     y = c.layer_norm(x, axis=2, epsilon=c.attr("epsilon", 1e-5)) if x.rank > 2 else x
-    return c.add(c.mul(y, per_channel(c, scale, x)), per_channel(c, bias, x))  # type: ignore[no-any-return]
+    return c.add(c.mul(y, per_channel(c, scale, x)), per_channel(c, bias, x))
 
 
 @onnx_op("GroupNormalization", since=18)
@@ -45,7 +45,7 @@ def group_normalization_18(c: Call, x: Value, scale: Value, bias: Value) -> Valu
 def group_normalization(c: Call, x: Value, scale: Value, bias: Value) -> Value:
     y, _ = _grouped(c, x)
     y = c.reshaped(y, x.shape)
-    return c.add(c.mul(y, per_channel(c, scale, x)), per_channel(c, bias, x))  # type: ignore[no-any-return]
+    return c.add(c.mul(y, per_channel(c, scale, x)), per_channel(c, bias, x))
 
 
 def _grouped(c: Call, x: Value) -> tuple[Value, int]:
@@ -72,7 +72,7 @@ def layer_normalization(c: Call, x: Value, scale: Value, bias: Value | None = No
         y = c.mul(c.layer_norm(x, axis=axis, epsilon=epsilon), scale)
         y = y if bias is None else c.add(y, bias)
     if c.n_outputs == 1:
-        return y  # type: ignore[no-any-return]
+        return y
     axes, wide = tuple(range(axis, x.rank)), c.cast_to(x, DType.f32)
     mean = c.reduce_mean(wide, axes=axes, keepdims=True)
     centred = c.sub(wide, mean)
@@ -89,12 +89,14 @@ def rms_normalization(c: Call, x: Value, scale: Value) -> Value:
         raise Fallback("it also gives the inverse deviation")
     scale = c.cast_to(scale, x.dtype)
     if _fits(x, scale, axis):
-        return c.rms_norm(x, scale, axis=axis, epsilon=epsilon)  # type: ignore[no-any-return]
-    return c.mul(c.rms_norm(x, axis=axis, epsilon=epsilon), scale)  # type: ignore[no-any-return]
+        return c.rms_norm(x, scale, axis=axis, epsilon=epsilon)
+    return c.mul(c.rms_norm(x, axis=axis, epsilon=epsilon), scale)
 
 
 @onnx_op("SkipLayerNormalization", domain="com.microsoft")
-def skip_layer_normalization(c: Call, x: Value, skip: Value, gamma: Value, beta: Value | None = None, bias: Value | None = None) -> Result:
+def skip_layer_normalization(
+    c: Call, x: Value, skip: Value, gamma: Value, beta: Value | None = None, bias: Value | None = None
+) -> Result:
     total = c.add(x, skip)
     total = total if bias is None else c.add(total, bias)
     y = c.layer_norm(total, gamma, beta, axis=x.rank - 1, epsilon=c.attr("epsilon", 1e-12))
@@ -123,17 +125,25 @@ def lp_normalization(c: Call, x: Value) -> Value:
     else:
         norm = c.sqrt(c.reduce_sum(c.mul(x, x), axes=axes, keepdims=True))
     zero = c.eq(norm, c.like(norm, 0))
-    return c.where(zero, c.like(x, 0), c.div(x, c.where(zero, c.like(norm, 1), norm)))  # type: ignore[no-any-return]
+    return c.where(zero, c.like(x, 0), c.div(x, c.where(zero, c.like(norm, 1), norm)))
 
 
 @onnx_op("LRN")
 def lrn(c: Call, x: Value) -> Value:
-    """x / (bias + alpha * mean of squares over `size` channels)^beta: an average over channels that counts its padding."""
+    """x / (bias + alpha * mean of squares over `size` channels)^beta: an average over channels that counts its
+    padding.
+    """
     size, alpha, beta, bias = c.attr("size"), c.attr("alpha", 1e-4), c.attr("beta", 0.75), c.attr("bias", 1.0)
     planes = c.reshaped(c.mul(x, x), (x.shape[0], 1, x.shape[1], prod(x.shape[2:])))
     mean = c.avg_pool(
-        planes, kernel=(size, 1), strides=(1, 1), dilations=(1, 1), before=((size - 1) // 2, 0), after=(size // 2, 0),
-        count_include_pad=True, layout="NCHW",
-    )  # fmt: skip
+        planes,
+        kernel=(size, 1),
+        strides=(1, 1),
+        dilations=(1, 1),
+        before=((size - 1) // 2, 0),
+        after=(size // 2, 0),
+        count_include_pad=True,
+        layout="NCHW",
+    )
     scale = c.add(c.mul(c.reshaped(mean, x.shape), c.like(x, alpha)), c.like(x, bias))
-    return c.div(x, c.pow(scale, c.like(x, beta)))  # type: ignore[no-any-return]
+    return c.div(x, c.pow(scale, c.like(x, beta)))

@@ -27,7 +27,9 @@ def _window(c: Call, x: Value) -> tuple[Window, tuple[Dim, ...]]:
 
 
 def _growth(size: Dim, k: int, stride: int, dilation: int, before: Dim, after: Dim) -> Dim:
-    """Cells after the axis that give ceil mode its last window, unless that window would begin in the padding at the end."""
+    """Cells after the axis that give ceil mode its last window, unless that window would begin in the padding at the
+    end.
+    """
     extent = (k - 1) * dilation + 1
     growth = dim_mod(-(size + before + after - extent), stride)
     if isinstance(growth, int):
@@ -46,7 +48,7 @@ def max_pool(c: Call, x: Value) -> Result:
     if c.n_outputs > 1:
         raise Fallback("it also gives the positions of the maxima")
     window, grown = _window(c, x)
-    return c.max_pool(x, **(window | {"after": _plus(window["after"], grown)}), layout="NCHW")  # type: ignore[no-any-return]
+    return c.max_pool(x, **(window | {"after": _plus(window["after"], grown)}), layout="NCHW")
 
 
 def average(c: Call, x: Value, window: Window, grown: Sequence[Dim], include: bool) -> Value:
@@ -56,7 +58,7 @@ def average(c: Call, x: Value, window: Window, grown: Sequence[Dim], include: bo
         window = window | {"before": (0,) * len(grown), "after": (0,) * len(grown)}
         include = False
     window = window | {"after": _plus(window["after"], grown)}
-    return c.avg_pool(x, **window, count_include_pad=include, layout="NCHW")  # type: ignore[no-any-return]
+    return c.avg_pool(x, **window, count_include_pad=include, layout="NCHW")
 
 
 @onnx_op("AveragePool")
@@ -74,4 +76,4 @@ def lp_pool(c: Call, x: Value) -> Value:
     window = window | {"after": _plus(window["after"], grown)}
     powered = c.mul(x, x) if p == 2 else c.abs(x) if p == 1 else c.pow(c.abs(x), c.like(x, p))
     total = c.mul(average(c, powered, window, (0,) * len(grown), True), c.like(x, cells))
-    return c.sqrt(total) if p == 2 else total if p == 1 else c.pow(total, c.like(x, 1 / p))  # type: ignore[no-any-return]
+    return c.sqrt(total) if p == 2 else total if p == 1 else c.pow(total, c.like(x, 1 / p))

@@ -15,14 +15,19 @@ from vivace.base.dtypes import DType
 from vivace.graph.graph import Value
 from vivace.onnx.call import Call, Result, onnx_op
 from vivace.onnx.ops.math import cast_value
-from vivace.onnx.ops.nn import conv
+from vivace.onnx.ops.nn import convolve
 from vivace.onnx.scope import Fallback
 from vivace.onnx.tensors import dtype_of
 
 _RANGES = {
-    DType.i4: (-8, 7), DType.u4: (0, 15), DType.i8: (-128, 127), DType.u8: (0, 255),
-    DType.i16: (-32768, 32767), DType.u16: (0, 65535), DType.i32: (-(1 << 31), (1 << 31) - 1),
-}  # fmt: skip
+    DType.i4: (-8, 7),
+    DType.u4: (0, 15),
+    DType.i8: (-128, 127),
+    DType.u8: (0, 255),
+    DType.i16: (-32768, 32767),
+    DType.u16: (0, 65535),
+    DType.i32: (-(1 << 31), (1 << 31) - 1),
+}
 
 
 def along_axis(c: Call, v: Value, x: Value, axis: int, block: int) -> Value:
@@ -36,7 +41,7 @@ def along_axis(c: Call, v: Value, x: Value, axis: int, block: int) -> Value:
         raise Fallback("its blocks do not divide the axis")
     spread = c.reshape(v, shape=(*v.shape[: axis + 1], 1, *v.shape[axis + 1 :]))
     full = c.expand(spread, shape=(*v.shape[: axis + 1], block, *v.shape[axis + 1 :]))
-    return c.reshape(full, shape=x.shape)  # type: ignore[no-any-return]
+    return c.reshape(full, shape=x.shape)
 
 
 def dequantize(c: Call, x: Value, scale: Value, zero: Value | None) -> Value:
@@ -44,7 +49,7 @@ def dequantize(c: Call, x: Value, scale: Value, zero: Value | None) -> Value:
     wide = c.cast_to(x, DType.i32) if x.dtype.is_int else c.cast_to(x, DType.f32)
     if zero is not None and not (zero.data is not None and not zero.data.any()):
         wide = c.sub(wide, c.cast_to(zero, wide.dtype))
-    return c.mul(c.cast_to(wide, DType.f32), c.cast_to(scale, DType.f32))  # type: ignore[no-any-return]
+    return c.mul(c.cast_to(wide, DType.f32), c.cast_to(scale, DType.f32))
 
 
 def quantize(c: Call, x: Value, scale: Value, zero: Value | None, to: DType) -> Value:
@@ -73,7 +78,13 @@ def dequantize_linear(c: Call, x: Value, scale: Value, zero: Value | None = None
 @onnx_op("QuantizeLinear", domain="com.microsoft")
 def quantize_linear(c: Call, x: Value, scale: Value, zero: Value | None = None) -> Value:
     axis, block = c.axis(c.attr("axis", 1), max(x.rank, 2)), c.attr("block_size", 0)
-    to = zero.dtype if zero is not None else dtype_of(c.attr("output_dtype"), c.site) if c.attr("output_dtype", 0) else DType.u8
+    to = (
+        zero.dtype
+        if zero is not None
+        else dtype_of(c.attr("output_dtype"), c.site)
+        if c.attr("output_dtype", 0)
+        else DType.u8
+    )
     if to not in _RANGES and not to.is_float:
         raise Fallback(f"it quantizes to {to}")
     if to.is_float and not c.attr("saturate", 1):
@@ -86,8 +97,8 @@ def quantize_linear(c: Call, x: Value, scale: Value, zero: Value | None = None) 
 @onnx_op("DynamicQuantizeLinear", since=11)
 def dynamic_quantize_linear(c: Call, x: Value) -> Result:
     axes, zero = tuple(range(x.rank)), c.like(x, 0)
-    reduce = lambda op: op(x, axes=axes, keepdims=False) if axes else x  # noqa: E731
-    low, high = c.min(reduce(c.reduce_min), zero), c.max(reduce(c.reduce_max), zero)
+    low = c.min(c.reduce_min(x, axes=axes, keepdims=False), zero)
+    high = c.max(c.reduce_max(x, axes=axes, keepdims=False), zero)
     scale = c.div(c.sub(high, low), c.like(x, 255))
     point = c.clip(c.round(c.div(c.neg(low), scale)), min=0.0, max=255.0)
     # Nothing but zeros: any scale is right, and 0/0 must not reach the integer.
@@ -102,15 +113,17 @@ def _shifted(c: Call, x: Value, zero: Value | None, shape: Sequence[Dim]) -> Val
     if zero is None or (zero.data is not None and not zero.data.any()):
         return wide
     zero = c.cast_to(zero, DType.i32)
-    return c.sub(wide, c.reshaped(zero, () if zero.type.size == 1 else tuple(shape)))  # type: ignore[no-any-return]
+    return c.sub(wide, c.reshaped(zero, () if zero.type.size == 1 else tuple(shape)))
 
 
 def _product(c: Call, a: Value, b: Value, a_zero: Value | None, b_zero: Value | None) -> Value:
     rows = a_zero is not None and a_zero.rank == 1
-    left = _shifted(c, a, a_zero, (a.shape[-2], 1) if rows and a.rank > 1 else a_zero.shape if a_zero is not None else ())
+    left = _shifted(
+        c, a, a_zero, (a.shape[-2], 1) if rows and a.rank > 1 else a_zero.shape if a_zero is not None else ()
+    )
     columns = b_zero is not None and b_zero.rank == 1
     right = _shifted(c, b, b_zero, (b.shape[-1],) if columns else b_zero.shape if b_zero is not None else ())
-    return c.matmul(left, right)  # type: ignore[no-any-return]
+    return c.matmul(left, right)
 
 
 @onnx_op("MatMulInteger", since=10)
@@ -118,9 +131,11 @@ def matmul_integer(c: Call, a: Value, b: Value, a_zero: Value | None = None, b_z
     return _product(c, a, b, a_zero, b_zero)
 
 
-def _convolved(c: Call, x: Value, w: Value, x_zero: Value | None, w_zero: Value | None, bias: Value | None = None) -> Value:
+def _convolved(
+    c: Call, x: Value, w: Value, x_zero: Value | None, w_zero: Value | None, bias: Value | None = None
+) -> Value:
     filters = (w.shape[0], *[1] * (w.rank - 1))
-    return conv(c, _shifted(c, x, x_zero, ()), _shifted(c, w, w_zero, filters), bias)
+    return convolve(c, _shifted(c, x, x_zero, ()), _shifted(c, w, w_zero, filters), bias)
 
 
 @onnx_op("ConvInteger", since=10)
@@ -130,7 +145,15 @@ def conv_integer(c: Call, x: Value, w: Value, x_zero: Value | None = None, w_zer
 
 @onnx_op("QLinearMatMul", since=10)
 def qlinear_matmul(
-    c: Call, a: Value, a_scale: Value, a_zero: Value, b: Value, b_scale: Value, b_zero: Value, y_scale: Value, y_zero: Value
+    c: Call,
+    a: Value,
+    a_scale: Value,
+    a_zero: Value,
+    b: Value,
+    b_scale: Value,
+    b_zero: Value,
+    y_scale: Value,
+    y_zero: Value,
 ) -> Value:
     total = c.cast_to(_product(c, a, b, a_zero, b_zero), DType.f32)
     left = c.cast_to(a_scale, DType.f32)
@@ -142,9 +165,17 @@ def qlinear_matmul(
 
 @onnx_op("QLinearConv", since=10)
 def qlinear_conv(
-    c: Call, x: Value, x_scale: Value, x_zero: Value, w: Value, w_scale: Value, w_zero: Value, y_scale: Value, y_zero: Value,
+    c: Call,
+    x: Value,
+    x_scale: Value,
+    x_zero: Value,
+    w: Value,
+    w_scale: Value,
+    w_zero: Value,
+    y_scale: Value,
+    y_zero: Value,
     bias: Value | None = None,
-) -> Value:  # fmt: skip
+) -> Value:
     total = c.cast_to(_convolved(c, x, w, x_zero, w_zero, bias), DType.f32)
     scale = c.mul(c.reshaped(x_scale, ()), w_scale)
     scale = c.reshaped(scale, () if scale.type.size == 1 else (scale.type.size, *[1] * (x.rank - 2)))
@@ -153,14 +184,26 @@ def qlinear_conv(
 
 @onnx_op("QLinearAdd", "QLinearMul", domain="com.microsoft")
 def qlinear_binary(
-    c: Call, a: Value, a_scale: Value, a_zero: Value, b: Value, b_scale: Value, b_zero: Value, y_scale: Value, y_zero: Value
+    c: Call,
+    a: Value,
+    a_scale: Value,
+    a_zero: Value,
+    b: Value,
+    b_scale: Value,
+    b_zero: Value,
+    y_scale: Value,
+    y_zero: Value,
 ) -> Value:
     left, right = dequantize(c, a, a_scale, a_zero), dequantize(c, b, b_scale, b_zero)
-    return quantize(c, c.add(left, right) if c.op_type == "QLinearAdd" else c.mul(left, right), y_scale, y_zero, y_zero.dtype)
+    return quantize(
+        c, c.add(left, right) if c.op_type == "QLinearAdd" else c.mul(left, right), y_scale, y_zero, y_zero.dtype
+    )
 
 
 def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The first `count` numbers of the last axis of a u8 array that holds 8 // bits of them in each byte, low bits first."""
+    """The first `count` numbers of the last axis of a u8 array that holds 8 // bits of them in each byte, low bits
+    first.
+    """
     shifts = np.arange(0, 8, bits, dtype=np.uint8)
     wide = (packed[..., None] >> shifts) & np.uint8((1 << bits) - 1)
     return wide.reshape(*packed.shape[:-1], -1)[..., :count]
@@ -168,21 +211,33 @@ def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
 
 @onnx_op("MatMulNBits", domain="com.microsoft")
 def matmul_n_bits(
-    c: Call, a: Value, packed: Value, scales: Value, zeros: Value | None = None, groups: Value | None = None, bias: Value | None = None
+    c: Call,
+    a: Value,
+    packed: Value,
+    scales: Value,
+    zeros: Value | None = None,
+    groups: Value | None = None,
+    bias: Value | None = None,
 ) -> Value:
     """B is packed [N, blocks, bytes]; its constant is dequantized at import."""
     bits, depth, width, block = c.attr("bits", 4), c.attr("K"), c.attr("N"), c.attr("block_size")
     if groups is not None or bits not in (2, 4, 8):
         raise Fallback("its blocks are reordered" if groups is not None else f"its weights have {bits} bits")
     blocks = -(-depth // block)
-    levels = unpack_bits(c.array(packed, "the packed matrix").reshape(width, blocks, -1), bits, block).astype(np.float32)
+    levels = unpack_bits(c.array(packed, "the packed matrix").reshape(width, blocks, -1), bits, block).astype(
+        np.float32
+    )
     scale = c.array(scales, "the scales").astype(np.float32).reshape(width, blocks, 1)
     if zeros is None:
         zero: np.ndarray = np.full((width, blocks, 1), 1 << (bits - 1), np.float32)
     else:
         given = c.array(zeros, "the zero points")
-        zero = unpack_bits(given.reshape(width, -1), bits, blocks) if given.dtype == np.uint8 else given.reshape(width, blocks)
+        zero = (
+            unpack_bits(given.reshape(width, -1), bits, blocks)
+            if given.dtype == np.uint8
+            else given.reshape(width, blocks)
+        )
         zero = zero.astype(np.float32)[..., None]
     matrix = ((levels - zero) * scale).reshape(width, -1)[:, :depth].T
     y = c.matmul(a, c.const(np.ascontiguousarray(matrix).astype(a.dtype.numpy)))
-    return y if bias is None else c.add(y, bias)  # type: ignore[no-any-return]
+    return y if bias is None else c.add(y, bias)

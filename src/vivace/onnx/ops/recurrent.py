@@ -43,10 +43,29 @@ def _hidden(c: Call, r: Value) -> int:
 
 @onnx_op("LSTM")
 def lstm(
-    c: Call, x: Value, w: Value, r: Value, b: Value | None = None, lens: Value | None = None, h0: Value | None = None,
-    c0: Value | None = None, p: Value | None = None,
-) -> Result:  # fmt: skip
-    outs = c.lstm(x, w, r, b, lens, h0, c0, p, hidden=_hidden(c, r), input_forget=bool(c.attr("input_forget", 0)), **_attributes(c))
+    c: Call,
+    x: Value,
+    w: Value,
+    r: Value,
+    b: Value | None = None,
+    lens: Value | None = None,
+    h0: Value | None = None,
+    c0: Value | None = None,
+    p: Value | None = None,
+) -> Result:
+    outs = c.lstm(
+        x,
+        w,
+        r,
+        b,
+        lens,
+        h0,
+        c0,
+        p,
+        hidden=_hidden(c, r),
+        input_forget=bool(c.attr("input_forget", 0)),
+        **_attributes(c),
+    )
     return tuple(outs[: c.n_outputs])
 
 
@@ -54,7 +73,17 @@ def lstm(
 def gru(
     c: Call, x: Value, w: Value, r: Value, b: Value | None = None, lens: Value | None = None, h0: Value | None = None
 ) -> Result:
-    outs = c.gru(x, w, r, b, lens, h0, hidden=_hidden(c, r), linear_before_reset=bool(c.attr("linear_before_reset", 0)), **_attributes(c))
+    outs = c.gru(
+        x,
+        w,
+        r,
+        b,
+        lens,
+        h0,
+        hidden=_hidden(c, r),
+        linear_before_reset=bool(c.attr("linear_before_reset", 0)),
+        **_attributes(c),
+    )
     return tuple(outs[: c.n_outputs])
 
 

@@ -11,7 +11,7 @@ Reduce = Callable[[Call, Value, tuple[int, ...], bool], Value]
 
 
 def _core(name: str) -> Reduce:
-    return lambda c, x, axes, keep: getattr(c, name)(x, axes=axes, keepdims=keep) if axes else x  # type: ignore[no-any-return]
+    return lambda c, x, axes, keep: getattr(c, name)(x, axes=axes, keepdims=keep) if axes else x
 
 
 _sum = _core("reduce_sum")
@@ -65,8 +65,11 @@ for _name, _fn in REDUCTIONS.items():
 @onnx_op("ArgMax", "ArgMin")
 def arg(c: Call, x: Value) -> Value:
     core = c.argmax if c.op_type == "ArgMax" else c.argmin
-    return core(  # type: ignore[no-any-return]
-        x, axis=c.axis(c.attr("axis", 0), x.rank), keepdims=bool(c.attr("keepdims", 1)), select_last=bool(c.attr("select_last_index", 0))
+    return core(
+        x,
+        axis=c.axis(c.attr("axis", 0), x.rank),
+        keepdims=bool(c.attr("keepdims", 1)),
+        select_last=bool(c.attr("select_last_index", 0)),
     )
 
 
@@ -90,4 +93,4 @@ def global_lp_pool(c: Call, x: Value) -> Value:
     if p in (1, 2):
         return REDUCTIONS[f"ReduceL{p}"](c, x, _spatial(x), True)
     powered = _sum(c, c.pow(c.abs(x), c.like(x, p)), _spatial(x), True)
-    return c.pow(powered, c.like(x, 1 / p))  # type: ignore[no-any-return]
+    return c.pow(powered, c.like(x, 1 / p))

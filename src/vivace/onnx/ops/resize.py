@@ -12,7 +12,7 @@ from vivace.graph.graph import Value
 from vivace.graph.ops.resampling import COORDINATES
 from vivace.onnx.call import Call, onnx_op
 from vivace.onnx.scope import Fallback
-from vivace.onnx.symbolic import Ratio
+from vivace.onnx.symbolic import Ratio, value_of
 
 _MODES = {"nearest": "nearest", "linear": "linear", "bilinear": "linear", "cubic": "cubic"}
 
@@ -29,7 +29,9 @@ def upsample(c: Call, x: Value, scales: Value) -> Value:
 
 
 @onnx_op("Resize", since=11)
-def resize(c: Call, x: Value, roi: Value | None = None, scales: Value | None = None, sizes: Value | None = None) -> Value:
+def resize(
+    c: Call, x: Value, roi: Value | None = None, scales: Value | None = None, sizes: Value | None = None
+) -> Value:
     if c.attr("antialias", 0):
         raise Fallback("it resamples with antialiasing")
     axes = c.attr("axes", tuple(range(x.rank)))
@@ -87,12 +89,14 @@ def _scaled(c: Call, x: Value, scales: Sequence[Any], **style: Any) -> Value:
     sizes: list[Dim] = []
     kept: list[float | None] = []
     for d, s in zip(x.shape, scales):
-        if isinstance(s, Ratio) and not isinstance(s.num, int):  # the size is wanted / d, so the scale follows from the sizes
+        if isinstance(s, Ratio) and not isinstance(
+            s.num, int
+        ):  # the size is wanted / d, so the scale follows from the sizes
             sizes.append(floordiv(d * s.num, s.den))
             kept.append(None)
             continue
-        value = s.num / s.den if isinstance(s, Ratio) else s
-        if not value > 0 or not math.isfinite(value):
+        value = value_of(s) if isinstance(s, Ratio) else s
+        if value is None or not value > 0 or not math.isfinite(value):
             raise c.error(f"a scale is {value}", "positive numbers")
         exact = Fraction(value)
         sizes.append(floordiv(d * exact.numerator, exact.denominator))
@@ -106,6 +110,4 @@ def _emit(c: Call, x: Value, sizes: list[Dim], scales: list[float | None], **sty
     if tuple(sizes) == x.shape and all(s in (None, 1.0) for s in scales):
         return x
     options = {"cubic_coeff": -0.75, "exclude_outside": False} | style
-    return c.resize(x, mode=_MODES[c.attr("mode", "nearest")], sizes=tuple(sizes), scales=tuple(scales), **options)  # type: ignore[no-any-return]
-
-
+    return c.resize(x, mode=_MODES[c.attr("mode", "nearest")], sizes=tuple(sizes), scales=tuple(scales), **options)

@@ -1,4 +1,6 @@
-"""Shapes and contents by shape: Constant, Shape, Size, Reshape, Flatten, Squeeze, Unsqueeze, Expand, Tile, ConstantOfShape, Range, EyeLike."""
+"""Shapes and contents by shape: Constant, Shape, Size, Reshape, Flatten, Squeeze, Unsqueeze, Expand, Tile,
+ConstantOfShape, Range, EyeLike.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,12 @@ def constant(c: Call) -> Value:
     for name in ("value", "sparse_value"):
         if name in c.attrs:
             return c.const(c.attr(name))
-    for name, dtype in (("value_float", np.float32), ("value_floats", np.float32), ("value_int", np.int64), ("value_ints", np.int64)):
+    for name, dtype in (
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+    ):
         if name in c.attrs:
             return c.const(np.asarray(c.attr(name), dtype))
     for name in ("value_string", "value_strings"):
@@ -161,7 +168,10 @@ def tile(c: Call, x: Value, repeats: Value) -> Value:
         return x
     spread = [e for d in x.shape for e in (1, d)]
     full = [e for t, d in zip(times, x.shape) for e in (t, d)]
-    return c.reshape(c.expand(c.reshape(x, shape=tuple(spread)), shape=tuple(full)), shape=tuple(t * d for t, d in zip(times, x.shape)))
+    return c.reshape(
+        c.expand(c.reshape(x, shape=tuple(spread)), shape=tuple(full)),
+        shape=tuple(t * d for t, d in zip(times, x.shape)),
+    )
 
 
 @onnx_op("ConstantOfShape")
@@ -205,4 +215,4 @@ def trilu(c: Call, x: Value, k: Value | None = None) -> Value:
     columns = c.iota(shape=(1, x.shape[-1]), axis=1, dtype=DType.i64)
     diagonal = rows if k is None else c.add(rows, c.reshaped(k, ()))
     keep = c.ge(columns, diagonal) if c.attr("upper", 1) else c.le(columns, diagonal)
-    return c.where(keep, x, c.like(x, 0))  # type: ignore[no-any-return]
+    return c.where(keep, x, c.like(x, 0))
