@@ -26,6 +26,7 @@ from vivace.base.specs import TensorSpec
 from vivace.lower.link import ForeignEntry, Image, LineEntry
 from vivace.lower.schedule import estimate_ns
 from vivace.runtime.binding import MemoryPlanner, ShapeSolver
+from vivace.runtime.buffer import addresses_of
 from vivace.runtime.executable import Context, Executable
 from vivace.runtime.saved import save
 from vivace.targets.cpu import jit, steps
@@ -36,6 +37,17 @@ SHARED_NS = 100_000
 Arrays = dict[str, np.ndarray]
 ForeignRunner = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 MakeForeign = Callable[[ForeignEntry], ForeignRunner]
+
+
+MAX_CALLS = 256  # sets of input shapes whose dims are remembered
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """What follows from the input shapes of a call: the dims, and shape and dtype of each output."""
+
+    dims: dict[str, int]
+    results: list[tuple[tuple[int, ...], np.dtype]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +84,9 @@ class Engine:
         self._symbols = _symbols_of(image)
         self._line_of_step: list[int] = []
         self._executable = self._link(runners)
-        self._idle: list[tuple[Context, dict[str, int] | None]] = []
-        self._static_outputs = [
-            (tuple(s.shape), s.dtype.numpy) if all(isinstance(d, int) for d in s.shape) else None
-            for s in self.outputs  # type: ignore[misc]
-        ]
+        self._idle: list[tuple[Context, Call | None]] = []
+        self._calls: dict[tuple[tuple[int, ...], ...], Call] = {}
+        self._dtypes = [s.dtype.numpy for s in self.inputs]
         self.ready_seconds = time.perf_counter() - started
 
     # ---- running ----------------------------------------------------------------------------------------------------
@@ -103,22 +113,38 @@ class Engine:
         return results[0] if len(results) == 1 else tuple(results)
 
     def _run(self, given: list[np.ndarray], outputs: Mapping[str, np.ndarray] | None) -> list[np.ndarray]:
-        arrays = [self._checked(s, a) for s, a in zip(self.inputs, given, strict=True)]
-        dims = self._solver.solve([a.shape for a in arrays])
-        results = [self._result(i, dims, outputs) for i in range(len(self.outputs))]
+        for i, dtype in enumerate(self._dtypes):
+            a = given[i]
+            if type(a) is not np.ndarray or a.dtype != dtype or not a.flags.c_contiguous:
+                given[i] = self._checked(self.inputs[i], a)
+        shapes = tuple([a.shape for a in given])
+        call = self._calls.get(shapes) or self._new_call(shapes)
+        if outputs is None:
+            results = [np.empty(shape, dtype) for shape, dtype in call.results]
+        else:
+            results = [self._result(i, *result, outputs) for i, result in enumerate(call.results)]
         try:
             context, bound = self._idle.pop()
         except IndexError:
             context, bound = self._executable.context(), None
         try:
-            if bound != dims:
+            if bound is not call:
                 bound = None
-                self._bind(context, dims)
-                bound = dims
-            context.run([_address(a) for a in arrays], [_address(r) for r in results])
+                self._bind(context, call.dims)
+                bound = call
+            context.run(addresses_of(given), addresses_of(results))
         finally:
             self._idle.append((context, bound))
         return results
+
+    def _new_call(self, shapes: tuple[tuple[int, ...], ...]) -> Call:
+        """Solve the dims of a call with these shapes, and keep the answer. Raises: InputError where a shape does not fit."""
+        dims = self._solver.solve(shapes)
+        results = [(tuple(evaluate(d, dims) for d in s.shape), s.dtype.numpy) for s in self.outputs]
+        if len(self._calls) >= MAX_CALLS:
+            self._calls.clear()
+        call = self._calls[shapes] = Call(dims, results)
+        return call
 
     def _bind(self, context: Context, dims: dict[str, int]) -> None:
         offsets, _ = self._planner.plan(dims)
@@ -135,23 +161,20 @@ class Engine:
             )  # fmt: skip
         return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
-    def _result(self, i: int, dims: dict[str, int], outputs: Mapping[str, np.ndarray] | None) -> np.ndarray:
-        spec, static = self.outputs[i], self._static_outputs[i]
-        shape, dtype = static if static else (tuple(evaluate(d, dims) for d in spec.shape), spec.dtype.numpy)
-        if outputs is not None and spec.name in outputs:
-            array = outputs[spec.name]
-            if (
-                array.dtype != dtype
-                or array.shape != shape
-                or not array.flags.c_contiguous
-                or not array.flags.writeable
-            ):
-                raise InputError(
-                    f"the array is {array.dtype}{list(array.shape)}", where=f"output {spec.name!r}",
-                    expected=f"writable C-contiguous {dtype}{list(shape)}",
-                )  # fmt: skip
-            return array
-        return np.empty(shape, dtype)
+    def _result(self, i: int, shape: tuple[int, ...], dtype: np.dtype, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The caller's array for an output, or a new one. Raises: InputError for an array that does not fit."""
+        name = self.outputs[i].name
+        if name not in outputs:
+            return np.empty(shape, dtype)
+        array = outputs[name]
+        fits = array.dtype == dtype and array.shape == shape
+        if not fits or not array.flags.c_contiguous or not array.flags.writeable:
+            raise InputError(
+                f"the array is {array.dtype}{list(array.shape)}",
+                where=f"output {name!r}",
+                expected=f"writable C-contiguous {dtype}{list(shape)}",
+            )
+        return array
 
     def _refuse_names(self, inputs: Mapping[str, np.ndarray]) -> None:
         missing = [n for n in self._names if n not in inputs]
@@ -194,11 +217,12 @@ class Engine:
     def profile(self, inputs: Mapping[str, np.ndarray]) -> list[Event]:
         """One inference with the time of each kernel: one event per kernel and thread that worked on it."""
         given = [self._checked(s, inputs[s.name]) for s in self.inputs]
-        dims = self._solver.solve([a.shape for a in given])
-        results = [self._result(i, dims, None) for i in range(len(self.outputs))]
+        call = self._new_call(tuple(a.shape for a in given))
+        dims = call.dims
+        results = [np.empty(shape, dtype) for shape, dtype in call.results]
         context = self._executable.context()
         self._bind(context, dims)
-        places = [_address(a) for a in given], [_address(r) for r in results]
+        places = addresses_of(given), addresses_of(results)
         context.run(*places)  # the first run of a context pays for its memory's page faults
         context.record(1 << 16)
         context.run(*places)
@@ -302,10 +326,6 @@ def _aligned(array: np.ndarray) -> np.ndarray:
     out = raw[skip : skip + array.nbytes].view(array.dtype).reshape(array.shape)
     out[...] = array
     return out
-
-
-def _address(array: np.ndarray) -> int:
-    return array.__array_interface__["data"][0]  # type: ignore[no-any-return]
 
 
 def _array_at(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
