@@ -7,6 +7,7 @@ import numpy as np
 from vivace.base.dims import Dim
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Node, Value
+from vivace.graph.rewrite import At, Outcome, rule, scalar
 from vivace.onnx.writer import Writer
 
 
@@ -25,6 +26,22 @@ def _is_operator(w: Writer, n: Node) -> bool:
 
 def _number(w: Writer, x: Value, value: float) -> str:
     return w.const(np.asarray(value, x.dtype.numpy))
+
+
+@rule("where")
+def operator_guards_itself(n: Node, at: At) -> Outcome:
+    """where(any(mask), attention(q, k, v, mask), 0) and where(isnan(a), 0, a): the ONNX operator gives 0 for a row that sees no key"""
+    cond, a, b = n.inputs
+    attention = at.by(a, "attention")
+    if attention is not None and scalar(b) == 0 and len(attention.inputs) > 3:
+        any_ = at.by(cond, "reduce_max")
+        mask = attention.inputs[3]
+        if any_ is not None and any_.inputs[0] is mask and mask is not None and any_.attrs["axes"] == (mask.rank - 1,):
+            return a
+    attention, test = at.by(b, "attention"), at.by(cond, "isnan")
+    if attention is not None and scalar(a) == 0 and test is not None and test.inputs[0] is b:
+        return b
+    return None
 
 
 def write_attention(w: Writer, n: Node, outs: list[str]) -> None:

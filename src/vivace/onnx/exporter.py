@@ -16,7 +16,9 @@ from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper
 
 from vivace.base.errors import InputError, UnsupportedError
 from vivace.graph.graph import Graph, Node, Value
+from vivace.graph.rewrite import rewrite
 from vivace.onnx import export_compute, export_movement
+from vivace.onnx.export_attention import operator_guards_itself
 from vivace.onnx.export_control import write_onnx_node, write_subgraph_node
 from vivace.onnx.tensors import data_type_of
 from vivace.onnx.writer import Writer
@@ -36,6 +38,8 @@ def export(graph: Graph, opset: int = DEFAULT) -> ModelProto:
     for n in graph.walk():
         if n.op.name == "onnx" and not n.attrs["domain"]:
             opset = _agree(opset, n)
+    if opset >= 23:
+        graph = rewrite(graph, [operator_guards_itself])
     w = Writer(opset)
     for v in graph.inputs:
         w.taken.add(v.name)

@@ -14,7 +14,7 @@ from vivace.graph.graph import Graph
 from vivace.graph.passes import Pass, Run, remove_dead, run_passes
 from vivace.optimize.layout import put_channels_last, sink_transposes
 from vivace.optimize.report import Report, count_ops, moved_bytes
-from vivace.optimize.rules import activations, attention, constants, identities, movement, normalization, weights
+from vivace.optimize.rules import activations, attention, constants, identities, indices, movement, normalization, weights
 from vivace.optimize.share import share_common
 
 
@@ -28,7 +28,7 @@ class Level(IntEnum):
     ALL = 99
 
 
-SIMPLIFY = (*constants.RULES, *identities.RULES, *movement.RULES)
+SIMPLIFY = (*constants.RULES, *identities.RULES, *indices.RULES, *movement.RULES)
 
 PIPELINE: tuple[Pass, ...] = (
     Pass(
@@ -44,20 +44,19 @@ PIPELINE: tuple[Pass, ...] = (
         function=share_common,
     ),
     Pass(
+        "fuse", "every spelling of an activation, a normalization or attention as the one op; before the weights take their scales", Level.EXTENDED,
+        rules=(*activations.RULES, *normalization.RULES, *attention.RULES, *SIMPLIFY), requires=frozenset({"simple"}),
+    ),
+    Pass(
         "fold_into_weights", "scales, biases and pads into conv and matmul", Level.BASIC,
-        rules=(*SIMPLIFY, *weights.RULES), requires=frozenset({"simple"}),
+        rules=(*weights.RULES, *SIMPLIFY), requires=frozenset({"simple"}),
     ),
     Pass(
         "sink_transposes", "move transposes until they cancel; after folding, so that fewer ops stand in between", Level.BASIC,
-        function=sink_transposes,
+        function=sink_transposes, destroys=frozenset({"simple"}),
     ),
     Pass(
-        "fuse", "write every spelling of an activation, a normalization or attention as the one op", Level.EXTENDED,
-        rules=(*activations.RULES, *normalization.RULES, *attention.RULES),
-        requires=frozenset({"simple"}), destroys=frozenset({"simple"}),
-    ),
-    Pass(
-        "simplify_again", "join what the moves and fusions brought together", Level.BASIC,
+        "simplify_again", "join what the moves brought together", Level.BASIC,
         rules=(*SIMPLIFY, *weights.RULES), ensures=frozenset({"simple"}),
     ),
     Pass("share_again", "and share what became equal", Level.BASIC, function=share_common),

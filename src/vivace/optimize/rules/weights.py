@@ -14,6 +14,8 @@ from vivace.graph.graph import Node, Value
 from vivace.graph.rewrite import At, Example, Outcome, Rule, rule
 
 Array = np.ndarray
+SHARED_BYTES = 1 << 20
+"""Weights up to this size may be copied for one of their readers."""
 
 
 def per_channel(c: Value | None, channels: int, axis: int, rank: int) -> Array | None:
@@ -26,13 +28,18 @@ def per_channel(c: Value | None, channels: int, axis: int, rank: int) -> Array |
     return np.broadcast_to(c.data.reshape(-1), (channels,))
 
 
-def _weights(n: Node) -> tuple[Array, Array | None] | None:
+def _weights(n: Node, at: At) -> tuple[Array, Array | None] | None:
     """The constant filter and bias of a conv, bias None where there is none."""
     w = n.inputs[1]
     b = n.inputs[2] if len(n.inputs) > 2 else None
-    if w is None or w.data is None or (b is not None and b.data is None):
+    if w is None or _is_shared(w, at) or w.data is None or (b is not None and b.data is None):
         return None
     return w.data, None if b is None else b.data
+
+
+def _is_shared(v: Value | None, at: At) -> bool:
+    """True for large weights that another node reads too: they would be there twice."""
+    return v is not None and v.data is not None and v.data.nbytes > SHARED_BYTES and len(at.users(v)) > 1
 
 
 def _channels(n: Node) -> tuple[int, int]:
@@ -93,9 +100,9 @@ def scale_into_conv(n: Node, at: At) -> Outcome:
     m = at.by(n.inputs[0], "conv", "conv_transpose")
     if m is None or n.inputs[1] is None or n.inputs[1].data is None:
         return None
-    found = _weights(m)
+    found = _weights(m, at)
     if found is None:
-        return "the filters are not constant"
+        return "the filters are not constant, or shared"
     if not at.only_use(m.output):
         return f"%{m.output.name} is used elsewhere too"
     channels, axis = _channels(m)
@@ -120,7 +127,7 @@ def bias_into_conv(n: Node, at: At) -> Outcome:
         return None
     b = m.inputs[2] if len(m.inputs) > 2 else None
     if m.inputs[1] is None or m.inputs[1].data is None or (b is not None and b.data is None):
-        return "the filters are not constant"
+        return "the filters are not constant, or shared"
     if not at.only_use(m.output):
         return f"%{m.output.name} is used elsewhere too"
     channels, axis = _channels(m)
@@ -140,9 +147,9 @@ def scale_before_conv(n: Node, at: At) -> Outcome:
     m = at.by(n.inputs[0], "mul")
     if m is None or m.inputs[0] is None or m.inputs[1] is None or m.inputs[1].data is None or m.inputs[0].type != m.output.type:
         return None
-    found = _weights(n)
+    found = _weights(n, at)
     if found is None:
-        return "the filters are not constant"
+        return "the filters are not constant, or shared"
     if not at.only_use(m.output):
         return f"%{m.output.name} is used elsewhere too"
     w, b = found
@@ -166,9 +173,9 @@ def bias_before_conv(n: Node, at: At) -> Outcome:
     m = at.by(n.inputs[0], "add")
     if m is None or m.inputs[0] is None or m.inputs[1] is None or m.inputs[1].data is None or m.inputs[0].type != m.output.type:
         return None
-    found = _weights(n)
+    found = _weights(n, at)
     if found is None:
-        return "the filters are not constant"
+        return "the filters are not constant, or shared"
     if any(p != 0 for p in (*n.attrs["before"], *n.attrs["after"])):
         return "the conv pads with zeros"
     if not at.only_use(m.output):
@@ -185,9 +192,9 @@ def bias_before_conv(n: Node, at: At) -> Outcome:
     return at.op.emit(n.op, (m.inputs[0], n.inputs[1], at.const(bias, "bias")), dict(n.attrs))
 
 
-def _constant_matrix(n: Node | None) -> Array | None:
+def _constant_matrix(n: Node | None, at: At) -> Array | None:
     w = n.inputs[1] if n is not None else None
-    return w.data if w is not None and w.data is not None and w.dtype.is_float and w.rank >= 2 else None
+    return w.data if w is not None and w.data is not None and w.dtype.is_float and w.rank >= 2 and not _is_shared(w, at) else None
 
 
 @rule(
@@ -200,7 +207,7 @@ def _constant_matrix(n: Node | None) -> Array | None:
 def scale_into_matmul(n: Node, at: At) -> Outcome:
     """(x @ w) * s = x @ (w * s) for a constant per column"""
     m = at.by(n.inputs[0], "matmul")
-    w, c = _constant_matrix(m), n.inputs[1]
+    w, c = _constant_matrix(m, at), n.inputs[1]
     if m is None or w is None or c is None or c.data is None:
         return None
     if not at.only_use(m.output):
@@ -221,7 +228,7 @@ def scale_past_bias(n: Node, at: At) -> Outcome:
     if m is None or m.inputs[1] is None or m.inputs[1].data is None or n.inputs[1] is None or n.inputs[1].data is None:
         return None
     inner = at.by(m.inputs[0], "matmul")
-    w, s = _constant_matrix(inner), n.inputs[1]
+    w, s = _constant_matrix(inner, at), n.inputs[1]
     if inner is None or w is None or not at.only_use(m.output) or not at.only_use(inner.output):
         return None
     if per_channel(s, w.shape[-1], inner.output.rank - 1, inner.output.rank) is None or n.output.type != inner.output.type:
@@ -235,7 +242,7 @@ def scale_past_bias(n: Node, at: At) -> Outcome:
 def scale_before_matmul(n: Node, at: At) -> Outcome:
     """(x * s) @ w = x @ (s * w) for a constant per row of w"""
     m = at.by(n.inputs[0], "mul")
-    w = _constant_matrix(n)
+    w = _constant_matrix(n, at)
     if m is None or w is None or m.inputs[0] is None or m.inputs[1] is None or m.inputs[1].data is None:
         return None
     if m.inputs[0].type != m.output.type or not at.only_use(m.output):
@@ -297,7 +304,7 @@ def _flattened(e: Example) -> Value:
 @rule("matmul", examples=(_flattened,))
 def transpose_into_matmul(n: Node, at: At) -> Outcome:
     """flatten(transpose(x)) @ w = flatten(x) @ (rows of w in x's order)"""
-    w = _constant_matrix(n)
+    w = _constant_matrix(n, at)
     flat = at.by(n.inputs[0], "reshape")
     t = at.by(flat.inputs[0], "transpose") if flat is not None else None
     if w is None or flat is None or t is None or w.ndim != 2 or t.inputs[0] is None:
