@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vivace.base.cache import default_cache
-from vivace.base.errors import EngineError, InputError, UnsupportedError
+from vivace.base.errors import EngineError, InputError, UnknownSizeError, UnsupportedError
 from vivace.base.knobs import knobs
 from vivace.base.machine import ISAS, Isa, best_isa, host, isa, missing_flags
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from vivace.graph.graph import Graph
     from vivace.lower.link import Image
     from vivace.runtime.engine import Engine
+    from vivace.runtime.hosted import HostedEngine
 
+PROVIDERS = ("native", "onnxruntime", "openvino")
 Progress = Callable[[str, int, int], None]
 
 
@@ -33,25 +35,81 @@ def compile(
     level: int | str = 99,
     disable: Sequence[str] = (),
     progress: Progress | None = None,
-) -> Engine:
+) -> Engine | HostedEngine:
     """Compile a model for this machine.
 
-    `source`: a path, bytes, an onnx.ModelProto, or a graph. `shapes` fixes the dims of named inputs; others stay symbolic. `target` is
-    `host` or an instruction set (`sse`, `avx2`, `avx512`). `progress(stage, done, total)` is called as work goes on.
+    `source`: a path, bytes, an onnx.ModelProto, or a graph. `shapes` fixes the dims of named inputs; others stay
+    symbolic. `target` is `host` or an instruction set (`sse`, `avx2`, `avx512`).
+    `providers` lists who may compute, the first choice first: with `native` alone a node that we have no kernel for is
+    an error; without `native` the first provider runs the whole model; `auto` measures all and keeps the fastest.
+    `tune` has no effect yet: tiles come from a model of the machine. `progress(stage, done, total)` is called as work
+    goes on.
     Raises: ModelError, UnsupportedError (a node has no provider), InputError (a bad option).
     """
-    from vivace.runtime.engine import Engine
-
     if precision != "f32":
         raise UnsupportedError(f"precision {precision!r} is not available", expected="'f32'")
-    started = time.perf_counter()
     names = tuple(providers.split(",")) if isinstance(providers, str) else tuple(providers)
-    graph = load_graph(source, shapes)
-    graph = optimize_for_native(graph, level, disable)
-    image = build_image(graph, choose_isa(target), cache, names, progress)
     n_threads = threads_for(threads)
+    for name in names:
+        if name not in (*PROVIDERS, "auto"):
+            raise InputError(f"unknown provider {name!r}", where="providers", expected=", ".join((*PROVIDERS, "auto")))
+
+    def native() -> Engine:
+        return _compile_native(source, n_threads, names, choose_isa(target), cache, shapes, level, disable, progress)
+
+    if names == ("auto",):
+        from vivace.choice import fastest
+
+        return fastest(native, source, shapes, n_threads)
+    if "native" not in names:
+        from vivace.providers.provider import LoadOptions
+        from vivace.runtime.hosted import HostedEngine
+
+        fixed = {k: tuple(v) for k, v in (shapes or {}).items()}
+        return HostedEngine(names[0], source, LoadOptions(threads=n_threads, shapes=fixed), "asked for")  # type: ignore[arg-type]
+    try:
+        return native()
+    except UnknownSizeError as e:
+        if "onnxruntime" not in names:
+            raise
+        return _hosted_whole(source, n_threads, shapes, str(e))
+
+
+def _hosted_whole(
+    source: object, threads: int, shapes: Mapping[str, Sequence[int]] | None, reason: str
+) -> HostedEngine:
+    """The whole model in ONNX Runtime, for models whose sizes only show when they run."""
+    from vivace.providers.provider import LoadOptions
+    from vivace.runtime.hosted import HostedEngine
+
+    nodes = [(n.origin[0] if n.origin else n.outputs[0].name, n.op.name) for n in load_graph(source, shapes).walk()]
+    model = source if isinstance(source, (str, bytes, Path)) else portable_model(source, shapes)
+    fixed = {k: tuple(v) for k, v in (shapes or {}).items()}
+    return HostedEngine("onnxruntime", model, LoadOptions(threads=threads, shapes=fixed), reason, nodes)
+
+
+def _compile_native(
+    source: object,
+    threads: int,
+    providers: Sequence[str],
+    target: Isa,
+    cache: bool,
+    shapes: Mapping[str, Sequence[int]] | None,
+    level: int | str,
+    disable: Sequence[str],
+    progress: Progress | None,
+) -> Engine:
+    from vivace.runtime.engine import Engine
+
+    started = time.perf_counter()
+    tell = progress or (lambda stage, done, total: None)
+    tell("import", 0, 1)
+    graph = load_graph(source, shapes)
+    tell("optimize", 0, 1)
+    graph = optimize_for_native(graph, level, disable)
+    image = build_image(graph, target, cache, providers, progress)
     image.facts["compile_seconds"] = time.perf_counter() - started
-    return Engine(image, n_threads, placements(image), make_foreign(n_threads), lambda: portable_model(source, shapes))
+    return Engine(image, threads, placements(image), make_foreign(threads), lambda: portable_model(source, shapes))
 
 
 def load(path: str | Path, *, threads: int | None = None) -> Engine:
@@ -130,6 +188,7 @@ def build_image(graph: Graph, chosen: Isa, cache: bool, providers: Sequence[str]
     from vivace.lower.plan import steps_of
     from vivace.targets.cpu.codegen import generate
 
+    refuse_unhosted(graph, providers)
     plan = lower(graph, chosen)
     specs = [s.spec for s in steps_of(plan.body)]
     report = (lambda done, total: progress("compile", done, total)) if progress else None
@@ -138,6 +197,21 @@ def build_image(graph: Graph, chosen: Isa, cache: bool, providers: Sequence[str]
     entries = [KernelEntry(c.name, c.dims, c.units, c.grain, c.scratch_bytes) for c in codes]
     compiled = Compiled(entries, objects, lambda s: by_spec[id(s)])
     return link(plan, compiled, chosen.name, _foreign_model, {"n_kernels_compiled": n_new})
+
+
+def refuse_unhosted(graph: Graph, providers: Sequence[str]) -> None:
+    """Raises: UnsupportedError that lists the nodes without a kernel of ours, unless ONNX Runtime may run them."""
+    if "onnxruntime" in providers or "auto" in providers:
+        return
+    nodes = [n for n in graph.walk() if n.op.name == "onnx"]
+    if nodes:
+        listed = ", ".join(f"{n.origin[0] if n.origin else n.outputs[0].name}" for n in nodes[:10])
+        raise UnsupportedError(
+            f"{len(nodes)} nodes have no kernel of ours: {listed}",
+            where="providers",
+            expected="a model of native operators",
+            hint="providers=('native', 'onnxruntime')",
+        )
 
 
 def _foreign_model(node: object) -> bytes:

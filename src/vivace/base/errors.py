@@ -33,6 +33,10 @@ class UnsupportedError(VivaceError):
     """The model is valid, but needs something that the chosen providers cannot do."""
 
 
+class UnknownSizeError(UnsupportedError):
+    """A size only shows when the model runs, so that memory cannot be planned before."""
+
+
 class InputError(VivaceError):
     """A value passed by the caller has the wrong name, dtype, rank, shape or range."""
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from vivace.base.dims import Dim, symbol, symbols
 from vivace.base.dtypes import DType
-from vivace.base.errors import UnsupportedError
+from vivace.base.errors import UnknownSizeError
 from vivace.base.machine import Isa
 from vivace.graph.graph import Graph, Node, Value, substitute_dims
 from vivace.lower.group import VIEWS, Group, group
@@ -258,7 +258,7 @@ def _refuse_unknown_sizes(graph: Graph, storages: Sequence[Storage]) -> None:
     for storage in storages:
         unknown = sorted({s.name for s in symbols(storage.size)} - known)
         if unknown:
-            raise UnsupportedError(
+            raise UnknownSizeError(
                 f"the size of {storage.name} only shows when the model runs", where=f"dims {', '.join(unknown)}",
                 expected="sizes that follow from those of the inputs",
             )  # fmt: skip

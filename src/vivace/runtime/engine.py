@@ -193,6 +193,11 @@ class Engine:
     # ---- looking inside ---------------------------------------------------------------------------------------------
 
     @property
+    def facts(self) -> dict[str, object]:
+        """What the compiler noted; it is saved with the engine."""
+        return self.image.facts
+
+    @property
     def stats(self) -> dict[str, object]:
         """Counts and sizes: steps, kernels, weights, arena (for static shapes), and the compiler's facts."""
         facts: dict[str, object] = {
