@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 
 from vivace.base.dims import Dim
 from vivace.graph.graph import Node, Value
+from vivace.loops.blocked import Blocked
 from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Kernel
 from vivace.lower.views import Storage, View
 
-Spec = Kernel | Contraction | Depthwise
+Spec = Kernel | Contraction | Depthwise | Blocked
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from vivace.loops.kernel import Binary, Buffer, Const, Expr, For, Index, Kernel,
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.pack import pack_panels
+from vivace.lower.rules import winograd
 from vivace.lower.rules.elementwise import Params, Tree, emit_pointwise
 from vivace.lower.tile import panel_lanes
 from vivace.lower.views import View
@@ -250,6 +251,11 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
     bias = None if bias_value is None else ctx.view(bias_value)
     if bias is not None and not last:
         bias = replace(bias, shape=(*bias.shape, *(1,) * n_spatial), strides=(*bias.strides, *(0,) * n_spatial))
+    if m := winograd.choose(node, ctx.isa):
+        winograd.lower_winograd(ctx, g, m, x, out, bias, last)
+        if out.storage is not target.storage:
+            ctx.copy(out, target.transpose(to_last))
+        return
     depthwise = groups == oc and cg == 1 and w_value.data is not None and groups == x_value.shape[1 if not last else -1]
     lane: Dim = symbol("c" if depthwise else "n", 0)
     channel = lane if groups == 1 or depthwise else symbol("g", 0) * (oc // groups) + lane  # type: ignore[operator]

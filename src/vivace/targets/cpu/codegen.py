@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from vivace.base.cache import Cache
 from vivace.base.machine import Isa
+from vivace.loops.blocked import Blocked
 from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Kernel
 from vivace.targets.cpu import jit
@@ -15,7 +16,7 @@ from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.contraction import emit_contraction
 from vivace.targets.cpu.llvm import emit_kernel
 
-Spec = Kernel | Contraction | Depthwise
+Spec = Kernel | Contraction | Depthwise | Blocked
 
 
 def emit(spec: Spec, isa: Isa) -> KernelCode:
@@ -29,6 +30,10 @@ def emit(spec: Spec, isa: Isa) -> KernelCode:
             from vivace.targets.cpu.depthwise import emit_depthwise
 
             return emit_depthwise(spec, isa)
+        case Blocked():
+            from vivace.targets.cpu.blocked import emit_blocked
+
+            return emit_blocked(spec, isa)
 
 
 def generate(

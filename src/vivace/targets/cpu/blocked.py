@@ -1,0 +1,106 @@
+"""Kernels of several stages: the stages' code, called one after another for each block, on the thread's scratch.
+
+Each stage has its table of arguments on the stack. What does not change from block to block is written there once for
+each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from vivace.base.machine import Isa
+from vivace.loops.blocked import BLOCK, PART, Blocked, Stage, blocked_dims, extent_of
+from vivace.loops.contraction import Contraction
+from vivace.loops.kernel import Buffer
+from vivace.targets.cpu.code import KernelCode
+from vivace.targets.cpu.contraction import emit_contraction
+from vivace.targets.cpu.contraction_text import Int, Text
+from vivace.targets.cpu.llvm import emit_kernel
+
+_ALIGN_BYTES = 64
+
+
+def emit_blocked(k: Blocked, isa: Isa) -> KernelCode:
+    """The kernel: a module with one internal function per stage."""
+    stages = (*k.once, *k.each)
+    codes = [_stage_code(replace(s.spec, name=f"{k.name}_{i}"), isa) for i, s in enumerate(stages)]
+    place: dict[Buffer, int] = {}
+    local_bytes = 0
+    for b in k.local:
+        place[b] = local_bytes
+        local_bytes += -(-extent_of(b) * b.dtype.size_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+    scratch = [c.scratch_bytes for c in codes]
+    most = max((s for s in scratch if isinstance(s, int)), default=0)
+    assert all(isinstance(s, int) for s in scratch), k
+    main, declares = _main(k, codes, place, local_bytes)
+    text = _one_module(
+        [*(c.llvm_text.replace(f"define void @{c.name}(", f"define internal void @{c.name}(") for c in codes)], declares
+    )
+    return KernelCode(k.name, f"{text}\n{main}\n", k.params, blocked_dims(k), k.blocks * k.parts, 1, local_bytes + most)
+
+
+def _stage_code(spec: object, isa: Isa) -> KernelCode:
+    return emit_contraction(spec, isa) if isinstance(spec, Contraction) else emit_kernel(spec, isa)  # type: ignore[arg-type]
+
+
+def _one_module(texts: list[str], declares: Mapping[str, str]) -> str:
+    """The modules' text as one: what several of them declare stands once."""
+    seen: set[str] = set()
+    lines: list[str] = []
+    for line in (x for text in (*texts, *declares.values()) for x in text.splitlines()):
+        if line.startswith(("declare", "attributes", "!", "@")):
+            if line in seen:
+                continue
+            seen.add(line)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _main(
+    k: Blocked, codes: list[KernelCode], place: Mapping[Buffer, int], local_bytes: int
+) -> tuple[str, Mapping[str, str]]:
+    t = Text()
+    names = blocked_dims(k)
+    dims: dict[str, Int] = {
+        d: t.op(f"load i64, ptr {t.at('%args', 8 * (len(k.params) + i))}, align 8") for i, d in enumerate(names)
+    }
+    base = {b: t.op(f"load ptr, ptr {t.at('%args', 8 * i)}, align 8") for i, b in enumerate(k.params)}
+    base |= {b: t.at("%scratch", offset) for b, offset in place.items()}
+    rest = t.at("%scratch", local_bytes)
+    tables = [t.op(f"alloca [{max(1, len(c.params) + len(c.dims))} x i64], align 16") for c in codes]
+    for code, table in zip(codes, tables, strict=True):
+        for i, b in enumerate(code.params):
+            t.put(f"store ptr {base[b]}, ptr {t.at(table, 8 * i)}, align 8")
+        for i, d in enumerate(code.dims):
+            if d in dims:
+                t.put(f"store i64 {dims[d]}, ptr {t.at(table, 8 * (len(code.params) + i))}, align 8")
+    last = t.op("alloca i64, align 8")
+    t.put(f"store i64 -1, ptr {last}, align 8")
+
+    def call(stage: Stage, n: int, at: dict[str, Int]) -> None:
+        code, table, env = codes[n], tables[n], dims | at
+        for b, offset in stage.offsets:
+            where = t.at(base[b], t.mul(t.dim(offset, env), b.dtype.size_bytes))
+            t.put(f"store ptr {where}, ptr {t.at(table, 8 * code.params.index(b))}, align 8")
+        for i, d in enumerate(code.dims):
+            if d in at:
+                t.put(f"store i64 {at[d]}, ptr {t.at(table, 8 * (len(code.params) + i))}, align 8")
+        t.put(f"call void @{code.name}(ptr {table}, i64 0, i64 {t.dim(code.units, env)}, ptr {rest})")
+
+    with t.loop("%begin", "%end") as unit:
+        block, part = t.divmod(unit, k.parts)
+        again, fresh = t.label(), t.label()
+        before = t.op(f"load i64, ptr {last}, align 8")
+        t.branch(t.op(f"icmp eq i64 {before}, {block}"), again, fresh)
+        t.start(fresh)
+        t.put(f"store i64 {block}, ptr {last}, align 8")
+        for n, s in enumerate(k.once):
+            call(s, n, {BLOCK: block})
+        t.jump(again)
+        t.start(again)
+        for n, s in enumerate(k.each, len(k.once)):
+            call(s, n, {BLOCK: block, PART: part})
+    t.put("ret void")
+    head = f"define void @{k.name}(ptr %args, i64 %begin, i64 %end, ptr %scratch) #0 {{"
+    return "\n".join([head, "entry:", *t.lines, "}"]), t.declares

@@ -1,0 +1,237 @@
+"""Convolutions with fewer products: exact matrices, every shape and epilogue against `conv`, errors against f64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from tests.lower.harness import HERE, build, check, run_plan
+
+from vivace.base.dims import Dim, symbol
+from vivace.base.dtypes import DType
+from vivace.base.machine import ISAS
+from vivace.graph.build import Builder
+from vivace.graph.graph import Graph, Node, Type, Value
+from vivace.loops.blocked import Blocked
+from vivace.lower.cook_toom import PAIRS, cook_toom
+from vivace.lower.lowering import lower
+from vivace.lower.plan import Plan, steps_of
+from vivace.lower.rules import winograd
+
+RNG = np.random.default_rng(11)
+F32 = DType.f32
+TOLERANCE = 1e-5
+
+
+def conv(
+    b: Builder, x: Value, n_out: int, pad: int = 1, bias: bool = True, layout: str = "NHWC", **attrs: object
+) -> Value:
+    rng = np.random.default_rng(3)
+    channels = x.shape[-1 if layout == "NHWC" else 1]
+    assert isinstance(channels, int)
+    w = b.const((rng.standard_normal((n_out, channels, 3, 3)) / np.sqrt(9 * channels)).astype(np.float32))
+    base: dict[str, object] = {
+        "strides": (1, 1),
+        "dilations": (1, 1),
+        "before": (pad, pad),
+        "after": (pad, pad),
+        "group": 1,
+    }
+    ins = (x, w, b.const(rng.standard_normal(n_out).astype(np.float32))) if bias else (x, w)
+    return b.conv(*ins, layout=layout, **{**base, **attrs})  # type: ignore[no-any-return]
+
+
+def random(*shape: int) -> np.ndarray:
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def blocked(plan: Plan) -> int:
+    return sum(isinstance(s.spec, Blocked) for s in steps_of(plan.body))
+
+
+@pytest.fixture(params=sorted(PAIRS))
+def m(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Every convolution that can is lowered with this m."""
+    size: int = request.param
+    monkeypatch.setattr(winograd, "choose", lambda node, isa: size if winograd.is_possible(node) else 0)
+    return size
+
+
+@pytest.mark.parametrize("size", sorted(PAIRS))
+def test_matrices_compute_the_convolution_exactly(size: int) -> None:
+    t = cook_toom(size)
+    for k in range(3):
+        for i in range(t.n):
+            d = [Fraction(int(j == i)) for j in range(t.n)]
+            products = [sum(a * b for a, b in zip(row, d)) * g[k] for row, g in zip(t.bt, t.g)]
+            y = [sum(a * p for a, p in zip(row, products)) for row in t.at]
+            assert y == [Fraction(int(o + k == i)) for o in range(size)]
+
+
+@pytest.mark.parametrize("size", sorted(PAIRS))
+def test_coefficients_are_exact_in_f32(size: int) -> None:
+    t = cook_toom(size)
+    for x in (x for row in (*t.at, *t.bt) for x in row):
+        assert Fraction(float(np.float32(float(x)))) == x
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize(
+    ("shape", "n_out"),
+    [
+        ((1, 8, 8, 16), 16),
+        ((2, 9, 7, 20), 24),
+        ((1, 5, 3, 3), 70),
+        ((3, 4, 4, 33), 1),
+        ((1, 1, 1, 5), 7),
+        ((1, 13, 30, 40), 50),
+    ],
+)
+def test_shapes(m: int, isa: str, shape: tuple[int, ...], n_out: int) -> None:
+    plan = check(build(lambda b, x: conv(b, x, n_out), Type(F32, shape)), random(*shape), isas=(isa,), tol=TOLERANCE)
+    assert blocked(plan) == 1
+
+
+def test_random_shapes(m: int) -> None:
+    rng = np.random.default_rng(17)
+    for _ in range(6):
+        n, h, w, c, k = (int(rng.integers(1, most)) for most in (3, 20, 20, 50, 70))
+        pad = int(rng.integers(0 if min(h, w) > 2 else 1, 3))
+        g = build(lambda b, x, k=k, pad=pad: conv(b, x, k, pad), Type(F32, (n, h, w, c)))
+        check(g, random(n, h, w, c), isas=(HERE[-1],), tol=TOLERANCE)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 9, 7), (1, 0, 5), (0, 4, 4), (1, 30, 31), (1, 2, 40)])
+def test_symbolic_dims(m: int, size: tuple[int, int, int]) -> None:
+    shape: tuple[Dim, ...] = (symbol("N", 0), symbol("H", 0), symbol("W", 0), 24)
+    check(
+        build(lambda b, x: b.relu(conv(b, x, 40)), Type(F32, shape)), random(*size, 24), isas=(HERE[-1],), tol=TOLERANCE
+    )
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+def test_bias_residual_and_activation_are_the_epilogue(m: int, isa: str, layout: str) -> None:
+    shape, out = ((1, 10, 9, 18), (1, 10, 9, 36)) if layout == "NHWC" else ((1, 18, 10, 9), (1, 36, 10, 9))
+
+    def make(b: Builder, x: Value, r: Value) -> Value:
+        return b.relu(b.add(conv(b, x, 36, layout=layout), b.mul(r, b.sigmoid(r))))  # type: ignore[no-any-return]
+
+    check(build(make, Type(F32, shape), Type(F32, out)), random(*shape), random(*out), isas=(isa,), tol=TOLERANCE)
+
+
+@pytest.mark.parametrize("axis", [1, 3])
+def test_results_are_written_into_their_part_of_a_concatenation(m: int, axis: int) -> None:
+    def make(b: Builder, x: Value) -> Value:
+        return b.concat(conv(b, x, 16), b.relu(conv(b, x, 16, bias=False)), x, axis=axis)  # type: ignore[no-any-return]
+
+    g = build(make, Type(F32, (1, 7, 6, 16)))
+    plan = check(g, random(1, 7, 6, 16), isas=(HERE[-1],), tol=TOLERANCE)
+    assert blocked(plan) == 2
+
+
+def test_a_chain_writes_into_padded_buffers(m: int) -> None:
+    g = build(lambda b, x: conv(b, b.relu(conv(b, x, 20)), 12, pad=2), Type(F32, (2, 6, 11, 8)))
+    check(g, random(2, 6, 11, 8), isas=(HERE[-1],), tol=TOLERANCE)
+
+
+def test_memory_outside_the_input_is_not_read(m: int) -> None:
+    """Guard zones around every storage hold huge numbers: one of them in a tile would show."""
+    g = build(lambda b, x: conv(b, x, 16, pad=0), Type(F32, (1, 9, 8, 16)))
+    plan = lower(g, ISAS[HERE[-1]])
+    x = random(1, 9, 8, 16)
+    many, one = (run_plan(plan, [x], {}, HERE[-1], parts=p)[0] for p in (5, 1))
+    assert np.array_equal(many, one)
+    assert np.abs(many).max() < 10
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_engines_with_threads(m: int, threads: int) -> None:
+    from vivace.compiler import build_image
+    from vivace.runtime.engine import Engine
+
+    def make(b: Builder, x: Value) -> Value:
+        return conv(b, b.relu(conv(b, x, 64)), 96)
+
+    g = build(make, Type(F32, (1, 29, 30, 48)))
+    x = random(1, 29, 30, 48)
+    engine = Engine(build_image(g, ISAS[HERE[-1]], False, (), None), threads)
+    want = exact_conv(np.maximum(exact_conv(x, g.nodes[0]), 0), g.nodes[-1])
+    for _ in range(3):
+        got = engine(x)
+        assert np.abs(got - want).max() <= TOLERANCE * np.abs(want).max()
+
+
+def exact_conv(x: np.ndarray, node: Node) -> np.ndarray:
+    """A 3x3 convolution of a channels-last image in f64."""
+    before, after = node.attrs["before"], node.attrs["after"]
+    wide = np.pad(x.astype(np.float64), ((0, 0), *zip(before, after), (0, 0)))
+    w = node.inputs[1]
+    assert w is not None and w.data is not None
+    h, wd = wide.shape[1] - 2, wide.shape[2] - 2
+    total = sum(
+        wide[:, i : i + h, j : j + wd] @ w.data[:, :, i, j].T.astype(np.float64) for i in range(3) for j in range(3)
+    )
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    return total if bias is None or bias.data is None else total + bias.data  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("channels", [64, 512])
+@pytest.mark.parametrize("positive", [False, True])
+def test_errors_stay_within_the_bounds_that_the_rule_states(
+    monkeypatch: pytest.MonkeyPatch, channels: int, positive: bool
+) -> None:
+    """Largest and mean square error over the results' largest magnitude; `positive` inputs are what a ReLU leaves."""
+    x = random(1, 16, 16, channels)
+    x = np.maximum(x, 0) if positive else x
+    g = build(lambda b, v: conv(b, v, 32, bias=False), Type(F32, x.shape))
+    want = exact_conv(x, g.nodes[0])
+    largest: dict[int, float] = {}
+    typical: dict[int, float] = {}
+    for size in (0, *PAIRS):
+        monkeypatch.setattr(winograd, "choose", lambda node, isa, size=size: size)
+        got = run_plan(lower(g, ISAS[HERE[-1]]), [x], {}, HERE[-1])[0]
+        largest[size] = float(np.abs(got - want).max() / np.abs(want).max())
+        typical[size] = float(np.sqrt(np.mean((got - want) ** 2)) / np.abs(want).max())
+    for size in PAIRS:
+        assert largest[size] < winograd.LARGEST_ERROR
+        assert typical[size] < 4 * typical[0], (typical, size)
+
+
+def anchor(x: tuple[Dim, ...], n_out: int, **attrs: object) -> Node:
+    return build(lambda b, v: conv(b, v, n_out, pad=0, **attrs), Type(F32, x)).nodes[-1]
+
+
+@pytest.mark.parametrize(
+    ("make", "m"),
+    [
+        (lambda: anchor((1, 58, 58, 64), 64), 4),
+        (lambda: anchor((1, 16, 16, 256), 256), 4),
+        (lambda: anchor((1, 9, 9, 512), 512), 2),  # at m = 4 weights would weigh more than products
+        (lambda: anchor((1, symbol("H", 2), symbol("W", 2), 64), 64), 4),
+        (lambda: anchor((1, 4, 4, 64), 64), 0),
+        (lambda: anchor((1, 34, 34, 4), 4), 0),
+        (lambda: anchor((1, 58, 58, 64), 64, strides=(2, 2)), 0),
+        (lambda: anchor((1, 58, 58, 64), 64, dilations=(2, 2)), 0),
+    ],
+)
+def test_choice(make: Callable[[], Node], m: int) -> None:
+    assert winograd.choose(make(), ISAS["avx512"]) == m
+
+
+def test_the_largest_m_bounds_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = anchor((1, 58, 58, 64), 64)
+    for largest, m in ((2, 2), (0, 0)):
+        monkeypatch.setattr(winograd, "LARGEST_M", largest)
+        assert winograd.choose(node, ISAS["avx512"]) == m
+
+
+def test_weights_of_a_run_time_input_are_left_to_the_direct_way() -> None:
+    def make(b: Builder, x: Value, w: Value) -> Value:
+        return b.conv(x, w, strides=(1, 1), dilations=(1, 1), before=(1, 1), after=(1, 1), group=1, layout="NHWC")  # type: ignore[no-any-return]
+
+    g: Graph = build(make, Type(F32, (1, 12, 12, 32)), Type(F32, (32, 32, 3, 3)))
+    plan = check(g, random(1, 12, 12, 32), random(32, 32, 3, 3), isas=(HERE[-1],), tol=2e-4)
+    assert blocked(plan) == 0
