@@ -50,7 +50,8 @@ def fastest(
             refused[name] = str(e)
     times = _interleave({name: e.run for name, e in engines.items()}, inputs)
     best = min(times, key=lambda name: times[name] * (MARGIN if name == "native" else 1.0))
-    engines[best].facts |= {"auto_ms": {name: round(1e3 * t, 4) for name, t in times.items()}, "auto_refused": refused}
+    milliseconds = {name: round(1e3 * t, 4) for name, t in times.items()}
+    engines[best].facts.update(auto_ms=milliseconds, auto_refused=refused)
     return engines[best]
 
 
