@@ -65,7 +65,9 @@ class Memory:
                 assert np.all(zone.view(np.uint8) == 0xC5), f"{s.name} was written outside its bounds"
 
 
-def run_plan(plan: Plan, inputs: Sequence[Array], dims: Mapping[str, int], isa: str | None, parts: int = 3) -> list[Array]:
+def run_plan(
+    plan: Plan, inputs: Sequence[Array], dims: Mapping[str, int], isa: str | None, parts: int = 3
+) -> list[Array]:
     """The outputs; `isa` None runs loop kernels by the reference interpreter."""
     memory = Memory(plan, inputs, dims)
     for step in steps_of(plan.body):
@@ -100,7 +102,8 @@ def _body(body: Sequence[Instruction], memory: Memory, isa: str | None, parts: i
 def _step(step: Step, memory: Memory, isa: str | None, parts: int) -> None:
     if isa is None and isinstance(step.spec, Kernel) and not _walks_back(step.spec):
         arrays = [
-            memory.array(o.storage, o.offset).view(p.dtype.numpy) for o, p in zip(step.operands, step.spec.params, strict=True)
+            memory.array(o.storage, o.offset).view(p.dtype.numpy)
+            for o, p in zip(step.operands, step.spec.params, strict=True)
         ]
         loops_reference.run(step.spec, arrays, memory.dims)
         return
@@ -151,7 +154,9 @@ def build(make: Callable[..., object], *types: Type) -> Graph:
     return b.finish(outs if isinstance(outs, (tuple, list)) else [outs])
 
 
-def check(graph: Graph, *inputs: Array, isas: Sequence[str | None] = (None, BEST), tol: float | None = None, parts: int = 3) -> Plan:
+def check(
+    graph: Graph, *inputs: Array, isas: Sequence[str | None] = (None, BEST), tol: float | None = None, parts: int = 3
+) -> Plan:
     """Lower and run a graph; every output must be what the graph means."""
     want = graph_reference.evaluate(graph, list(inputs))
     exact = all(n.op.exact for n in graph.walk())
@@ -194,4 +199,6 @@ def compare(got: Array, want: Array, tol: float, where: str) -> None:
     bad = ~(same | near)
     if bad.any():
         at = tuple(int(i[0]) for i in np.nonzero(bad))
-        raise AssertionError(f"{where}: {int(bad.sum())} of {bad.size} differ, first at {at}: {g[at]} instead of {w[at]}")
+        raise AssertionError(
+            f"{where}: {int(bad.sum())} of {bad.size} differ, first at {at}: {g[at]} instead of {w[at]}"
+        )

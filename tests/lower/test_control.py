@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.lower.harness import HERE, build, check, check_engine
 
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type
 from vivace.lower.plan import Branch, Loop, steps_of
-
-from tests.lower.harness import HERE, build, check, check_engine
 
 f32, i64, boolean = DType.f32, DType.i64, DType.bool
 SCALAR = Type(boolean, ())
@@ -26,7 +25,9 @@ def test_if_writes_one_result_from_either_branch(taken: bool) -> None:
     t = Type(f32, (3, 5))
     then = body(lambda b, x, y: [b.add(x, y), x], t, t)
     other = body(lambda b, x, y: [b.relu(b.sub(x, y)), b.const(np.ones((3, 5), np.float32))], t, t)
-    graph = build(lambda b, c, x, y: [b.neg(v) for v in b.if_(c, x, b.exp(y), then=then, **{"else": other})], SCALAR, t, t)
+    graph = build(
+        lambda b, c, x, y: [b.neg(v) for v in b.if_(c, x, b.exp(y), then=then, **{"else": other})], SCALAR, t, t
+    )
     rng = np.random.default_rng(0)
     plan = check(graph, np.asarray(taken), *rng.standard_normal((2, 3, 5)).astype(np.float32))
     assert any(isinstance(i, Branch) for i in plan.body)
@@ -60,7 +61,11 @@ def test_loop_with_constant_trip_count(turns: int) -> None:
     t = Type(f32, (3,))
     inner = body(_fibonacci, Type(i64, ()), SCALAR, t, t)
     graph = build(
-        lambda b, x, y: list(b.loop(b.const(np.int64(turns)), None, x, y, body=inner, n_state=2, n_scan=1, length=turns)), t, t
+        lambda b, x, y: list(
+            b.loop(b.const(np.int64(turns)), None, x, y, body=inner, n_state=2, n_scan=1, length=turns)
+        ),
+        t,
+        t,
     )
     plan = check(graph, np.ones(3, np.float32), np.ones(3, np.float32))
     assert any(isinstance(i, Loop) for i in plan.body) == (turns == 40)
@@ -70,11 +75,21 @@ def test_loop_with_constant_trip_count(turns: int) -> None:
 def test_loop_until_the_body_says_stop(trip: int) -> None:
     t = Type(f32, (2, 2))
     inner = body(
-        lambda b, i, go, x, step: [b.lt(b.reduce_max(x, axes=(0, 1), keepdims=False), b.const(np.float32(50))), b.add(x, step)],
-        Type(i64, ()), SCALAR, t, t,
+        lambda b, i, go, x, step: [
+            b.lt(b.reduce_max(x, axes=(0, 1), keepdims=False), b.const(np.float32(50))),
+            b.add(x, step),
+        ],
+        Type(i64, ()),
+        SCALAR,
+        t,
+        t,
     )
     graph = build(
-        lambda b, n, c, x, s: b.loop(n, c, x, b.exp(s), body=inner, n_state=1, n_scan=0, length=0), Type(i64, ()), SCALAR, t, t
+        lambda b, n, c, x, s: b.loop(n, c, x, b.exp(s), body=inner, n_state=1, n_scan=0, length=0),
+        Type(i64, ()),
+        SCALAR,
+        t,
+        t,
     )
     for go in (True, False):
         plan = check(graph, np.asarray(trip), np.asarray(go), np.zeros((2, 2), np.float32), np.ones((2, 2), np.float32))
@@ -91,7 +106,9 @@ def test_loop_over_a_branch_with_states_that_change_places() -> None:
         return [go, *b.if_(odd, x, y, then=then, **{"else": other})]
 
     inner = body(turn, Type(i64, ()), SCALAR, t, t)
-    graph = build(lambda b, n, x, y: list(b.loop(n, None, x, y, body=inner, n_state=2, n_scan=0, length=0)), Type(i64, ()), t, t)
+    graph = build(
+        lambda b, n, x, y: list(b.loop(n, None, x, y, body=inner, n_state=2, n_scan=0, length=0)), Type(i64, ()), t, t
+    )
     check(graph, np.asarray(9), np.arange(4, dtype=np.float32), np.ones(4, np.float32))
 
 
@@ -100,13 +117,25 @@ def test_loops_and_branches_in_an_engine(threads: int) -> None:
     """Memory is shared over time: what a loop carries must not lie where its temporaries do."""
     t = Type(f32, (40, 300))
     then = body(lambda b, x, y: [b.sin(b.add(x, y)), b.softmax(x, axis=1)], t, t)
-    other = body(lambda b, x, y: [b.mul(b.exp(b.neg(b.mul(x, x))), y), b.transpose(b.relu(b.transpose(x, perm=(1, 0))), perm=(1, 0))], t, t)
+    other = body(
+        lambda b, x, y: [
+            b.mul(b.exp(b.neg(b.mul(x, x))), y),
+            b.transpose(b.relu(b.transpose(x, perm=(1, 0))), perm=(1, 0)),
+        ],
+        t,
+        t,
+    )
 
     def turn(b: Builder, i, go, x, y, fixed):  # type: ignore[no-untyped-def]
         odd = b.eq(b.mod(i, b.const(np.int64(2)), fmod=False), b.const(np.int64(1)))
         p, q = b.if_(odd, x, y, then=then, **{"else": other})
         done = b.lt(i, b.const(np.int64(8)))
-        return [done, b.mul(b.add(p, b.reduce_mean(q, axes=(1,), keepdims=True)), fixed), q, b.reduce_sum(p, axes=(1,), keepdims=False)]
+        return [
+            done,
+            b.mul(b.add(p, b.reduce_mean(q, axes=(1,), keepdims=True)), fixed),
+            q,
+            b.reduce_sum(p, axes=(1,), keepdims=False),
+        ]
 
     inner = body(turn, Type(i64, ()), SCALAR, t, t, t)
     graph = build(

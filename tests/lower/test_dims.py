@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.lower.harness import BEST, build, check
 
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
@@ -12,7 +13,6 @@ from vivace.base.machine import ISAS
 from vivace.graph.build import Builder
 from vivace.graph.graph import Type, Value
 from vivace.lower.lowering import lower
-from tests.lower.harness import BEST, build, check
 
 f32 = DType.f32
 
@@ -22,7 +22,12 @@ def test_a_dim_may_have_the_name_of_a_loop(name: str) -> None:
     n = symbol(name, 1)
 
     def make(b: Builder, x: Value, y: Value, w: Value) -> list[Value]:
-        return [b.relu(b.matmul(x, y)), b.sin(x), b.argmax(x, axis=1, keepdims=False, select_last=False), b.gather(x, w, axis=0)]
+        return [
+            b.relu(b.matmul(x, y)),
+            b.sin(x),
+            b.argmax(x, axis=1, keepdims=False, select_last=False),
+            b.gather(x, w, axis=0),
+        ]
 
     graph = build(make, Type(f32, (n, 5)), Type(f32, (5, n)), Type(DType.i64, (n,)))
     rng = np.random.default_rng(0)

@@ -6,15 +6,15 @@ import itertools
 
 import numpy as np
 import pytest
+from tests.lower.harness import BEST, HERE, build, check, run_plan
 
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
+from vivace.base.machine import ISAS
 from vivace.graph.build import Builder
 from vivace.graph.graph import Type, Value
-from vivace.lower.plan import steps_of
-from tests.lower.harness import BEST, HERE, build, check, run_plan
-from vivace.base.machine import ISAS
 from vivace.lower.lowering import lower
+from vivace.lower.plan import steps_of
 
 f32, i64, i32 = DType.f32, DType.i64, DType.i32
 RNG = np.random.default_rng(7)
@@ -71,13 +71,18 @@ def test_gather_from_a_symbolic_axis_and_from_constants() -> None:
         check(graph, data((4, 3)))
     table = data((6, 20))
     check(build(lambda b, i: b.gather(b.const(table), i, axis=1), Type(i64, (3, 4))), positions(20, (3, 4)))
-    check(build(lambda b, i: b.gather(b.iota(shape=(9, 2), axis=0, dtype=i64), i, axis=0), Type(i64, (4,))), positions(9, (4,)))
+    check(
+        build(lambda b, i: b.gather(b.iota(shape=(9, 2), axis=0, dtype=i64), i, axis=0), Type(i64, (4,))),
+        positions(9, (4,)),
+    )
 
 
 def test_gather_of_views_into_a_concatenation() -> None:
     def make(b: Builder, x: Value, i: Value) -> Value:
         turned = b.transpose(x, perm=(1, 0))
-        result: Value = b.concat(b.gather(turned, i, axis=0), turned, b.gather(turned, b.const(np.int64([1, 3])), axis=0), axis=0)
+        result: Value = b.concat(
+            b.gather(turned, i, axis=0), turned, b.gather(turned, b.const(np.int64([1, 3])), axis=0), axis=0
+        )
         return result
 
     check(build(make, Type(f32, (7, 5)), Type(i64, (4,))), data((7, 5)), positions(5, (4,)))
@@ -108,11 +113,27 @@ def test_gather_elements(axis: int) -> None:
     check(graph, data((4, 5, 19)), positions((4, 5, 19)[axis], tuple(small), i32))
 
 
-@pytest.mark.parametrize("depth, n_batch, lead", [(1, 0, (3,)), (2, 0, (3, 2)), (3, 0, (7,)), (1, 1, (4, 3)), (2, 1, (4,)), (0, 0, (2,)), (1, 2, (4, 5, 2)), (3, 0, ())])
+@pytest.mark.parametrize(
+    "depth, n_batch, lead",
+    [
+        (1, 0, (3,)),
+        (2, 0, (3, 2)),
+        (3, 0, (7,)),
+        (1, 1, (4, 3)),
+        (2, 1, (4,)),
+        (0, 0, (2,)),
+        (1, 2, (4, 5, 2)),
+        (3, 0, ()),
+    ],
+)
 def test_gather_nd(depth: int, n_batch: int, lead: tuple[int, ...]) -> None:
     shape = (4, 5, 18)
     graph = build(lambda b, x, i: b.gather_nd(x, i, batch_dims=n_batch), Type(f32, shape), Type(i64, (*lead, depth)))
-    at = np.stack([positions(n, lead) for n in shape[n_batch : n_batch + depth]], -1) if depth else np.zeros((*lead, 0), np.int64)
+    at = (
+        np.stack([positions(n, lead) for n in shape[n_batch : n_batch + depth]], -1)
+        if depth
+        else np.zeros((*lead, 0), np.int64)
+    )
     check(graph, data(shape), at.reshape(*lead, depth))
 
 
@@ -138,7 +159,10 @@ def test_scatter_nd_with_repeated_positions(depth: int, lead: tuple[int, ...], r
     shape = (3, 4, 70)
     rest = shape[depth:]
     graph = build(
-        lambda b, x, i, u: b.scatter_nd(x, i, u, reduction=reduction), Type(f32, shape), Type(i64, (*lead, depth)), Type(f32, (*lead, *rest))
+        lambda b, x, i, u: b.scatter_nd(x, i, u, reduction=reduction),
+        Type(f32, shape),
+        Type(i64, (*lead, depth)),
+        Type(f32, (*lead, *rest)),
     )
     at = np.stack([positions(n, lead) for n in shape[:depth]], -1).reshape(*lead, depth)
     check(graph, data(shape), at, data((*lead, *rest)), tol=1e-5)
@@ -153,7 +177,12 @@ def test_scatter_into_a_part_of_a_result_and_other_types() -> None:
     for dtype in (DType.i64, DType.bool, DType.u8):
         graph = build(make, Type(dtype, (n, 6)), Type(i64, (2, 1)), Type(dtype, (2, 6)))
         check(graph, data((5, 6), dtype), positions(5, (2, 1)), data((2, 6), dtype))
-    graph = build(lambda b, x, i, u: b.scatter_elements(x, i, u, axis=0, reduction="max"), Type(DType.bool, (9,)), Type(i64, (5,)), Type(DType.bool, (5,)))
+    graph = build(
+        lambda b, x, i, u: b.scatter_elements(x, i, u, axis=0, reduction="max"),
+        Type(DType.bool, (9,)),
+        Type(i64, (5,)),
+        Type(DType.bool, (5,)),
+    )
     check(graph, data((9,), DType.bool) > 4, positions(9, (5,)), data((5,), DType.bool))
 
 
@@ -172,7 +201,9 @@ def test_topk_orders_equal_elements_by_index(largest: bool, axis: int) -> None:
         check(graph, np.where(RNG.random(shape) < 0.1, np.float32(-0.0), x), isas=(HERE[-1],))
 
 
-@pytest.mark.parametrize("dtype", [DType.f32, DType.f64, DType.f16, DType.i64, DType.i32, DType.u8, DType.i8, DType.u64])
+@pytest.mark.parametrize(
+    "dtype", [DType.f32, DType.f64, DType.f16, DType.i64, DType.i32, DType.u8, DType.i8, DType.u64]
+)
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("k", [0, 2, 40])
 def test_topk_of_all_types(dtype: DType, largest: bool, k: int) -> None:
@@ -191,4 +222,6 @@ def test_topk_with_symbolic_dims() -> None:
         lambda b, x, y: list(b.topk(x, axis=1, k=k, largest=True, sorted=True)), Type(f32, (n, m)), Type(f32, (k,))
     )
     for shape, size in (((3, 70), 9), ((0, 5), 2), ((1, 1000), 1000)):
-        check(graph, RNG.standard_normal(shape).astype(np.float32).round(1), np.zeros(size, np.float32), isas=(HERE[-1],))
+        check(
+            graph, RNG.standard_normal(shape).astype(np.float32).round(1), np.zeros(size, np.float32), isas=(HERE[-1],)
+        )

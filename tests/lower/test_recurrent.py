@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.lower.harness import HERE, check
 
 from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type, Value
-from tests.lower.harness import HERE, check
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 DEFAULT = {"lstm": ("Sigmoid", "Tanh", "Tanh"), "gru": ("Sigmoid", "Tanh"), "rnn": ("Tanh",)}
@@ -39,7 +39,11 @@ def layer(
     x = b.input("x", Type(dtype, (n, t, size) if layout else (t, n, size)))
     given.append(("x", (n, t, size) if layout else (t, n, size)))
     state = (n, dirs, hidden) if layout else (dirs, n, hidden)
-    ins: list[Value | None] = [x, operand("w", (dirs, gates * hidden, size)), operand("r", (dirs, gates * hidden, hidden))]
+    ins: list[Value | None] = [
+        x,
+        operand("w", (dirs, gates * hidden, size)),
+        operand("r", (dirs, gates * hidden, hidden)),
+    ]
     ins.append(operand("b", (dirs, 2 * gates * hidden)) if bias else None)
     if lengths:
         given.append(("lens", (n,)))
@@ -61,7 +65,9 @@ def layer(
     return b.finish(outs), given
 
 
-def run(name: str, n: int, t: int, *args: object, symbolic: bool = False, isas: tuple = (None, HERE[-1]), **kw: object) -> None:  # type: ignore[type-arg]
+def run(
+    name: str, n: int, t: int, *args: object, symbolic: bool = False, isas: tuple = (None, HERE[-1]), **kw: object
+) -> None:  # type: ignore[type-arg]
     dims = {"N": n, "T": t}
     graph, given = layer(name, symbol("N", 1) if symbolic else n, symbol("T", 0) if symbolic else t, *args, **kw)  # type: ignore[arg-type]
     dtype = graph.inputs[0].dtype
@@ -105,7 +111,10 @@ def test_weights_that_are_inputs(name: str) -> None:
     run(name, 2, 3, 5, 6, bias=False, constant=False, isas=(HERE[-1],))
 
 
-@pytest.mark.parametrize("options", [{"peepholes": True}, {"clip": 0.3}, {"input_forget": True}, {"peepholes": True, "clip": 0.2, "states": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{"peepholes": True}, {"clip": 0.3}, {"input_forget": True}, {"peepholes": True, "clip": 0.2, "states": True}],
+)
 def test_lstm_options(options: dict[str, object]) -> None:
     run("lstm", 2, 3, 4, 6, **options)  # type: ignore[arg-type]
 
@@ -115,14 +124,25 @@ def test_gru_with_the_reset_gate_behind_the_product(bias: bool) -> None:
     run("gru", 2, 4, 3, 8, "bidirectional", bias=bias, linear_before_reset=True, states=True)
 
 
-@pytest.mark.parametrize("activation", ["Relu", "LeakyRelu", "ThresholdedRelu", "HardSigmoid", "Elu", "Softsign", "Softplus"])
+@pytest.mark.parametrize(
+    "activation", ["Relu", "LeakyRelu", "ThresholdedRelu", "HardSigmoid", "Elu", "Softsign", "Softplus"]
+)
 def test_activations(activation: str) -> None:
     run("rnn", 1, 3, 4, 5, activations=(activation,))
 
 
 def test_activations_that_differ_between_directions() -> None:
     run("rnn", 2, 3, 4, 5, "bidirectional", activations=("Relu", "Tanh"))
-    run("lstm", 2, 3, 4, 5, "bidirectional", activations=("Sigmoid", "Tanh", "Tanh", "HardSigmoid", "Softsign", "Tanh"), lengths=True)
+    run(
+        "lstm",
+        2,
+        3,
+        4,
+        5,
+        "bidirectional",
+        activations=("Sigmoid", "Tanh", "Tanh", "HardSigmoid", "Softsign", "Tanh"),
+        lengths=True,
+    )
 
 
 @pytest.mark.parametrize("dtype", [DType.f16, DType.f64])
@@ -133,3 +153,12 @@ def test_other_float_types(dtype: DType) -> None:
 
 def test_the_size_of_silero() -> None:
     run("lstm", 1, 4, 128, 128, states=True, isas=(HERE[-1],))
+
+
+@pytest.mark.parametrize("name", list(GATES))
+@pytest.mark.parametrize("isa", HERE)
+def test_sequences_that_share_their_weights_and_those_that_are_left(name: str, isa: str) -> None:
+    for n in (4, 9):
+        run(name, n, 3, 5, 16, "bidirectional", states=True, isas=(None, isa))
+        run(name, n, 2, 5, 7, symbolic=True, isas=(isa,))
+    run(name, 6, 3, 5, 8, "reverse", lengths=True, isas=(isa,))

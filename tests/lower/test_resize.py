@@ -6,15 +6,15 @@ import itertools
 
 import numpy as np
 import pytest
+from tests.lower.harness import HERE, build, check
 
 from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
-from vivace.graph.graph import Type, Value
 from vivace.graph.build import Builder
+from vivace.graph.graph import Type, Value
 from vivace.graph.ops.resampling import COORDINATES, NEAREST
-from vivace.lower.plan import steps_of
 from vivace.loops.kernel import Load, walk
-from tests.lower.harness import HERE, build, check
+from vivace.lower.plan import steps_of
 
 f32 = DType.f32
 RNG = np.random.default_rng(11)
@@ -29,7 +29,14 @@ def resized(b: Builder, x: Value, sizes: tuple[Dim, ...], mode: str, **over: obj
     return result
 
 
-def run(shape: tuple[int, ...], sizes: tuple[int, ...], mode: str, isas: tuple = (None, HERE[-1]), dtype: DType = f32, **over: object) -> object:  # type: ignore[type-arg]
+def run(
+    shape: tuple[int, ...],
+    sizes: tuple[int, ...],
+    mode: str,
+    isas: tuple = (None, HERE[-1]),
+    dtype: DType = f32,
+    **over: object,
+) -> object:  # type: ignore[type-arg]
     graph = build(lambda b, x: resized(b, x, sizes, mode, **over), Type(dtype, shape))
     x = RNG.standard_normal(shape) * (40 if dtype.is_int else 1) + (60 if dtype.is_int else 0)
     # A weighted sum next to an integer may fall on either side of it before it is cut.
@@ -64,11 +71,14 @@ def test_symbolic_sizes(mode: str, coordinate: str) -> None:
     for scales in ((None, None), (1.5, 0.5)):
         sizes = (n, 2 * h + 1, w, 8) if scales[0] is None else (n, (3 * h) // 2, w // 2, 8)
         graph = build(
-            lambda b, x, s=scales, z=sizes: resized(b, x, z, mode, coordinate=coordinate, scales=(None, *s, None)), Type(f32, (n, h, w, 8))
+            lambda b, x, s=scales, z=sizes: resized(b, x, z, mode, coordinate=coordinate, scales=(None, *s, None)),
+            Type(f32, (n, h, w, 8)),
         )
         for shape in ((1, 4, 6, 8), (2, 7, 5, 8)):
             check(graph, RNG.standard_normal(shape).astype(np.float32))
-    graph = build(lambda b, x: resized(b, x, (n, 3, 2 * h, 3 * w), mode, coordinate=coordinate), Type(f32, (n, 3, h, w)))
+    graph = build(
+        lambda b, x: resized(b, x, (n, 3, 2 * h, 3 * w), mode, coordinate=coordinate), Type(f32, (n, 3, h, w))
+    )
     check(graph, RNG.standard_normal((2, 3, 5, 7)).astype(np.float32))
 
 
@@ -78,7 +88,15 @@ def test_doubling_takes_in_the_addition_that_follows(isa: str, channels: int) ->
     h, w = symbol("H", 1), symbol("W", 1)
 
     def make(b: Builder, x: Value, y: Value) -> Value:
-        up = resized(b, x, (1, 2 * h, 2 * w, channels), "nearest", coordinate="asymmetric", nearest_mode="floor", scales=(None, 2.0, 2.0, None))
+        up = resized(
+            b,
+            x,
+            (1, 2 * h, 2 * w, channels),
+            "nearest",
+            coordinate="asymmetric",
+            nearest_mode="floor",
+            scales=(None, 2.0, 2.0, None),
+        )
         result: Value = b.relu(b.add(up, y))
         return result
 
@@ -93,13 +111,19 @@ def test_doubling_takes_in_the_addition_that_follows(isa: str, channels: int) ->
 
 def test_result_in_a_concatenation_and_transposed_operand() -> None:
     def make(b: Builder, x: Value, y: Value) -> Value:
-        up = resized(b, b.transpose(x, perm=(0, 2, 3, 1)), (2, 6, 8, 3), "nearest", coordinate="asymmetric", nearest_mode="floor")
+        up = resized(
+            b, b.transpose(x, perm=(0, 2, 3, 1)), (2, 6, 8, 3), "nearest", coordinate="asymmetric", nearest_mode="floor"
+        )
         fine = resized(b, b.transpose(x, perm=(0, 2, 3, 1)), (2, 6, 8, 3), "linear")
         result: Value = b.concat(up, b.mul(fine, b.const(np.float32(2))), y, axis=3)
         return result
 
     graph = build(make, Type(f32, (2, 3, 3, 4)), Type(f32, (2, 6, 8, 5)))
-    check(graph, RNG.standard_normal((2, 3, 3, 4)).astype(np.float32), RNG.standard_normal((2, 6, 8, 5)).astype(np.float32))
+    check(
+        graph,
+        RNG.standard_normal((2, 3, 3, 4)).astype(np.float32),
+        RNG.standard_normal((2, 6, 8, 5)).astype(np.float32),
+    )
 
 
 def test_one_and_three_spatial_axes() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests.lower.harness import HERE, build, check
 
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Type
-from tests.lower.harness import HERE, build, check
 
 f32 = DType.f32
 RNG = np.random.default_rng(3)
@@ -26,7 +26,8 @@ def test_arg_over_each_axis(op: str, select_last: bool, axis: int) -> None:
     for shape in ((3, 5, 7), (1, 17, 40), (2, 1, 130)):
         for keepdims in (True, False):
             graph = build(
-                lambda b, x, k=keepdims: getattr(b, op)(x, axis=axis, keepdims=k, select_last=select_last), Type(f32, shape)
+                lambda b, x, k=keepdims: getattr(b, op)(x, axis=axis, keepdims=k, select_last=select_last),
+                Type(f32, shape),
             )
             check(graph, sample(shape, f32))
 
@@ -49,7 +50,9 @@ def test_arg_takes_nan_for_the_extreme(select_last: bool) -> None:
     x[RNG.random(x.shape) < 0.1] = np.nan
     for axis in range(3):
         for op in ("argmax", "argmin"):
-            graph = build(lambda b, v: getattr(b, op)(v, axis=axis, keepdims=True, select_last=select_last), Type(f32, x.shape))  # noqa: B023
+            graph = build(
+                lambda b, v: getattr(b, op)(v, axis=axis, keepdims=True, select_last=select_last), Type(f32, x.shape)
+            )
             check(graph, x)
 
 
@@ -62,7 +65,9 @@ def test_arg_of_other_types(dtype: DType) -> None:
 
 def test_arg_of_symbolic_length_and_transposed_operand() -> None:
     n, m = symbol("N", 1), symbol("M", 1)
-    graph = build(lambda b, x: b.argmax(b.transpose(x, perm=(1, 0)), axis=0, keepdims=True, select_last=False), Type(f32, (n, m)))
+    graph = build(
+        lambda b, x: b.argmax(b.transpose(x, perm=(1, 0)), axis=0, keepdims=True, select_last=False), Type(f32, (n, m))
+    )
     graph2 = build(lambda b, x: b.argmin(x, axis=0, keepdims=False, select_last=True), Type(f32, (n, m)))
     for shape in ((1, 1), (4, 33), (70, 3)):
         check(graph, sample(shape, f32))

@@ -15,13 +15,13 @@ import numpy as np
 from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Graph, Node, Value
+from vivace.loops.kernel import Const, For, Kernel, Let, Stmt, Store
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.plan import Branch, Foreign, Instruction, Loop, Operand
 from vivace.lower.prepare import prepare
 from vivace.lower.rules.elementwise import Params, emit_pointwise, loop_var
 from vivace.lower.views import Storage, View, dense
-from vivace.loops.kernel import Const, For, Kernel, Let, Stmt, Store
 
 MAX_UNROLLED = 8  # turns: beyond this the steps of a body outgrow the cost of counting
 MAX_UNROLLED_NODES = 64  # nodes in all turns together
@@ -61,7 +61,11 @@ def lower_loop(ctx: Lowering, g: Group) -> None:
     """Write the turns out, or make a loop of the plan."""
     node = g.anchor
     n_turns = _turns(node)
-    if n_turns is not None and n_turns <= MAX_UNROLLED and n_turns * len(node.attrs["body"].nodes) <= MAX_UNROLLED_NODES:
+    if (
+        n_turns is not None
+        and n_turns <= MAX_UNROLLED
+        and n_turns * len(node.attrs["body"].nodes) <= MAX_UNROLLED_NODES
+    ):
         _unrolled(ctx, node, n_turns)
         return
     _counted(ctx, g)
@@ -90,7 +94,9 @@ def _unrolled(ctx: Lowering, node: Node, n_turns: int) -> None:
     go = ctx.constant(np.asarray(True), "true", ("true",))
     for turn in range(n_turns):
         last = turn == n_turns - 1
-        following = results[:n_state] if last else [ctx.temporary(v.name, v.dtype, v.shape) for v in node.outputs[:n_state]]
+        following = (
+            results[:n_state] if last else [ctx.temporary(v.name, v.dtype, v.shape) for v in node.outputs[:n_state]]
+        )
         slices = [_slice(scan, turn) for scan in results[n_state:]]
         flag = ctx.temporary("go", DType.bool, ())
         index = ctx.constant(np.asarray(turn, np.int64), f"turn{turn}", ("turn", turn))
@@ -136,8 +142,14 @@ def _counted(ctx: Lowering, g: Group) -> None:
         _stack(ctx, source, scan, turn, node)
     turns, ctx.body = tuple(ctx.body), outer
     assert go.storage is not None
-    carried: list[Storage] = [counter, go.storage, *(v.storage for v in (*state, *results[n_state:]) if v.storage is not None)]
-    ctx.body.append(Loop("loop", counter, Operand(limit.storage, limit.offset), go.storage, turns, tuple(carried), g.nodes))
+    carried: list[Storage] = [
+        counter,
+        go.storage,
+        *(v.storage for v in (*state, *results[n_state:]) if v.storage is not None),
+    ]
+    ctx.body.append(
+        Loop("loop", counter, Operand(limit.storage, limit.offset), go.storage, turns, tuple(carried), g.nodes)
+    )
     for source, out in zip(state, results, strict=False):
         ctx.copy(source, out, (node,))
 

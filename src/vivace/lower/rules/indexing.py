@@ -58,7 +58,11 @@ def lower_gather(ctx: Lowering, g: Group) -> None:
         stride = data.strides[axis]
         strides = _spread(index_value, stride * step)
         moved = View(
-            data.storage, data.dtype, y.shape, (*data.strides[:axis], *strides, *data.strides[axis + 1 :]), data.offset + start * stride
+            data.storage,
+            data.dtype,
+            y.shape,
+            (*data.strides[:axis], *strides, *data.strides[axis + 1 :]),
+            data.offset + start * stride,
         )
         ctx.views[y] = moved
         finish(ctx, g, moved)
@@ -89,7 +93,10 @@ def lower_gather(ctx: Lowering, g: Group) -> None:
     outer, middle, inner = ([symbol(f"{c}{i}", 0) for i in range(len(s))] for c, s in zip("omi", shapes, strict=True))
     before, lines, behind = extra
     assert before is not None and lines is not None and behind is not None
-    joined = [View(v.storage, v.dtype, sum(shapes, ()), sum((m[i].strides for m in merged), ()), v.offset) for i, v in enumerate(over)]
+    joined = [
+        View(v.storage, v.dtype, sum(shapes, ()), sum((m[i].strides for m in merged), ()), v.offset)
+        for i, v in enumerate(over)
+    ]
     source = View(
         data.storage, data.dtype, (*shapes[0], data_value.shape[axis], *shapes[2]),
         (*before.strides, data.strides[axis], *behind.strides), data.offset,
@@ -133,7 +140,9 @@ def _section(v: View, part: slice) -> View:
     return replace(v, shape=v.shape[part], strides=v.strides[part])
 
 
-def _gather_loops(ctx: Lowering, g: Group, params: Params, let: Let, store: Store, shapes: list[tuple[Dim, ...]]) -> None:
+def _gather_loops(
+    ctx: Lowering, g: Group, params: Params, let: Let, store: Store, shapes: list[tuple[Dim, ...]]
+) -> None:
     """Positions are loaded per slice where slices are wide, per element of a vector of positions otherwise."""
     outer, middle, inner = shapes
     narrow = not inner or (len(inner) == 1 and isinstance(inner[0], int) and inner[0] < NARROW)
@@ -189,7 +198,9 @@ def _stored(ctx: Lowering, value: Value) -> View:
     return ctx.contiguous(view, value.name) if view.storage is None else view
 
 
-def _coordinates(params: Params, indices: View, lead: Sequence[Dim], shape: Sequence[Dim]) -> tuple[list[Stmt], list[Dim]]:
+def _coordinates(
+    params: Params, indices: View, lead: Sequence[Dim], shape: Sequence[Dim]
+) -> tuple[list[Stmt], list[Dim]]:
     """Lets for the coordinates that `indices[lead..]` hold, for axes of the given sizes."""
     lets: list[Stmt] = []
     at: list[Dim] = []

@@ -19,7 +19,22 @@ from vivace.base.dims import Dim, exact_div, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Attrs, Value
 from vivace.graph.ops.resampling import nearest_index, source_coordinates
-from vivace.loops.kernel import Binary, Cast, Const, Expr, For, Index, Kernel, Let, Read, Select, Stmt, Store, Unary, dtype_of
+from vivace.loops.kernel import (
+    Binary,
+    Cast,
+    Const,
+    Expr,
+    For,
+    Index,
+    Kernel,
+    Let,
+    Read,
+    Select,
+    Stmt,
+    Store,
+    Unary,
+    dtype_of,
+)
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.rules.contraction import tail_flops
@@ -57,7 +72,7 @@ def lower_resize(ctx: Lowering, g: Group) -> None:
     ]  # fmt: skip
     x, out, tail = ctx.view(x_value), ctx.target(g.output), Tail(ctx, g)
     factors = {a: repeats(x_value.shape[a], y.shape[a], attrs["scales"][a], attrs) for a in axes}
-    if not all(factors.values()) or not _repeat(ctx, g, x, out, tail, factors):  # type: ignore[arg-type]
+    if not all(factors.values()) or not _repeat(ctx, g, x, out, tail, factors):
         _sample(ctx, g, x, out, tail, axes)
 
 
@@ -105,7 +120,9 @@ def _repeat(ctx: Lowering, g: Group, x: View, out: View, tail: Tail, factors: di
     return True
 
 
-def _nest(ctx: Lowering, g: Group, params: Params, body: tuple[Stmt, ...], order: Sequence[int], shape: Sequence[Dim]) -> None:
+def _nest(
+    ctx: Lowering, g: Group, params: Params, body: tuple[Stmt, ...], order: Sequence[int], shape: Sequence[Dim]
+) -> None:
     """The innermost axis as the vector, the one around it serial, the others parallel."""
     for depth, a in enumerate(reversed(order)):
         kind = "vector" if depth == 0 else "serial" if depth == 1 and len(order) > 2 else "parallel"
@@ -164,7 +181,11 @@ def _weighted(params: Params, x: View, index: list[Dim], taps: dict[int, Taps], 
     """The sum over the taps of `axes`, the first axis outermost."""
     if not axes:
         loaded = params.load(x, tuple(index))
-        return loaded if x.dtype is kind or all(w is None for t in taps.values() for _, w in t.taps) else Cast(kind, loaded)
+        return (
+            loaded
+            if x.dtype is kind or all(w is None for t in taps.values() for _, w in t.taps)
+            else Cast(kind, loaded)
+        )
     a, *rest = axes
     total: Expr | None = None
     for source, weight in taps[a].taps:
@@ -197,7 +218,12 @@ def _table(ctx: Lowering, params: Params, axis: int, size: int, out: int, at: Di
         positions, weights = nearest_index(x, size, attrs["nearest_mode"])[None], None
     else:
         positions, weights = tap_table(x, size, attrs)
-    settings = (size, out, scale, *(attrs[k] for k in ("mode", "coordinate", "nearest_mode", "cubic_coeff", "exclude_outside")))
+    settings = (
+        size,
+        out,
+        scale,
+        *(attrs[k] for k in ("mode", "coordinate", "nearest_mode", "cubic_coeff", "exclude_outside")),
+    )
     where = ctx.constant(positions.astype(np.int32), "resize_positions", ("resize", "at", *settings))
     bound = size - 1 if size > 1 else None
     lets, taps = [], []
@@ -212,6 +238,16 @@ def _table(ctx: Lowering, params: Params, axis: int, size: int, out: int, at: Di
     return Taps(tuple(lets), tuple(taps))
 
 
+def _near(d: np.ndarray, a: float) -> np.ndarray:
+    """Weight of a cubic tap at distance `d` up to 1."""
+    return ((a + 2) * d - (a + 3)) * d * d + 1
+
+
+def _far(d: np.ndarray, a: float) -> np.ndarray:
+    """The same at distance 1 to 2."""
+    return ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+
+
 def tap_table(x: np.ndarray, size: int, attrs: Attrs) -> tuple[np.ndarray, np.ndarray]:
     """Source positions (within the operand) and weights [tap, position] for linear and cubic."""
     base = np.floor(x)
@@ -220,9 +256,7 @@ def tap_table(x: np.ndarray, size: int, attrs: Attrs) -> tuple[np.ndarray, np.nd
         offsets, weights = [0, 1], [1 - t, t]
     else:
         a = attrs["cubic_coeff"]
-        near = lambda d: ((a + 2) * d - (a + 3)) * d * d + 1  # noqa: E731
-        far = lambda d: ((a * d - 5 * a) * d + 8 * a) * d - 4 * a  # noqa: E731
-        offsets, weights = [-1, 0, 1, 2], [far(1 + t), near(t), near(1 - t), far(2 - t)]
+        offsets, weights = [-1, 0, 1, 2], [_far(1 + t, a), _near(t, a), _near(1 - t, a), _far(2 - t, a)]
     positions = np.stack([base + o for o in offsets]).astype(np.int64)
     table = np.stack(weights)
     if attrs["exclude_outside"]:
@@ -282,7 +316,10 @@ def _computed(axis: int, size: Dim, out: Dim, at: Dim, attrs: Attrs, kind: DType
             "floor": Unary("floor", x), "ceil": Unary("ceil", x), "round_prefer_floor": Unary("ceil", _op("sub", x, half)),
             "round_prefer_ceil": Unary("floor", _op("add", x, half)),
         }[attrs["nearest_mode"]]  # fmt: skip
-        return Taps((*lets, Let(f"at{axis}", _op("max", _op("min", Cast(I64, rounded), last), Const(0, I64)))), ((symbol(f"at{axis}", 0), None),))
+        return Taps(
+            (*lets, Let(f"at{axis}", _op("max", _op("min", Cast(I64, rounded), last), Const(0, I64)))),
+            ((symbol(f"at{axis}", 0), None),),
+        )
     lets += [Let(f"base{axis}", Cast(I64, Unary("floor", x))), Let(f"t{axis}", _op("sub", x, Unary("floor", x)))]
     base, t = Read(f"base{axis}", I64), Read(f"t{axis}", F64)
     weights = _weights(t, attrs)

@@ -15,7 +15,24 @@ from vivace.base.dims import Dim, ceildiv, minimum, prod, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Node
 from vivace.loops.kernel import (
-    Alloc, Binary, Buffer, Cast, Const, Expr, For, Index, Kernel, Let, Load, Read, Reduce, Select, Stmt, Store, Unary, dtype_of,
+    Alloc,
+    Binary,
+    Buffer,
+    Cast,
+    Const,
+    Expr,
+    For,
+    Index,
+    Kernel,
+    Let,
+    Load,
+    Read,
+    Reduce,
+    Select,
+    Stmt,
+    Store,
+    Unary,
+    dtype_of,
 )  # fmt: skip
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering

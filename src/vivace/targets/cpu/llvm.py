@@ -44,6 +44,7 @@ from vivace.targets.cpu.expr import emit
 from vivace.targets.cpu.isa import has_masks
 from vivace.targets.cpu.lanes import tail_mask
 from vivace.targets.cpu.memory import memory_type, store
+from vivace.targets.cpu.reduce import reduce_together
 
 _CHUNK = 4096  # iterations of a lone vector loop that make a unit: about a microsecond of streaming
 _UNIT_WORK = 16384  # operations that are worth handing to a thread: a few microseconds
@@ -128,17 +129,22 @@ class _Generator:
     def _block(self, env: Env, stmts: tuple[Stmt, ...]) -> list[Value]:
         """Statements in a context of their own: lets and buffers end with the block."""
         env = env.at()
-        for s in stmts:
-            self._statement(env, s)
+        for run in _runs(stmts):
+            reduces = [s.expr for s in run if isinstance(s, Let) and isinstance(s.expr, Reduce)]
+            values = reduce_together(env, reduces, emit) if len(run) > 1 else None
+            if values is None:
+                for s in run:
+                    self._statement(env, s)
+                continue
+            for s, value in zip(run, values, strict=True):
+                assert isinstance(s, Let)
+                self._name(env, s, value)
         return []
 
     def _statement(self, env: Env, s: Stmt) -> None:
         match s:
-            case Let(name=name, expr=e):
-                value, t = emit(env, e), dtype_of(e)
-                env.names[name] = value
-                if t.is_int:
-                    env.symbols[name] = cast(self.b, value, t, DType.i64)
+            case Let(expr=e):
+                self._name(env, s, emit(env, e))
             case Store(buffer=buffer, index=index, value=e):
                 store(env, buffer, index, emit(env, e))
             case Guard(cond=c, body=body):
@@ -154,6 +160,12 @@ class _Generator:
                 env.buffers[buffer] = self._allocate(buffer)
             case For():
                 self._loop(env, s)
+
+    def _name(self, env: Env, s: Let, value: Value) -> None:
+        t = dtype_of(s.expr)
+        env.names[s.name] = value
+        if t.is_int:
+            env.symbols[s.name] = cast(self.b, value, t, DType.i64)
 
     def _allocate(self, buffer: Buffer) -> Value:
         extent = 1
@@ -242,6 +254,29 @@ class _Generator:
             return self._block(inner, loop.body)
 
         self.b.loop(start, stop, width, body)
+
+
+def _runs(stmts: tuple[Stmt, ...]) -> list[list[Stmt]]:
+    """The statements in order, with neighbouring lets together that reduce over one axis and do not read each other."""
+    runs: list[list[Stmt]] = []
+    names: set[str] = set()
+    for s in stmts:
+        first = runs[-1][0] if runs else None
+        if (
+            isinstance(s, Let)
+            and isinstance(s.expr, Reduce)
+            and isinstance(first, Let)
+            and isinstance(first.expr, Reduce)
+            and (s.expr.var, s.expr.extent) == (first.expr.var, first.expr.extent)
+            and not varies(s.expr, names)
+        ):
+            runs[-1].append(s)
+        else:
+            runs.append([s])
+            names = set()
+        if isinstance(s, Let):
+            names.add(s.name)
+    return runs
 
 
 def _parallel_axes(body: tuple[Stmt, ...]) -> tuple[list[tuple[str, Dim]], tuple[Stmt, ...]]:

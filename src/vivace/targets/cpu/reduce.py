@@ -1,13 +1,14 @@
 """Reductions: inside a vector loop as loops over vectors of accumulators, elsewhere vectorized over the reduced axis.
 
-Directly nested Reduces of one function share their accumulators. Vectorizing over the reduced axis re-associates sums:
+Directly nested Reduces of one function share their accumulators; neighbouring lets over one axis share their loop inside a
+vector loop. Vectorizing over the reduced axis re-associates sums:
 partial sums per lane, several vectors of them, then added pairwise; the result depends on the instruction set, but not
 on threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vivace.base.dims import Dim, bounds
 from vivace.base.dtypes import DType
@@ -75,6 +76,23 @@ def reduce(env: Env, e: Reduce, emit: Emit) -> Value:
         result = one if result is None else combine(env, e.fn, result, one, t)
     assert result is not None
     return result
+
+
+def reduce_together(env: Env, es: Sequence[Reduce], emit: Emit) -> list[Value] | None:
+    """The values of several Reduces over one axis, in one loop, so that what they share is loaded once.
+
+    None where they would not be computed lane by lane: over the reduced axis, each is better off alone.
+    """
+    varying = {name for name, v in (*env.symbols.items(), *env.names.items()) if v.lanes}
+    if env.lane is None or not all(varies(e, varying | {env.lane}) and not isinstance(e.x, Reduce) for e in es):
+        return None
+    starts = [env.b.widen(identity(e.fn, dtype_of(e)), env.lanes) for e in es]
+
+    def body(i: Value, carried: list[Value]) -> list[Value]:
+        inside = env.at({es[0].var: i})
+        return [_accumulate(inside, emit, e.fn, c, e.x, dtype_of(e)) for e, c in zip(es, carried, strict=True)]
+
+    return env.b.loop(literal(0, "i64"), scalar(env, es[0].extent), 1, body, starts)
 
 
 def _widths(env: Env, extent: Dim, x: Expr, var: str) -> tuple[int, int]:
