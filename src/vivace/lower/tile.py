@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vivace.base.dims import Dim, prod
 from vivace.base.machine import Isa, Machine, host
 from vivace.loops.contraction import Axis, Contraction, merge_axes
+from vivace.lower.arithmetic import F32, Arithmetic, arithmetic_of
 
 Segment = tuple[Dim, int]  # count, size
 
@@ -56,14 +57,29 @@ class Tile:
     tiles_outside: bool = False
 
 
-def max_rows(nv: int, isa: Isa) -> int:
-    """Rows of accumulators that leave registers for `nv` vectors of B, one broadcast and, without FMA, a product."""
-    spare = isa.n_vector_registers - nv - (1 if isa.has_fma else 2)
+def max_rows(nv: int, isa: Isa, n_spare: int = 0) -> int:
+    """Rows of accumulators that leave registers for `nv` vectors of B, one broadcast, without FMA a product, and
+    `n_spare` more.
+    """
+    spare = isa.n_vector_registers - nv - (1 if isa.has_fma else 2) - n_spare
     return max(1, min(spare // nv, 14))
+
+
+def fitting(n: Dim, isa: Isa) -> Isa:
+    """The instruction set with vectors no wider than `n` columns need, down to 4 lanes.
+
+    A vector that is half empty wastes half of its multiply-adds; CPUs run 256-bit vectors at least as often as 512-bit
+    ones. AVX-512 keeps its 32 registers and its masks at any width (AVX512VL).
+    """
+    bits = isa.vector_bits
+    while isinstance(n, int) and bits > 128 and n * 32 <= bits // 2:
+        bits //= 2
+    return replace(isa, vector_bits=bits)
 
 
 def panel_lanes(n: Dim, isa: Isa) -> int:
     """Columns per panel of packed B."""
+    isa = fitting(n, isa)
     width = isa.n_f32_lanes
     if not isinstance(n, int):
         return 2 * width
@@ -108,31 +124,36 @@ def pieces(split: tuple[Segment, ...]) -> Dim:
 def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None) -> Tile:
     """The plan of a contraction (merged or not) for an instruction set and the caches of a machine."""
     machine = machine or host()
-    c = merge_axes(c)
+    c, isa = merge_axes(c), fitting(c.n, isa)
+    ar = arithmetic_of(c, isa)
     lanes = c.packing.lanes or panel_lanes(c.n, isa)
     nv = lanes // isa.n_f32_lanes
-    outer, inner = _split_rows(c.rows, max_rows(nv, isa))
+    most = max_rows(nv, isa, ar.n_spare)
+    outer, inner = _split_rows(c.rows, most)
     n_panels = max(1, -(-_known([c.n]) // lanes))
-    colliding = collides(c.rows, outer, inner, machine)
+    colliding = collides(c.rows, outer, inner, machine, ar.a_bytes)
     stage_a = colliding and len(c.taps) == 1 and n_panels > 1
     if colliding and len(c.taps) > 1:
-        outer, inner = _split_rows(c.rows, max(1, max_rows(nv, isa) // 2))
+        outer, inner = _split_rows(c.rows, max(1, most // 2))
     n_tiles = max(1, _known([r.extent for r in c.rows[:-2]]) * _known([pieces(outer)]) * _known([pieces(inner)]))
     stage_b = c.packing.kind == "transposed" or (c.packing.kind == "plain" and _pays_to_stage_b(c, isa, n_tiles, lanes))
-    k_block = _k_block(c, machine)
-    unroll = next((u for u in (4, 3, 2, 5) if isinstance(k := _channel(c), int) and k % u == 0), 4)
-    tiles, panels, rows_outer = _unit(c, n_tiles, n_panels, k_block, machine)
+    k_block = _k_block(c, ar, machine)
+    steps = k // ar.group if isinstance(k := _channel(c), int) else None
+    unroll = next((u for u in (4, 3, 2, 5) if steps is not None and steps % u == 0), 4)
+    tiles, panels, rows_outer = _unit(c, ar, n_tiles, n_panels, k_block, machine)
     if stage_b:
         rows_outer = False
         panels = max(1, min(panels, _half_l2(machine) // max(1, _known([_k(c)]) * lanes * 4)))
-    b_block = panels * lanes * _known([_k(c)]) * 4
+    b_block = panels * lanes * _known([_k(c)]) * ar.b_bytes
     tiles_outside = panels > 1 and not k_block and b_block <= machine.cache_bytes(2) // 16
     return Tile(
         nv, lanes, outer, inner, unroll, tiles, panels, rows_outer or stage_a, stage_a, stage_b, k_block, tiles_outside
     )
 
 
-def _unit(c: Contraction, n_tiles: int, n_panels: int, k_block: int, machine: Machine) -> tuple[int, int, bool]:
+def _unit(
+    c: Contraction, ar: Arithmetic, n_tiles: int, n_panels: int, k_block: int, machine: Machine
+) -> tuple[int, int, bool]:
     """Tiles and panels per unit, and whether blocks of tiles vary slowest.
 
     A block of A stays in half of the second-level cache while panels of B pass. What is larger, A or B, is cut first,
@@ -141,8 +162,8 @@ def _unit(c: Contraction, n_tiles: int, n_panels: int, k_block: int, machine: Ma
     rows, k, n = _known([r.extent for r in c.rows]), _known([_k(c)]), _known([c.n])
     n_batch = max(1, _known([b.extent for b in c.batch]))
     channels = k_block if len(c.taps) == 1 and k_block else _known([_channel(c)])
-    a_bytes, b_bytes = rows * channels * 4, n * k * 4
-    work_ns = max(2 * rows * n * k / _FLOPS_PER_NS, (b_bytes + a_bytes) / _BYTES_PER_NS)
+    a_bytes, b_bytes = rows * channels * ar.a_bytes, n * k * ar.b_bytes
+    work_ns = max(2 * rows * n * k / (_FLOPS_PER_NS * ar.group), (b_bytes + a_bytes) / _BYTES_PER_NS)
     wanted = max(1, math.ceil(min(_UNITS_WANTED, n_batch * work_ns / _UNIT_NS) / n_batch))
     tiles = n_tiles if a_bytes <= _half_l2(machine) else max(1, n_tiles * _half_l2(machine) // a_bytes)
     panels = n_panels
@@ -154,21 +175,21 @@ def _unit(c: Contraction, n_tiles: int, n_panels: int, k_block: int, machine: Ma
     return tiles, panels, b_bytes <= a_bytes
 
 
-def _k_block(c: Contraction, machine: Machine) -> int:
+def _k_block(c: Contraction, ar: Arithmetic, machine: Machine) -> int:
     """Steps of the outermost tap per pass where A and B are too large to stay in the second-level cache over all; 0
     for all at once.
     """
     first = c.taps[0].extent if c.taps else 1
     rows, k, n = _known([r.extent for r in c.rows]), _k(c), _known([c.n])
-    room = _half_l2(machine)
-    if not isinstance(first, int) or not isinstance(k, int) or k < 2 * _LEAST_K_BLOCK or n * k * 4 <= room:
+    room, least = _half_l2(machine), _LEAST_K_BLOCK * ar.group
+    if not isinstance(first, int) or not isinstance(k, int) or k < 2 * least or n * k * ar.b_bytes <= room:
         return 0
     if len(c.taps) > 1:  # whole kernel rows, where a panel leaves little room for A and the panel that comes next
-        return 1 if first > 1 and k * c.packing.lanes * 4 > room // 2 else 0
-    if rows * k * 4 <= room:
+        return 1 if first > 1 and k * c.packing.lanes * ar.b_bytes > room // 2 else 0
+    if rows * k * ar.a_bytes <= room:
         return 0
-    divisors = [k // passes for passes in range(2, k // _LEAST_K_BLOCK + 1) if k % (passes * 16) == 0]
-    return next((size for size in divisors if rows * size * 4 <= room), divisors[-1] if divisors else 0)
+    divisors = [k // passes for passes in range(2, k // least + 1) if k % (passes * 16) == 0]
+    return next((size for size in divisors if rows * size * ar.a_bytes <= room), divisors[-1] if divisors else 0)
 
 
 def _half_l2(machine: Machine) -> int:
@@ -191,7 +212,13 @@ def _pays_to_stage_b(c: Contraction, isa: Isa, n_tiles: int, lanes: int) -> bool
     return n_tiles >= 3 or (ragged and isa.vector_bits < 512)
 
 
-def collides(rows: tuple[Axis, ...], outer: tuple[Segment, ...], inner: tuple[Segment, ...], machine: Machine) -> bool:
+def collides(
+    rows: tuple[Axis, ...],
+    outer: tuple[Segment, ...],
+    inner: tuple[Segment, ...],
+    machine: Machine,
+    a_bytes: int = F32.a_bytes,
+) -> bool:
     """Whether the rows of one tile fall into so few sets of the first-level cache that they evict each other, step
     after step.
     """
@@ -200,7 +227,7 @@ def collides(rows: tuple[Axis, ...], outer: tuple[Segment, ...], inner: tuple[Se
     for a, count in steps:
         if not isinstance(a, int):
             return False
-        offsets = [o + i * a * 4 for o in offsets for i in range(count)]
+        offsets = [o + i * a * a_bytes for o in offsets for i in range(count)]
     level = machine.data_cache(1)
     ways = level.n_ways if level and level.n_ways else 8
     n_sets = max(1, machine.cache_bytes(1) // machine.line_bytes // ways)
@@ -213,10 +240,11 @@ def staged_rows(k: Dim, isa: Isa) -> Dim:
     return (k + isa.n_f32_lanes - 1) // isa.n_f32_lanes * isa.n_f32_lanes
 
 
-def staged_stride(k: Dim) -> Dim:
+def staged_stride(k: Dim, a_bytes: int = F32.a_bytes) -> Dim:
     """Elements between staged rows of A: an odd number of cache lines, so that neighbours fall into different sets."""
-    lines = (k + 15) // 16
-    return (lines + 1 - lines % 2) * 16
+    per_line = 64 // a_bytes
+    lines = (k + per_line - 1) // per_line
+    return (lines + 1 - lines % 2) * per_line
 
 
 def _known(dims: list[Dim], guess: int = 64) -> int:

@@ -13,7 +13,7 @@ from vivace.base.dims import Dim, ceildiv, linear, prod, symbols
 from vivace.base.machine import Isa
 from vivace.loops.contraction import Contraction, contraction_dims, contraction_params, merge_axes
 from vivace.loops.kernel import Load, walk
-from vivace.lower.tile import Tile, choose_tile, staged_stride
+from vivace.lower.tile import Tile, choose_tile, fitting, staged_stride
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.contraction_body import F32_BYTES, LINE_BYTES, Operands, Shape, Sum, load, mask_text, store
 from vivace.targets.cpu.contraction_driver import driver
@@ -26,7 +26,7 @@ from vivace.targets.cpu.memory import flat_index
 
 def emit_contraction(c: Contraction, isa: Isa, tile: Tile | None = None) -> KernelCode:
     """The kernel of a contraction."""
-    merged = merge_axes(c)
+    merged, isa = merge_axes(c), fitting(c.n, isa)
     tile = tile or choose_tile(merged, isa)
     plan = Plan(c.name, merged, isa, tile, contraction_params(c), contraction_dims(c))
     functions: list[str] = []
