@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper
-
 from vivace.base.dims import Dim
 from vivace.base.dtypes import DType
-from vivace.base.errors import ModelError
+from vivace.base.errors import ModelError, UnsupportedError
 from vivace.graph.graph import Type, Value
 from vivace.graph.ops import OPS
-from vivace.onnx.reader import label, needs
+from vivace.onnx.reader import MICROSOFT, label, needs
 from vivace.onnx.scope import Scope
 from vivace.onnx.tensors import data_type_of, dtype_of
 
@@ -132,7 +132,15 @@ def _infer(
     declared = {
         v.name: v.type for v in [*scope.session.model.proto.graph.value_info, *scope.session.model.proto.graph.output]
     }
-    return [None if not o else _type(scope, found.get(o), declared.get(o), o, spelled, where) for o in n.output]
+    if n.domain == MICROSOFT and not all(_is_typed(declared.get(o)) for o in n.output if o):
+        hint = "export the model with standard ONNX operators, or declare the types in its value_info"
+        raise UnsupportedError(f"operator {n.op_type!r} of {n.domain} is unknown", where=where, hint=hint)
+    rows = next((v.shape[0] for v in tensors.values() if v.rank), None) if n.domain == "ai.onnx.ml" else None
+    return [None if not o else _type(scope, found.get(o), declared.get(o), o, spelled, rows, where) for o in n.output]
+
+
+def _is_typed(t: TypeProto | None) -> bool:
+    return t is not None and t.HasField("tensor_type") and t.tensor_type.HasField("shape")
 
 
 def _spell(d: Dim, spelled: dict[str, Dim]) -> str:
@@ -146,8 +154,18 @@ def _tensor(data: np.ndarray, name: str) -> TensorProto:
 
 
 def _type(
-    scope: Scope, t: TypeProto | None, declared: TypeProto | None, name: str, spelled: dict[str, Dim], where: str
+    scope: Scope,
+    t: TypeProto | None,
+    declared: TypeProto | None,
+    name: str,
+    spelled: dict[str, Dim],
+    rows: Dim | None,
+    where: str,
 ) -> Type | TypeProto:
+    """The type of one output.
+
+    `rows` is the size of its first axis where inference leaves it open: the operators of ai.onnx.ml work row by row.
+    """
     for candidate in (t, declared):
         if candidate is None or candidate.WhichOneof("value") is None:
             continue
@@ -156,7 +174,12 @@ def _type(
         tensor = candidate.tensor_type
         if not tensor.elem_type or not tensor.HasField("shape"):
             continue
-        dims = [_dim(scope, d, f"{name}_{i}", spelled) for i, d in enumerate(tensor.shape.dim)]
+        dims = [
+            rows
+            if i == 0 and rows is not None and not d.HasField("dim_value")
+            else _dim(scope, d, f"{name}_{i}", spelled)
+            for i, d in enumerate(tensor.shape.dim)
+        ]
         return Type(dtype_of(tensor.elem_type, where), tuple(dims))
     return TypeProto() if t is None else t
 

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
-
 from vivace.base.dims import Dim, Expr, parse, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError, ModelError, UnsupportedError, VivaceError
@@ -199,6 +198,11 @@ def import_node(scope: Scope, n: NodeProto) -> None:
         if model.name in e.where:
             raise
         raise type(e)(e.what, where=f"{where}: {e.where}", expected=e.expected, hint=e.hint) from e
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as e:
+        what = f"its attributes or operands make no sense ({type(e).__name__}: {str(e)[:200]})"
+        raise ModelError(
+            what, where=where, hint="check the model with onnx.checker, and report it if it is valid"
+        ) from e
     finally:
         scope.builder.origin = outer_origin
     for name, v in zip(n.output, results):

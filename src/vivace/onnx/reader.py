@@ -14,10 +14,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx
 import onnx.inliner
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 
+import onnx
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 from vivace.base.errors import ModelError, UnsupportedError
 from vivace.onnx.tensors import Tensors
 
@@ -42,8 +42,12 @@ def read(source: str | Path | bytes | ModelProto) -> Model:
         raise ModelError("this is not an ONNX model", where=name, expected="a file written by an ONNX exporter")
     if proto.functions:
         proto = _inline(proto, name)
-    opsets = _opsets(proto, name)
-    _check_graph(proto.graph, frozenset(), opsets, proto.ir_version, name)
+    try:
+        _check_text(proto.graph)
+        opsets = _opsets(proto, name)
+        _check_graph(proto.graph, frozenset(), opsets, proto.ir_version, name)
+    except (TypeError, UnicodeError) as e:  # protobuf hands out names that are no UTF-8 as bytes
+        raise ModelError("a name in it is not text", where=name, hint="copy or download the file again") from e
     return Model(proto, opsets, Tensors(directory), proto.graph.name or name)
 
 
@@ -155,6 +159,12 @@ def needs(n: NodeProto) -> dict[str, None]:
     for g in graphs_of(n):
         names |= free_names(g)
     return names
+
+
+def _check_text(g: GraphProto) -> None:
+    """Raise TypeError for text that protobuf could not decode and handed out as bytes."""
+    dims = [d.dim_param for v in g.input for d in v.type.tensor_type.shape.dim]
+    "".join([g.name, *dims, *(v.name for v in (*g.input, *g.output)), *(t.name for t in g.initializer)])
 
 
 def _check_graph(g: GraphProto, outer: frozenset[str], opsets: dict[str, int], ir_version: int, where: str) -> None:
