@@ -134,7 +134,8 @@ class _Sides:
                 cut.edge(t, one, FOREVER)
             cut.edge(maker, zero, weight)
             cut.edge(one, maker, weight)
-        return cut.solve()
+        # NHWC lasts as long as it costs nothing: a transpose below element-wise ops meets those of other ranks
+        return cut.solve(most_on_1=self.pin)
 
     def _end(self, v: Value, side: int) -> str:
         """The terminal that stands for side `side` of `v`, parity counted."""

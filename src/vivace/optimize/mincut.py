@@ -1,7 +1,8 @@
 """The cheapest way to split things into two sides: a minimum cut, found as a maximum flow (Dinic's algorithm).
 
 `Cut.edge(a, b, w)` says: it costs `w` when `a` is on side 1 and `b` on side 0. `force(a, side)` pins a thing. `solve()` gives the side of each.
-Weights are whole numbers, so that the result does not depend on rounding. Of several cheapest splits, the one with most things on side 0.
+Weights are whole numbers, so that the result does not depend on rounding. Of several cheapest splits, the one
+with most things on side 0, or on side 1 when asked.
 """
 
 from __future__ import annotations
@@ -47,21 +48,29 @@ class Cut:
     def force(self, thing: Hashable, side: int) -> None:
         self.price(thing, 1 - side, FOREVER)
 
-    def solve(self) -> dict[Hashable, int]:
+    def solve(self, most_on_1: bool = False) -> dict[Hashable, int]:
         """The side of each thing in a cheapest split. Cost: far below the bound O(V^2 E) on graphs of models."""
         while (level := self._levels()) is not None:
             cursor = [0] * len(self.heads)
             while self._push(level, cursor):
                 pass
-        reached = {0}
-        queue = deque([0])
+        if most_on_1:
+            from_sink = self._reached(1, backwards=True)
+            return {thing: int(i not in from_sink) for thing, i in self.index.items()}
+        from_source = self._reached(0, backwards=False)
+        return {thing: int(i in from_source) for thing, i in self.index.items()}
+
+    def _reached(self, start: int, backwards: bool) -> set[int]:
+        """What has room left on a way from the source, or to the sink."""
+        found = {start}
+        queue = deque([start])
         while queue:
             a = queue.popleft()
             for e in self.heads[a]:
-                if self.room[e] and self.to[e] not in reached:
-                    reached.add(self.to[e])
+                if self.room[e ^ 1 if backwards else e] and self.to[e] not in found:
+                    found.add(self.to[e])
                     queue.append(self.to[e])
-        return {thing: int(i in reached) for thing, i in self.index.items()}
+        return found
 
     def _levels(self) -> list[int] | None:
         level = [-1] * len(self.heads)

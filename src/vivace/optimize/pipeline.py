@@ -68,6 +68,11 @@ PIPELINE: tuple[Pass, ...] = (
         "finish_layout", "join the transposes and reshapes that remain; constant gathers become views", Level.LAYOUT,
         rules=(*SIMPLIFY, *weights.RULES, *movement.NATIVE_RULES), requires=frozenset({"channels_last"}),
     ),
+    Pass(
+        "sink_again", "now that convolutions are NHWC, other transposes may cancel", Level.LAYOUT,
+        function=sink_transposes, requires=frozenset({"channels_last"}),
+    ),
+    Pass("simplify_last", "join what that brought together", Level.LAYOUT, rules=SIMPLIFY),
     Pass("share_last", "one transpose per value", Level.LAYOUT, function=share_common),
 )  # fmt: skip
 

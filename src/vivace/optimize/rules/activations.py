@@ -36,7 +36,7 @@ fuse_gelu_tanh = pattern(
         op.add(
             op.tanh(
                 op.either(
-                    op.mul(op.add(x, op.mul(op.either(op.pow(x, 3.0), op.mul(x, x, x)), 0.044715)), SQRT_2_OVER_PI),
+                    op.mul(op.add(x, op.either(op.mul(op.pow(x, 3.0), 0.044715), op.mul(x, x, x, 0.044715))), SQRT_2_OVER_PI),
                     op.mul(x, op.add(op.mul(op.mul(x, x), 0.044715), 1), SQRT_2_OVER_PI),
                     op.mul(x, op.add(op.mul(op.mul(x, x), 0.044715 * SQRT_2_OVER_PI), SQRT_2_OVER_PI)),
                     op.add(op.mul(x, SQRT_2_OVER_PI), op.mul(x, x, x, 0.044715 * SQRT_2_OVER_PI)),

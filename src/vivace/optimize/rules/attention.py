@@ -62,12 +62,11 @@ def _read_scores(v: Value | None, at: At) -> _Scores:
             return found
         x, c = _factor(v, at)
         if x is not v:
-            if found.masks and c != 1:
-                # (s + m) * c = s * c + m * c: fine for a mask of zeros and -huge only; keep to what is exact
-                found.reason = "the mask is added before the scale"
-                return found
             found.scale *= c
             v = x
+        elif n.op.name in ("add", "where") and (found.scale != 1 or found.softcap):
+            found.reason = "the mask comes before the scale"  # (s + m) * c would scale the mask too
+            return found
         elif n.op.name == "add":
             v = _split_mask(n, found, at)
         elif n.op.name == "where":
@@ -164,7 +163,7 @@ def _sdpa(e: Example) -> Value:
 def _eager(e: Example) -> Value:
     q, k, v = e.x("f32[2,3,4,8]"), e.x("f32[2,5,3,8]"), e.x("f32[2,3,5,6]")
     scores = e.div(e.matmul(q, e.transpose(k, perm=(0, 2, 3, 1))), 3.0)
-    return e.matmul(e.softmax(scores, axis=-1), v)  # type: ignore[no-any-return]
+    return e.matmul(e.softmax(e.add(scores, e.x("f32[2,1,1,5]")), axis=-1), v)  # type: ignore[no-any-return]
 
 
 def _three_axes(e: Example) -> Value:

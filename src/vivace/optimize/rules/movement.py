@@ -358,6 +358,49 @@ def gather_as_slice(n: Node, at: At) -> Outcome:
     return part if idx.rank else at.op.reshape(part, shape=n.output.shape)
 
 
+def _one_of_three(e):  # type: ignore[no-untyped-def]
+    packed = e.transpose(e.x("f32[2,5,3,4]"), perm=(2, 0, 1, 3))
+    return e.slice(packed, starts=(1, 0, 0, 0), sizes=(1, 2, 5, 4), steps=(1, 1, 1, 1))
+
+
+@rule("slice", examples=(_one_of_three,))
+def slice_before_transpose(n: Node, at: At) -> Outcome:
+    """slice(transpose(x)) = transpose(slice(x)): a view of less"""
+    t = at.by(n.inputs[0], "transpose")
+    if t is None:
+        return None
+    perm, a = t.attrs["perm"], n.attrs
+    back = [perm.index(i) for i in range(len(perm))]
+    starts, sizes, steps = (tuple(a[k][i] for i in back) for k in ("starts", "sizes", "steps"))
+    return at.op.transpose(at.op.slice(t.inputs[0], starts=starts, sizes=sizes, steps=steps), perm=perm)
+
+
+@rule("reshape", examples=(lambda e: e.reshape(e.transpose(e.x("f32[2,5,1,4]"), perm=(0, 3, 1, 2)), shape=(2, 4, 5)),))
+def drop_ones_before_transpose(n: Node, at: At) -> Outcome:
+    """reshape(transpose(x)) = transpose(reshape(x)) where the reshape only drops axes of extent 1"""
+    t = at.by(n.inputs[0], "transpose")
+    if t is None or t.inputs[0] is None or not at.only_use(t.output):
+        return None
+    x, wide = t.inputs[0], t.output.shape
+    kept = _kept_axes(wide, n.output.shape)
+    if kept is None:
+        return "the reshape does more than drop axes of extent 1"
+    left = [t.attrs["perm"][i] for i in kept]
+    thin = at.op.reshape(x, shape=tuple(x.shape[i] for i in sorted(left)))
+    return at.op.transpose(thin, perm=tuple(sorted(left).index(i) for i in left))
+
+
+def _kept_axes(wide: Sequence[Dim], thin: Sequence[Dim]) -> list[int] | None:
+    """The axes of `wide` that `thin` keeps, when the others have extent 1."""
+    kept: list[int] = []
+    for i, d in enumerate(wide):
+        if len(kept) < len(thin) and d == thin[len(kept)] and (d != 1 or len(wide) - i == len(thin) - len(kept)):
+            kept.append(i)
+        elif d != 1:
+            return None
+    return kept if len(kept) == len(thin) < len(wide) else None
+
+
 RULES: tuple[Rule, ...] = (
     join_transposes,
     join_reshapes,
@@ -370,4 +413,4 @@ RULES: tuple[Rule, ...] = (
     join_concats,
     join_pads,
 )
-NATIVE_RULES: tuple[Rule, ...] = (gather_as_slice,)
+NATIVE_RULES: tuple[Rule, ...] = (gather_as_slice, slice_before_transpose, drop_ones_before_transpose)
