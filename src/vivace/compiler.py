@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +14,9 @@ from vivace.base.knobs import knobs
 from vivace.base.machine import ISAS, Isa, best_isa, host, isa, missing_flags
 
 if TYPE_CHECKING:
-    from vivace.graph.graph import Graph
-    from vivace.lower.link import Image
-    from vivace.runtime.engine import Engine
+    from vivace.graph.graph import Graph, Node
+    from vivace.lower.link import ForeignEntry, Image
+    from vivace.runtime.engine import Engine, ForeignRunner, MakeForeign, Placement
     from vivace.runtime.hosted import HostedEngine
 
 PROVIDERS = ("native", "onnxruntime", "openvino")
@@ -112,7 +113,7 @@ def _compile_native(
     return Engine(image, threads, placements(image), make_foreign(threads), lambda: portable_model(source, shapes))
 
 
-def load(path: str | Path, *, threads: int | None = None) -> Engine:
+def load(path: str | Path, *, threads: int | None = None) -> Engine | HostedEngine:
     """Load a saved engine. On a CPU that lacks what its code needs, the model inside is compiled again.
 
     Raises: EngineError for a damaged file, one of another format, or one that can neither run nor be compiled here.
@@ -196,7 +197,7 @@ def build_image(graph: Graph, chosen: Isa, cache: bool, providers: Sequence[str]
     by_spec = {id(s): n for s, n in zip(specs, numbers, strict=True)}
     entries = [KernelEntry(c.name, c.dims, c.units, c.grain, c.scratch_bytes) for c in codes]
     compiled = Compiled(entries, objects, lambda s: by_spec[id(s)])
-    return link(plan, compiled, chosen.name, _foreign_model, {"n_kernels_compiled": n_new})
+    return link(plan, compiled, chosen.name, foreign_model, {"n_kernels_compiled": n_new})
 
 
 def refuse_unhosted(graph: Graph, providers: Sequence[str]) -> None:
@@ -214,28 +215,32 @@ def refuse_unhosted(graph: Graph, providers: Sequence[str]) -> None:
         )
 
 
-def _foreign_model(node: object) -> bytes:
-    from vivace.onnx.exporter import export_node
+def foreign_model(node: Node) -> bytes:
+    """A model of one node, whose inputs are all inputs of the model: what another provider runs."""
+    from vivace.graph.graph import Graph, Value
+    from vivace.onnx.exporter import export
 
-    return export_node(node)  # type: ignore[arg-type]
+    ins = tuple(None if v is None else Value(f"in{i}", v.type) for i, v in enumerate(node.inputs))
+    alone = replace(node, inputs=ins)
+    return export(Graph(tuple(v for v in ins if v is not None), (alone,), alone.outputs)).SerializeToString()
 
 
-def make_foreign(threads: int) -> Callable[[object], object]:
+def make_foreign(threads: int) -> MakeForeign:
     """How an engine runs the nodes that are not native: through ONNX Runtime."""
 
-    def make(entry: object) -> object:
+    def make(entry: ForeignEntry) -> ForeignRunner:
         from vivace.providers.onnxruntime import runner
 
-        return runner(entry.model, threads)  # type: ignore[attr-defined]
+        return runner(entry.model, threads)
 
     return make
 
 
-def placements(image: Image) -> list[object]:
+def placements(image: Image) -> list[Placement]:
     """One record per ONNX node and the kernel that computes it."""
     from vivace.runtime.engine import Placement
 
-    found: list[object] = []
+    found: list[Placement] = []
     for i, line in enumerate(image.lines):
         if line.kind in ("run", "foreign"):
             provider = "native" if line.kind == "run" else "onnxruntime"

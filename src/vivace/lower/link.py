@@ -13,6 +13,7 @@ import numpy as np
 
 from vivace.base.dims import Dim
 from vivace.base.specs import TensorSpec
+from vivace.graph.graph import Node
 from vivace.lower.plan import Operand, Plan, Spec, Step
 from vivace.lower.schedule import Schedule, schedule
 from vivace.lower.views import Storage, View
@@ -90,7 +91,7 @@ class Compiled:
 
 
 def link(
-    plan: Plan, compiled: Compiled, isa: str, foreign_model: Callable[[object], bytes], facts: dict[str, object]
+    plan: Plan, compiled: Compiled, isa: str, foreign_model: Callable[[Node], bytes], facts: dict[str, object]
 ) -> Image:
     """Number everything of a plan."""
     line_up: Schedule = schedule(plan)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,45 +10,15 @@ from vivace.base.dims import Dim, maximum, minimum, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Value
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
-from vivace.loops.kernel import Binary, Buffer, Const, Expr, For, Index, Kernel, Read, Reduce, Select, Store
+from vivace.loops.kernel import Binary, Buffer, Const, Expr, For, Index, Kernel, Reduce, Select, Store
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.pack import pack_panels
-from vivace.lower.rules import winograd
+from vivace.lower.rules import narrow, winograd
 from vivace.lower.rules.elementwise import Params, Tree, emit_pointwise
+from vivace.lower.rules.epilogue import Epilogue, tail_flops
 from vivace.lower.tile import panel_lanes
 from vivace.lower.views import View
-
-ACC = Read("acc", DType.f32)
-
-
-class Epilogue:
-    """The element-wise tail of a contraction: buffers for what it reads, and the expression over `acc`.
-
-    `shape` is the shape of the anchor's result; `index` gives, per axis of that shape, the loop symbol that walks it.
-    """
-
-    def __init__(self, ctx: Lowering, g: Group, bias: View | None, index: Sequence[Dim]) -> None:
-        anchor = g.anchor.outputs[0]
-        self.params = Params()
-        at = tuple(index)
-        acc: Expr = ACC
-        if bias is not None:
-            acc = Binary("add", ACC, self.params.load(bias.expand(anchor.shape), at))
-        rest = [n for n in g.nodes if n is not g.anchor]
-        if rest:
-            tree = Tree(ctx, rest, g.output, given=[anchor])
-            acc = tree.expr(lambda v: self.params.load(tree.leaves[v], at), {anchor: acc})
-        self.expr: Expr | None = None if acc is ACC else acc
-        self.extra = tuple(self.params.buffers)
-        self.views = list(self.params.views)
-
-
-def tail_flops(g: Group) -> Dim:
-    total: Dim = 0
-    for n in g.nodes:
-        total = total + n.cost.flops
-    return total
 
 
 def emit_contraction(
@@ -226,6 +195,9 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
     assert x_value is not None and w_value is not None
     attrs, y = node.attrs, node.outputs[0]
     rank = x_value.rank
+    if y.dtype is not DType.f32:
+        _plain_conv(ctx, g)
+        return
     groups: int = attrs["group"]
     last = attrs["layout"] == "NHWC"
     to_last = tuple(range(rank)) if last else (0, *range(2, rank), 1)
@@ -256,7 +228,8 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
         if out.storage is not target.storage:
             ctx.copy(out, target.transpose(to_last))
         return
-    depthwise = groups == oc and cg == 1 and w_value.data is not None and groups == x_value.shape[1 if not last else -1]
+    is_narrow = narrow.pays(w_value, groups, (*spatial_taps, Axis("kc", cg, 1)))
+    depthwise = not is_narrow and groups == oc and cg == 1 and w_value.data is not None and groups == x_value.shape[1 if not last else -1]
     lane: Dim = symbol("c" if depthwise else "n", 0)
     channel = lane if groups == 1 or depthwise else symbol("g", 0) * (oc // groups) + lane  # type: ignore[operator]
     by_last = [*(symbol(s, 0) for s in names), channel]
@@ -264,7 +237,9 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
     epilogue = Epilogue(ctx, g, bias, index)
     out_buf, a_buf = out.buffer("out", writable=True), x.buffer("a")
     views = {a_buf: x, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
-    if depthwise:
+    if is_narrow:
+        narrow.lower_narrow(ctx, g, x, out, rows, (*spatial_taps, Axis("kc", cg, 1)), epilogue)
+    elif depthwise:
         assert w_value.data is not None
         w = ctx.constant(_depthwise_weights(w_value), f"{w_value.name}_taps", ("depthwise", id(w_value.data)))
         b_buf = w.buffer("b")
@@ -295,6 +270,49 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
         emit_contraction(ctx, "conv", c, {**views, b_buf: w}, g, tail_flops(g))
     if out.storage is not target.storage:
         ctx.copy(out, target.transpose(to_last))
+
+
+def _plain_conv(ctx: Lowering, g: Group) -> None:
+    """A convolution of f64 or integers as a plain reduction over its taps."""
+    node = g.anchor
+    x_value, w_value = node.inputs[0], node.inputs[1]
+    assert x_value is not None and w_value is not None
+    attrs, y = node.attrs, node.outputs[0]
+    n_spatial = x_value.rank - 2
+    groups: int = attrs["group"]
+    to_last = tuple(range(x_value.rank)) if attrs["layout"] == "NHWC" else (0, *range(2, x_value.rank), 1)
+    x = ctx.view(x_value).transpose(to_last)
+    result = ctx.temporary(f"{y.name}_last", y.dtype, tuple(y.shape[i] for i in to_last))
+    w = ctx.contiguous(ctx.view(w_value).transpose((*range(2, n_spatial + 2), 1, 0)), f"{w_value.name}_kn")
+    cg, n = w_value.shape[1], w_value.shape[0] // groups
+    params = Params()
+    img, grp, col, tap_c = symbol("i0", 0), symbol("g", 0), symbol("n", 0), symbol("kc", 0)
+    outs = [symbol(f"o{i}", 0) for i in range(n_spatial)]
+    taps = [symbol(f"k{i}", 0) for i in range(n_spatial)]
+    at = [o * s + t * d for o, s, t, d in zip(outs, attrs["strides"], taps, attrs["dilations"], strict=True)]
+    value: Expr = Binary(
+        "mul", params.load(x, (img, *at, grp * cg + tap_c)), params.load(w, (*taps, tap_c, grp * n + col))
+    )
+    value = Reduce("add", "kc", cg, value)
+    for i in reversed(range(n_spatial)):
+        value = Reduce("add", f"k{i}", w_value.shape[2 + i], value)
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        value = Binary("add", value, params.load(ctx.view(node.inputs[2]), (grp * n + col,)))
+    body: For = For("n", n, (Store(params.buffer(result, writable=True), (img, *outs, grp * n + col), value),), "vector")
+    body = For("g", groups, (body,), "parallel")
+    for i in reversed(range(n_spatial)):
+        body = For(f"o{i}", result.shape[i + 1], (body,), "parallel")
+    spec = Kernel("k", tuple(params.buffers), (For("i0", x.shape[0], (body,), "parallel"),))
+    ctx.emit("conv", spec, params.views, len(params.views) - 1, (node,), node.cost.flops)
+    _deliver(ctx, g, result.transpose(tuple(to_last.index(i) for i in range(len(to_last)))))
+
+
+def _deliver(ctx: Lowering, g: Group, result: View) -> None:
+    """Bring a computed view to where the group's output belongs, through the epilogue if there is one."""
+    if g.output is g.anchor.outputs[0]:
+        ctx.copy(result, ctx.target(g.output), (g.anchor,))
+    else:
+        finish(ctx, g, result)
 
 
 def _conv_weights(w: Value, groups: int) -> np.ndarray:
@@ -330,7 +348,7 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
         tuple(kernel) == tuple(strides) and attrs["group"] == 1 and w_value.data is not None
         and not any((*attrs["before"], *attrs["after"], *attrs["output_padding"])) and all(d == 1 for d in attrs["dilations"])
     )  # fmt: skip
-    if not plain:
+    if not plain or y.dtype is not DType.f32:
         _gather_transpose(ctx, g, x, to_last)
         return
     target = ctx.target(g.output)
@@ -417,7 +435,7 @@ def _gather_transpose(ctx: Lowering, g: Group, x: View, to_last: tuple[int, ...]
     channel = grp * cg + tap_c
     product = Binary("mul", params.load(x, (img, *at, channel)), params.load(w, (*taps, channel, col)))
     assert valid is not None
-    term: Expr = Select(valid, product, Const(0.0, DType.f32))
+    term: Expr = Select(valid, product, Const(y.dtype.numpy.type(0).item(), y.dtype))
     term = Reduce("add", "kc", cg, term)
     for i in reversed(range(n_spatial)):
         term = Reduce("add", f"k{i}", kernel[i], term)
@@ -437,12 +455,7 @@ def _gather_transpose(ctx: Lowering, g: Group, x: View, to_last: tuple[int, ...]
         (node,),
         node.cost.flops,
     )
-    back = tuple(to_last.index(i) for i in range(len(to_last)))
-    moved = result.transpose(back)
-    if g.output is y:
-        ctx.copy(moved, ctx.target(y), (node,))
-    else:
-        finish(ctx, g, moved)
+    _deliver(ctx, g, result.transpose(tuple(to_last.index(i) for i in range(len(to_last)))))
 
 
 def _required(view: View | None) -> View:

@@ -1,0 +1,44 @@
+"""The element-wise tail of a group with its own loops: what happens to each result before it is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from vivace.base.dims import Dim
+from vivace.base.dtypes import DType
+from vivace.loops.kernel import Binary, Expr, Read
+from vivace.lower.group import Group
+from vivace.lower.lowering import Lowering
+from vivace.lower.rules.elementwise import Params, Tree
+from vivace.lower.views import View
+
+ACC = Read("acc", DType.f32)
+
+
+class Epilogue:
+    """The element-wise tail of a contraction: buffers for what it reads, and the expression over `acc`.
+
+    `shape` is the shape of the anchor's result; `index` gives, per axis of that shape, the loop symbol that walks it.
+    """
+
+    def __init__(self, ctx: Lowering, g: Group, bias: View | None, index: Sequence[Dim]) -> None:
+        anchor = g.anchor.outputs[0]
+        self.params = Params()
+        at = tuple(index)
+        acc: Expr = ACC
+        if bias is not None:
+            acc = Binary("add", ACC, self.params.load(bias.expand(anchor.shape), at))
+        rest = [n for n in g.nodes if n is not g.anchor]
+        if rest:
+            tree = Tree(ctx, rest, g.output, given=[anchor])
+            acc = tree.expr(lambda v: self.params.load(tree.leaves[v], at), {anchor: acc})
+        self.expr: Expr | None = None if acc is ACC else acc
+        self.extra = tuple(self.params.buffers)
+        self.views = list(self.params.views)
+
+
+def tail_flops(g: Group) -> Dim:
+    total: Dim = 0
+    for n in g.nodes:
+        total = total + n.cost.flops
+    return total

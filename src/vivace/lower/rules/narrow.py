@@ -1,0 +1,85 @@
+"""Convolutions with one or two results per pixel and group: a vector of results would be nearly empty, so vectors run along the taps.
+
+Each result is a dot product of the window with the kernel. Windows whose rows are contiguous (channels-last, dilation 1) merge
+their innermost taps into one run, which should fill a vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from vivace.base.dims import Dim, symbol
+from vivace.graph.graph import Value
+from vivace.loops.contraction import Axis
+from vivace.loops.kernel import Binary, Expr, For, Kernel, Let, Load, Reduce, Store
+from vivace.lower.group import Group
+from vivace.lower.lowering import Lowering, merge_axes
+from vivace.lower.rules.epilogue import ACC, Epilogue, tail_flops
+from vivace.lower.views import View
+
+MOST_RESULTS = 2  # per pixel and group; beyond it half a vector or more is filled the usual way
+SHORTEST_RUN = 8  # contiguous taps; below it dot products are as empty as result vectors
+
+
+def pays(w: Value, groups: int, taps: Sequence[Axis]) -> bool:
+    """Whether dot products along the taps beat vectors of results. `taps`: spatial taps, then the channel."""
+    if w.data is None or not isinstance(w.shape[0], int) or w.shape[0] // groups > MOST_RESULTS or groups > 4:
+        return False
+    run = merged(taps)[-1]
+    return run.a == 1 and isinstance(run.extent, int) and run.extent >= SHORTEST_RUN
+
+
+def merged(taps: Sequence[Axis]) -> list[Axis]:
+    """The taps with neighbours that walk the input as one joined."""
+    runs = merge_axes([t.extent for t in taps], [[t.a for t in taps]])
+    joined = []
+    for run in runs:
+        extent: Dim = 1
+        for i in run:
+            extent = extent * taps[i].extent
+        joined.append(Axis(f"k{len(joined)}", extent, taps[run[-1]].a))
+    return joined or [Axis("k0", 1, 1)]
+
+
+def lower_narrow(
+    ctx: Lowering,
+    g: Group,
+    x: View,
+    out: View,
+    rows: Sequence[Axis],
+    taps: Sequence[Axis],
+    epilogue: Epilogue,
+) -> None:
+    """Append the kernel. `x` and `out` are channels-last; `rows` are image and output positions; `epilogue` reads `acc`."""
+    w_value = g.anchor.inputs[1]
+    assert w_value is not None and w_value.data is not None
+    groups, oc = g.anchor.attrs["group"], w_value.data.shape[0]
+    n, cg = oc // groups, w_value.data.shape[1]
+    run = merged(taps)
+    by_tap = np.moveaxis(np.asarray(w_value.data, np.float32), 1, -1)  # [oc, k.., c]
+    weights = np.ascontiguousarray(by_tap).reshape(groups, n, *(int(t.extent) for t in run))  # type: ignore[arg-type]
+    w = ctx.constant(weights, f"{w_value.name}_rows", ("narrow", id(w_value.data)))
+    windows = View(
+        x.storage,
+        x.dtype,
+        (*(r.extent for r in rows), groups, *(t.extent for t in run)),
+        (*(r.a for r in rows), cg, *(t.a for t in run)),
+        x.offset,
+    )
+    a, b, result = windows.buffer("a"), w.buffer("b"), out.buffer("out", writable=True)
+    at = tuple(symbol(r.name, 0) for r in rows)
+    group, lane = symbol("g", 0), symbol("n", 0)
+    k = tuple(symbol(t.name, 0) for t in run)
+    value: Expr = Binary("mul", Load(a, (*at, group, *k)), Load(b, (group, lane, *k)))
+    for t in reversed(run):
+        value = Reduce("add", t.name, t.extent, value)
+    store = Store(result, (*at, group * n + lane), epilogue.expr or ACC)
+    body: For = For("n", n, (Let("acc", value), store), "serial")
+    body = For("g", groups, (body,), "serial")
+    for r in reversed(rows):
+        body = For(r.name, r.extent, (body,), "parallel")
+    params = (a, b, *epilogue.extra, result)
+    views = [windows, w, *epilogue.views, out]
+    ctx.emit("conv", Kernel("k", params, (body,)), views, len(views) - 1, g.nodes, tail_flops(g))
