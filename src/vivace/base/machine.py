@@ -22,7 +22,7 @@ import math
 import os
 import platform
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal, cast
@@ -104,7 +104,8 @@ class Machine:
 class Isa:
     """An instruction set that kernels are generated for.
 
-    `features` are in LLVM's notation; `flags` are the names by which `/proc/cpuinfo` shows the same.
+    `features` are in LLVM's notation; `flags` are the names by which `/proc/cpuinfo` shows the same. `name` is the
+    level, followed by the extras it was given: `avx512+avx512_bf16+avx512_vnni`.
     """
 
     name: str
@@ -112,6 +113,15 @@ class Isa:
     n_vector_registers: int
     features: tuple[str, ...]
     flags: frozenset[str]
+
+    @property
+    def level(self) -> str:
+        """The level of the x86-64 psABI without extras: a name of `ISAS`."""
+        return self.name.partition("+")[0]
+
+    def has(self, flag: str) -> bool:
+        """Whether kernels may use what this CPU flag stands for (`avx512_vnni`, `amx_int8`, ...)."""
+        return flag in self.flags
 
     @property
     def n_f32_lanes(self) -> int:
@@ -157,14 +167,45 @@ ISAS: dict[str, Isa] = {
 }
 
 
+# What CPUs of one level have or lack; each table maps the kernel's name of a flag to LLVM's of the feature.
+_EXTRAS: dict[str, dict[str, str]] = {
+    "sse": {},
+    "avx2": {"avx_vnni": "avxvnni"},
+    "avx512": {"avx512_bf16": "avx512bf16", "avx512_vnni": "avx512vnni"},
+}
+# Tiles need the kernel's permission besides (`targets/cpu/amx.py`), so that flags alone never choose them.
+AMX_FLAGS = {"amx_bf16": "amx-bf16", "amx_int8": "amx-int8", "amx_tile": "amx-tile"}
+
+
+def with_extras(level: Isa, flags: Collection[str]) -> Isa:
+    """The instruction set with extras of its level, named by CPU flags.
+
+    Raises: InputError for a flag that is no extra of the level.
+    """
+    known = _EXTRAS[level.level] | (AMX_FLAGS if level.level == "avx512" else {})
+    if unknown := sorted(set(flags) - known.keys()):
+        raise InputError(
+            f"{unknown[0]!r} is no extra of {level.level}", where="instruction set", expected=", ".join(known) or "none"
+        )
+    added = sorted(set(flags) - level.flags)
+    if not added:
+        return level
+    extras = sorted({*added, *(level.flags & known.keys())})
+    features = (*level.features, *(f"+{known[f]}" for f in added))
+    return replace(
+        level, name="+".join([level.level, *extras]), features=features, flags=level.flags | frozenset(added)
+    )
+
+
 def isa(name: str) -> Isa:
-    """The instruction set of a name.
+    """The instruction set of a name: a level, or a level with extras as `Isa.name` spells it.
 
     Raises: InputError for an unknown name.
     """
-    if name not in ISAS:
+    level, *extras = name.split("+")
+    if level not in ISAS:
         raise InputError(f"unknown instruction set {name!r}", expected=f"one of {', '.join(ISAS)}")
-    return ISAS[name]
+    return with_extras(ISAS[level], extras)
 
 
 def missing_flags(machine: Machine, wanted: Isa) -> tuple[str, ...]:
@@ -173,13 +214,13 @@ def missing_flags(machine: Machine, wanted: Isa) -> tuple[str, ...]:
 
 
 def best_isa(machine: Machine) -> Isa:
-    """The widest instruction set whose code runs on the machine.
+    """The widest instruction set whose code runs on the machine, with the extras that its flags show.
 
     Raises: UnsupportedError where none does.
     """
     for candidate in reversed(ISAS.values()):
         if not missing_flags(machine, candidate):
-            return candidate
+            return with_extras(candidate, _EXTRAS[candidate.name].keys() & machine.flags)
     lacking = ", ".join(missing_flags(machine, ISAS["sse"]))
     raise UnsupportedError(
         f"no code can be generated for this {machine.arch} CPU (it lacks {lacking})",

@@ -50,7 +50,7 @@ def machine_facts(machine: Machine) -> dict[str, Any]:
         "vendor": machine.vendor,
         "arch": machine.arch,
         "instruction_sets": [name for name, isa in ISAS.items() if not missing_flags(machine, isa)],
-        "used_instruction_set": best_isa(machine).name,
+        "used_instruction_set": best_isa(machine).level,
         "extras": [flag for flag in _EXTRAS if flag in machine.flags],
         "caches": [
             {

@@ -40,7 +40,10 @@ class Packing:
     """How B lies in memory.
 
     `panels`: constant, packed at compile time as [batch][panel][r..][lanes] with `lanes` columns per panel,
-    zero-filled. `plain`: as its axes' strides say, `n` contiguous (n stride 1): read in place or packed on the fly.
+    zero-filled; in low precision as [batch][panel][r../group][lanes][group], where the innermost tap (of the merged
+    contraction) is filled up with zeros to a multiple of the group.
+
+    `plain`: as its axes' strides say, `n` contiguous (n stride 1): read in place or packed on the fly.
     `transposed`: as its axes' strides say, the innermost tap contiguous (B stored as [n][k]): packed on the fly. A
     step of `n` adds `n_stride` to the address.
     """
@@ -57,6 +60,9 @@ class Contraction:
     `epilogue` is an expression over `Read("acc", f32)` and loads whose index uses the symbols named by the batch and
     row axes and `n` (each axis's name is the loop variable). None stores the accumulator itself. The out address
     comes from the axes' `out` strides, `n`'s out stride is 1.
+
+    `acc` is of `acc_dtype`: i32 for 8-bit A and B, else f32. `a_offset` is added to every element of A, in integers:
+    0, or 128 for i8 (see `lower/arithmetic.py`).
     """
 
     name: str
@@ -71,12 +77,13 @@ class Contraction:
     epilogue: Expr | None = None
     extra: tuple[Buffer, ...] = ()
     acc_dtype: DType = DType.f32
+    a_offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Depthwise:
     """out[rows.., c] = epilogue(sum over taps  A[rows.., taps.., c] * B[taps.., c]); `c` is contiguous in A, B and
-    out.
+    out. `acc` is i32 where A and B are integers, else f32.
     """
 
     name: str

@@ -7,8 +7,13 @@ array.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
+
+from vivace.base.errors import UnsupportedError
+from vivace.loops.contraction import Contraction, merge_axes
 
 ALIGNMENT_BYTES = 64
 
@@ -31,9 +36,45 @@ def pack_panels(b: NDArray[np.float32], lanes: int) -> NDArray[np.float32]:
     return packed
 
 
-def aligned_zeros(shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """A zeroed f32 array that starts at a cache line."""
+def pack_groups(b: NDArray[Any], lanes: int, group: int, run: int) -> NDArray[Any]:
+    """Columns grouped into panels, steps grouped into lanes: what low-precision kernels read.
+
+    `run` is how many steps of k are one contiguous run of A (`contiguous_run`); each run is filled up to whole groups.
+
+    Shapes: `b: T[batch.., k, n]` -> `T[prod(batch), ceil(n / lanes), k / run * ceil(run / group), lanes, group]`
+    """
+    *batch, k, n = b.shape
+    n_batch, n_runs = int(np.prod(batch, dtype=np.int64)), k // max(run, 1)
+    n_panels, n_groups = -(-n // lanes), -(-run // group)
+    filled = np.zeros((n_batch, n_runs, n_groups * group, n_panels * lanes), b.dtype)
+    filled[:, :, :run, :n] = b.reshape(n_batch, n_runs, run, n)
+    packed = aligned_zeros((n_batch, n_panels, n_runs * n_groups, lanes, group), b.dtype)
+    parts = filled.reshape(n_batch, n_runs, n_groups, group, n_panels, lanes)
+    packed.reshape(n_batch, n_panels, n_runs, n_groups, lanes, group)[...] = parts.transpose(0, 4, 1, 2, 5, 3)
+    return packed
+
+
+def contiguous_run(c: Contraction) -> int:
+    """Steps of k that lie side by side in A: the innermost tap, joined with those outside it that continue it.
+
+    Raises: UnsupportedError where low precision cannot group them: a run of unknown length, or with gaps.
+    """
+    taps = merge_axes(c).taps
+    if not taps:
+        return 1
+    extent = taps[-1].extent
+    if not isinstance(extent, int) or taps[-1].a != 1:
+        raise UnsupportedError(
+            f"the innermost tap has extent {extent} and stride {taps[-1].a}", where=c.name,
+            expected="low-precision A contiguous along it, its extent known", hint="making A contiguous",
+        )  # fmt: skip
+    return extent
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: DTypeLike = np.float32) -> NDArray[Any]:
+    """A zeroed array that starts at a cache line."""
+    size = np.dtype(dtype).itemsize
     count = int(np.prod(shape, dtype=np.int64))
-    raw = np.zeros(count * 4 + ALIGNMENT_BYTES, np.uint8)
+    raw = np.zeros(count * size + ALIGNMENT_BYTES, np.uint8)
     skip = -raw.ctypes.data % ALIGNMENT_BYTES
-    return raw[skip : skip + count * 4].view(np.float32).reshape(shape)
+    return raw[skip : skip + count * size].view(dtype).reshape(shape)

@@ -1,4 +1,4 @@
-"""Kernels of matrix products and convolutions in f32.
+"""Kernels of matrix products and convolutions.
 
 A kernel is one exported function (`contraction_driver`) and internal micro-kernels (`contraction_body`), one per
 shape of tile: most row counts split into tiles of one or two sizes, and the last panel may be narrower.
@@ -10,25 +10,41 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from vivace.base.dims import Dim, ceildiv, linear, prod, symbols
+from vivace.base.dtypes import DType
+from vivace.base.errors import InternalError, UnsupportedError
 from vivace.base.machine import Isa
 from vivace.loops.contraction import Contraction, contraction_dims, contraction_params, merge_axes
 from vivace.loops.kernel import Load, walk
-from vivace.lower.tile import Tile, choose_tile, fitting, staged_stride
+from vivace.lower.arithmetic import SIGN_OFFSET, arithmetic_of
+from vivace.lower.pack import contiguous_run
+from vivace.lower.tile import Tile, choose_tile, fitting
+from vivace.targets.cpu.builder import Value
 from vivace.targets.cpu.code import KernelCode
-from vivace.targets.cpu.contraction_body import F32_BYTES, LINE_BYTES, Operands, Shape, Sum, load, mask_text, store
+from vivace.targets.cpu.contraction_body import Operands, Shape, Sum
 from vivace.targets.cpu.contraction_driver import driver
-from vivace.targets.cpu.contraction_epilogue import Epilogue
+from vivace.targets.cpu.contraction_epilogue import Epilogue, split_start
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol_of, variants
+from vivace.targets.cpu.contraction_step import Step
 from vivace.targets.cpu.contraction_text import Int, Text
+from vivace.targets.cpu.contraction_vector import LINE_BYTES, load, mask_text, store
 from vivace.targets.cpu.isa import kernel_attributes
 from vivace.targets.cpu.memory import flat_index
 
+ACC_BYTES = 4
+
 
 def emit_contraction(c: Contraction, isa: Isa, tile: Tile | None = None) -> KernelCode:
-    """The kernel of a contraction."""
+    """The kernel of a contraction.
+
+    Raises: UnsupportedError for operands that no kernel multiplies, or that lie in a way that low precision does not
+    take: B not packed, or a run of A that is not contiguous.
+    """
     merged, isa = merge_axes(c), fitting(c.n, isa)
+    ar = arithmetic_of(merged, isa)
+    if ar.group > 1:
+        _require_packed(c)
     tile = tile or choose_tile(merged, isa)
-    plan = Plan(c.name, merged, isa, tile, contraction_params(c), contraction_dims(c))
+    plan = Plan(c.name, merged, isa, ar, tile, contraction_params(c), contraction_dims(c))
     functions: list[str] = []
     declares: dict[str, str] = {}
     for text, declared in (driver(plan), *(micro_kernel(plan, *v) for v in variants(plan))):
@@ -45,6 +61,18 @@ def emit_contraction(c: Contraction, isa: Isa, tile: Tile | None = None) -> Kern
     return KernelCode(c.name, llvm_text, plan.params, plan.dims, units, 1, plan.scratch_bytes, "light")
 
 
+def _require_packed(c: Contraction) -> None:
+    contiguous_run(c)
+    if c.packing.kind != "panels":
+        raise UnsupportedError(
+            f"a run-time B of {c.b.dtype}", where=c.name, expected="constant B, packed", hint="computing it in f32"
+        )
+    if c.a_offset not in (0, SIGN_OFFSET) or (c.a_offset and c.a.dtype is not DType.i8):
+        raise InternalError(
+            f"offset {c.a_offset} of {c.a.dtype}", where=c.name, expected=f"0, or {SIGN_OFFSET} for i8"
+        )
+
+
 def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[str, str]]:
     t = Text()
     isa, width = p.isa, p.isa.n_f32_lanes
@@ -52,40 +80,45 @@ def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict
     rows = tuple((o, i) for o in range(outer) for i in range(inner))
     vectors = p.tail_vectors if tail else p.tile.nv
 
-    def offsets(per_outer: Dim, per_inner: Dim) -> list[Int]:
+    def offsets(per_outer: Dim, per_inner: Dim, size: int) -> list[Int]:
         """Byte offset of each row of the tile."""
-        step_o, step_i = t.mul(t.dim(per_outer, dims), F32_BYTES), t.mul(t.dim(per_inner, dims), F32_BYTES)
+        step_o, step_i = t.mul(t.dim(per_outer, dims), size), t.mul(t.dim(per_inner, dims), size)
         return [t.add(t.mul(step_o, o), t.mul(step_i, i)) for o, i in rows]
 
     n = t.dim(p.c.n, dims)
     left: Int = n % p.tile.lanes if isinstance(n, int) else t.sub(n, "%n")
     masks = [mask_text(t, isa, t.sub(left, j * width)) if tail else None for j in range(vectors)]
-    row_offsets = offsets(p.outer.a, p.inner.a)
+    row_offsets = offsets(p.outer.a, p.inner.a, p.ar.a_bytes)
     if p.tile.stage_a:
-        staged = t.mul(t.dim(staged_stride(p.k), dims), F32_BYTES)
+        staged = t.dim(p.staged_row_bytes, dims)
         row_offsets = [t.mul(staged, r) for r in range(len(rows))]
     taps = p.c.taps if not p.tile.k_block else (replace(p.c.taps[0], extent=p.tile.k_block), *p.c.taps[1:])
     operands = Operands(taps, p.in_panels, p.tile.lanes, [None] * vectors if p.in_panels else masks)
+    step = Step(t, isa, p.ar, p.c.a.dtype is DType.i8 and not p.c.a_offset, p.c.a_offset != 0)
+    symbols: dict[str, Int] = {**dims, **{x.name: f"%x{i}" for i, x in enumerate(p.axes())}, "n": "%n"}
+    finish = p.c.epilogue
     start = _waiting(t, p, len(rows), vectors) if p.tile.k_block else None
     if not p.tile.k_block:
+        if p.ar.acc is DType.i32:
+            first, finish = split_start(p.c)
+            start = None if first is None else [_started(t, p, first, symbols, masks)] * len(rows)
         _fetch_destination(t, p, rows, vectors, dims)
-    summed = Sum(t, isa, Shape(rows, vectors, p.tile.unroll), operands, row_offsets, dims)
+    summed = Sum(step, Shape(rows, vectors, p.tile.unroll), operands, row_offsets, dims)
     if p.fetches_ahead:
         summed.ahead, summed.ahead_lines = "%ahead", p.ahead_lines
     acc = summed.emit("%a", "%b", start)
     if p.tile.k_block:
         _wait_unless_last(t, p, acc)
-    symbols: dict[str, Int] = {**dims, **{x.name: f"%x{i}" for i, x in enumerate(p.axes())}, "n": "%n"}
-    out_offsets = offsets(p.outer.out, p.inner.out)
+    out_offsets = offsets(p.outer.out, p.inner.out, p.out_bytes)
     buffers = {x: base_of(t, p, x) for x in dict.fromkeys(p.c.extra)}
     epilogue = Epilogue(t, isa, "n", symbols, buffers)
     for (o, i), offset, row in zip(rows, out_offsets, acc):
         for j, value in enumerate(row):
             moved = {p.outer.name: o, p.inner.name: i, "n": j * width}
             moved.pop("", None)
-            epilogue.store(
-                p.c.epilogue, value, moved, p.c.out, "%out", t.add(offset, j * isa.vector_bits // 8), masks[j]
-            )
+            place = t.add(offset, j * width * p.out_bytes)
+            total = Value(value, step.acc_element, width)
+            epilogue.store(finish, total, moved, p.c.out, "%out", place, masks[j])
     epilogue.close()
     t.put("ret void")
     between = ", ptr %waiting, i1 %last" if p.tile.k_block else ""
@@ -96,14 +129,21 @@ def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict
     return "\n".join([f"{head} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
 
 
+def _started(t: Text, p: Plan, e: Load, symbols: Mapping[str, Int], masks: list[str | None]) -> list[str]:
+    """The vectors that the accumulators of every row start from."""
+    corner = t.at(base_of(t, p, e.buffer), t.mul(t.dim(flat_index(e.buffer, e.index), symbols), ACC_BYTES))
+    return [load(t, p.isa, t.at(corner, j * p.isa.vector_bits // 8), mask, "i32") for j, mask in enumerate(masks)]
+
+
 def _waiting_places(t: Text, p: Plan, rows: int, vectors: int) -> list[list[str]]:
-    row_bytes, vector_bytes = p.tile.lanes * F32_BYTES, p.isa.vector_bits // 8
+    row_bytes, vector_bytes = p.tile.lanes * ACC_BYTES, p.isa.vector_bits // 8
     return [[t.at("%waiting", r * row_bytes + j * vector_bytes) for j in range(vectors)] for r in range(rows)]
 
 
 def _waiting(t: Text, p: Plan, rows: int, vectors: int) -> list[list[str]]:
     """Accumulators from the pass before."""
-    return [[load(t, p.isa, x, None) for x in row] for row in _waiting_places(t, p, rows, vectors)]
+    element = "i32" if p.ar.acc.is_int else "float"
+    return [[load(t, p.isa, x, None, element) for x in row] for row in _waiting_places(t, p, rows, vectors)]
 
 
 def _wait_unless_last(t: Text, p: Plan, acc: list[list[str]]) -> None:
@@ -113,7 +153,7 @@ def _wait_unless_last(t: Text, p: Plan, acc: list[list[str]]) -> None:
     t.start(early)
     for places, values in zip(_waiting_places(t, p, len(acc), len(acc[0])), acc):
         for place, value in zip(places, values):
-            store(t, p.isa, value, place, None)
+            store(t, p.isa, value, place, None, "i32" if p.ar.acc.is_int else "float")
     t.put("ret void")
     t.start(finish)
 
@@ -125,16 +165,16 @@ def _fetch_destination(
     at: dict[str, Int] = {**dims, **{x.name: f"%x{i}" for i, x in enumerate(p.axes())}, "n": "%n"}
     moving = {p.outer.name, p.inner.name} - {""}
     read = [e for e in walk(p.c.epilogue) if isinstance(e, Load)] if p.c.epilogue is not None else []
-    bases: list[tuple[str, Dim, Dim]] = [("%out", p.outer.out, p.inner.out)]
+    bases: list[tuple[str, Dim, Dim, int]] = [("%out", p.outer.out, p.inner.out, p.out_bytes)]
     for e in read:
-        flat = flat_index(e.buffer, e.index)
+        flat, size = flat_index(e.buffer, e.index), e.buffer.dtype.size_bytes
         steps = [linear(flat, name) if name else (0, flat) for name in (p.outer.name, p.inner.name)]
-        known = all(step is not None for step in steps) and e.buffer.dtype.size_bytes == F32_BYTES
-        if known and not e.inside and any(s.name in moving for s in symbols(flat)):
-            corner = t.at(base_of(t, p, e.buffer), t.mul(t.dim(flat, at), F32_BYTES))
-            bases.append((corner, *(step[0] for step in steps if step is not None)))  # type: ignore[arg-type]
-    for corner, per_outer, per_inner in dict.fromkeys(bases):
+        known = [step[0] for step in steps if step is not None]
+        if len(known) == 2 and not e.inside and any(s.name in moving for s in symbols(flat)):
+            corner = t.at(base_of(t, p, e.buffer), t.mul(t.dim(flat, at), size))
+            bases.append((corner, known[0], known[1], size))
+    for corner, per_outer, per_inner, size in dict.fromkeys(bases):
         for o, i in rows:
-            offset = t.mul(t.dim(per_outer * o + per_inner * i, dims), F32_BYTES)
-            for j in range(0, vectors * p.isa.vector_bits // 8, LINE_BYTES):
+            offset = t.mul(t.dim(per_outer * o + per_inner * i, dims), size)
+            for j in range(0, vectors * p.isa.n_f32_lanes * size, LINE_BYTES):
                 t.fetch(t.at(t.at(corner, offset), j))

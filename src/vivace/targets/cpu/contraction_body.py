@@ -1,10 +1,10 @@
-"""The f32 micro-kernel: one tile of rows x vectors of accumulators, summed over all taps in registers, then finished
+"""The micro-kernel: one tile of rows x vectors of accumulators, summed over all taps in registers, then finished
 and stored.
 
 It knows nothing of tiles around it: the driver (`contraction`) calls it with the addresses of its corner in A, B and
 out. Rows are byte offsets from the A pointer. With known strides they are immediates of the broadcasting
 instructions, so that one register addresses all of A. B rows are whole vectors, contiguous in a panel or a run-time
-stride apart.
+stride apart. Which elements one step multiplies, and how, is the arithmetic's affair (`contraction_step`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from dataclasses import dataclass
 from vivace.base.dims import Dim
 from vivace.base.machine import Isa
 from vivace.loops.contraction import Axis
+from vivace.targets.cpu.contraction_step import Step
 from vivace.targets.cpu.contraction_text import Int, Text
-
-F32_BYTES = 4
-LINE_BYTES = 64
+from vivace.targets.cpu.contraction_vector import LINE_BYTES, vector_type
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,28 +42,6 @@ class Shape:
     unroll: int
 
 
-def vector_type(isa: Isa) -> str:
-    return f"<{isa.n_f32_lanes} x float>"
-
-
-def multiply_add(t: Text, isa: Isa, a: str, b: str, c: str) -> str:
-    """`a * b + c` per lane; one rounding where the instruction set has it."""
-    kind, w = vector_type(isa), isa.n_f32_lanes
-    if isa.has_fma:
-        t.declare(f"llvm.fma.v{w}f32", f"{kind} @llvm.fma.v{w}f32({kind}, {kind}, {kind})")
-        return t.op(f"call {kind} @llvm.fma.v{w}f32({kind} {a}, {kind} {b}, {kind} {c})")
-    product = t.op(f"fmul {kind} {a}, {b}")
-    return t.op(f"fadd {kind} {c}, {product}")
-
-
-def broadcast(t: Text, isa: Isa, pointer: str) -> str:
-    """One f32 of memory in every lane."""
-    kind = vector_type(isa)
-    scalar = t.op(f"load float, ptr {pointer}, align 4")
-    first = t.op(f"insertelement {kind} poison, float {scalar}, i64 0")
-    return t.op(f"shufflevector {kind} {first}, {kind} poison, <{isa.n_f32_lanes} x i32> zeroinitializer")
-
-
 @dataclass(slots=True)
 class _State:
     """What moves along the taps: addresses in A, in B, and of what is fetched ahead; accumulators by row and vector."""
@@ -81,8 +58,7 @@ class Sum:
     the second-level cache in every round of `unroll` steps.
     """
 
-    t: Text
-    isa: Isa
+    step: Step
     shape: Shape
     operands: Operands
     rows: list[Int]
@@ -100,15 +76,36 @@ class Sum:
         return (self._outer(outer, state) if outer else self._channels(state)).acc
 
     @property
+    def t(self) -> Text:
+        return self.step.t
+
+    @property
+    def isa(self) -> Isa:
+        return self.step.isa
+
+    @property
+    def _acc_type(self) -> str:
+        return vector_type(self.isa, self.step.acc_element)
+
+    @property
     def _taps(self) -> tuple[Axis, ...]:
         return self.operands.taps or (Axis("k", 1, 1, self.operands.lanes),)
 
-    def _bytes(self, elements: Dim) -> Int:
-        return self.t.mul(self.t.dim(elements, self.dims), F32_BYTES)
+    def _bytes_a(self, elements: Dim) -> Int:
+        return self.t.mul(self.t.dim(elements, self.dims), self.step.ar.a_bytes)
+
+    def _bytes_b(self, elements: Dim) -> Int:
+        return self.t.mul(self.t.dim(elements, self.dims), self.step.ar.b_bytes)
+
+    @property
+    def _step_a(self) -> Int:
+        return self.t.mul(self._bytes_a(self._taps[-1].a), self.step.ar.group)
 
     @property
     def _step_b(self) -> Int:
-        return self.operands.lanes * F32_BYTES if self.operands.panel else self._bytes(self._taps[-1].b)
+        if self.operands.panel:
+            return self.operands.lanes * self.step.ar.lane_bytes
+        return self._bytes_b(self._taps[-1].b)
 
     def _outer(self, outer: list[Axis], state: _State) -> _State:
         """All taps but the channel as one loop."""
@@ -125,8 +122,8 @@ class Sum:
             rest: Int = i
             for depth, axis in reversed(list(enumerate(outer))):
                 rest, at = t.divmod(rest, counts[depth]) if depth else (0, rest)
-                in_a = t.add(in_a, t.mul(at, self._bytes(axis.a)))
-                in_b = t.add(in_b, t.mul(at, self._bytes(axis.b)))
+                in_a = t.add(in_a, t.mul(at, self._bytes_a(axis.a)))
+                in_b = t.add(in_b, t.mul(at, self._bytes_b(axis.b)))
             inside.pointers[0] = t.at(a, in_a)
             if not self.operands.panel:
                 inside.pointers[1] = t.at(b, in_b)
@@ -137,8 +134,10 @@ class Sum:
     def _channels(self, state: _State) -> _State:
         extent, unroll = self.t.dim(self._taps[-1].extent, self.dims), self.shape.unroll
         if isinstance(extent, int):
-            times, rest = divmod(extent, unroll)
-            return self._steps(self._run(times, state, unroll), rest)
+            groups, left_over = divmod(extent, self.step.ar.group)
+            times, rest = divmod(groups, unroll)
+            state = self._steps(self._run(times, state, unroll), rest)
+            return self._steps(state, 1, left_over) if left_over else state
         whole, left = self.t.divmod(extent, unroll)
         return self._maybe(left, self._maybe(whole, state, unroll), 1)
 
@@ -152,7 +151,7 @@ class Sum:
 
     def _maybe(self, times: Int, state: _State, n: int) -> _State:
         """`_run`, where `times` may turn out to be 0."""
-        t, kind = self.t, vector_type(self.isa)
+        t, kind = self.t, self._acc_type
         enter, done = t.label(), t.label()
         before = t.block
         t.branch(t.less(0, times), enter, done)
@@ -170,7 +169,7 @@ class Sum:
         return _State(pointers, _grid(acc, self.shape.vectors))
 
     def _loop(self, times: Int, state: _State, body: Callable[[str, _State], _State]) -> _State:
-        kind, n = vector_type(self.isa), len(state.pointers)
+        kind, n = self._acc_type, len(state.pointers)
 
         def flat_body(i: str, carried: list[str]) -> list[str]:
             after = body(i, _State(carried[:n], _grid(carried[n:], self.shape.vectors)))
@@ -180,26 +179,34 @@ class Sum:
         out = self.t.reduce_loop(times, carried, flat_body)
         return _State(out[:n], _grid(out[n:], self.shape.vectors))
 
-    def _steps(self, state: _State, n: int) -> _State:
-        """`n` steps of the channel."""
-        t, step_a, step_b = self.t, self._bytes(self._taps[-1].a), self._step_b
+    def _steps(self, state: _State, n: int, n_present: int = 0) -> _State:
+        """`n` steps of the channel, each of a whole group or of `n_present` elements."""
+        t, step_a, step_b = self.t, self._step_a, self._step_b
+        n_present = n_present or self.step.ar.group
         acc = state.acc
         for u in range(n):
-            acc = self._step(state.pointers, acc, t.mul(step_a, u), t.mul(step_b, u))
-            if u == 0 and len(state.pointers) > 2 and n == self.shape.unroll:
+            for half in range(self.step.n_halves):
+                acc = self._multiply(state.pointers, acc, t.mul(step_a, u), t.mul(step_b, u), n_present, half)
+            if u == 0 and len(state.pointers) > 2 and n == self.shape.unroll and n_present == self.step.ar.group:
                 for line in range(self.ahead_lines):
                     t.fetch(t.at(state.pointers[2], line * LINE_BYTES), level=2)
         moves = (t.mul(step_a, n), t.mul(step_b, n), self.ahead_lines * LINE_BYTES)
         return _State([t.at(x, move) for x, move in zip(state.pointers, moves)], acc)
 
-    def _step(self, pointers: list[str], acc: list[list[str]], in_a: Int, in_b: Int) -> list[list[str]]:
-        t, isa, width = self.t, self.isa, self.isa.vector_bits // 8
+    def _multiply(
+        self, pointers: list[str], acc: list[list[str]], in_a: Int, in_b: Int, n_present: int, half: int
+    ) -> list[list[str]]:
+        """Adds one step to all accumulators."""
+        t, isa, step = self.t, self.isa, self.step
+        width = isa.n_f32_lanes * step.ar.lane_bytes
         row_b = t.at(pointers[1], in_b)
-        columns = [load(t, isa, t.at(row_b, j * width), mask) for j, mask in enumerate(self.operands.masks)]
+        columns = [step.column(t.at(row_b, j * width), mask, half) for j, mask in enumerate(self.operands.masks)]
+        register = "v" if isa.n_vector_registers > 16 else "x"
         result = []
         for offset, row in zip(self.rows, acc):
-            x = broadcast(t, isa, t.at(t.at(pointers[0], in_a), offset))
-            result.append(t.pin(vector_type(isa), [multiply_add(t, isa, x, y, s) for y, s in zip(columns, row)]))
+            x = step.broadcast(t.at(t.at(pointers[0], in_a), offset), n_present, half)
+            sums = [step.multiply_add(x, y, s) for y, s in zip(columns, row)]
+            result.append(t.pin(self._acc_type, sums, register))
         return result
 
 
@@ -209,36 +216,3 @@ def _flat(grid: list[list[str]]) -> list[str]:
 
 def _grid(flat: list[str], width: int) -> list[list[str]]:
     return [flat[i : i + width] for i in range(0, len(flat), width)]
-
-
-def mask_text(t: Text, isa: Isa, columns: Int) -> str | None:
-    """Which lanes of a vector are real when `columns` are left; None for all of them."""
-    w = isa.n_f32_lanes
-    if isinstance(columns, int):
-        if columns >= w:
-            return None
-        return "<" + ", ".join(f"i1 {'true' if i < columns else 'false'}" for i in range(w)) + ">"
-    lanes = "<" + ", ".join(f"i64 {i}" for i in range(w)) + ">"
-    first = t.op(f"insertelement <{w} x i64> poison, i64 {columns}, i64 0")
-    wide = t.op(f"shufflevector <{w} x i64> {first}, <{w} x i64> poison, <{w} x i32> zeroinitializer")
-    return t.op(f"icmp slt <{w} x i64> {lanes}, {wide}")
-
-
-def store(t: Text, isa: Isa, value: str, pointer: str, mask: str | None) -> None:
-    kind, w = vector_type(isa), isa.n_f32_lanes
-    if mask is None:
-        t.put(f"store {kind} {value}, ptr {pointer}, align 4")
-        return
-    t.declare(f"llvm.masked.store.v{w}f32.p0", f"void @llvm.masked.store.v{w}f32.p0({kind}, ptr, <{w} x i1>)")
-    t.put(f"call void @llvm.masked.store.v{w}f32.p0({kind} {value}, ptr align 4 {pointer}, <{w} x i1> {mask})")
-
-
-def load(t: Text, isa: Isa, pointer: str, mask: str | None) -> str:
-    """A vector of memory; lanes outside the mask are 0 and not touched."""
-    kind, w = vector_type(isa), isa.n_f32_lanes
-    if mask is None:
-        return t.op(f"load {kind}, ptr {pointer}, align 4")
-    t.declare(f"llvm.masked.load.v{w}f32.p0", f"{kind} @llvm.masked.load.v{w}f32.p0(ptr, <{w} x i1>, {kind})")
-    return t.op(
-        f"call {kind} @llvm.masked.load.v{w}f32.p0(ptr align 4 {pointer}, <{w} x i1> {mask}, {kind} zeroinitializer)"
-    )

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from vivace.base.dims import ceildiv, prod
 from vivace.loops.contraction import Axis
-from vivace.lower.tile import Segment, pieces, staged_stride
-from vivace.targets.cpu.contraction_body import F32_BYTES, LINE_BYTES
+from vivace.lower.tile import Segment, pieces
+from vivace.targets.cpu.contraction_vector import F32_BYTES, LINE_BYTES
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol_of, variants
 from vivace.targets.cpu.contraction_stage import clear, copy_panel, copy_row, transpose_panel
 from vivace.targets.cpu.contraction_text import Int, Text
@@ -93,7 +93,7 @@ def _panel_bytes(t: Text, p: Plan, dims: Mapping[str, Int]) -> Int:
     """From one panel of B to the next, as micro-kernels read it."""
     if p.tile.stage_b:
         return t.dim(p.staged_panel_bytes, dims)
-    return t.dim(p.k * p.tile.lanes * F32_BYTES if p.in_panels else p.tile.lanes * F32_BYTES, dims)
+    return t.dim(p.rows_of_b(p.c.taps) * p.row_bytes if p.in_panels else p.tile.lanes * F32_BYTES, dims)
 
 
 def _decode(t: Text, p: Plan, dims: Mapping[str, Int], number: Int, bases: tuple[str, str, str]) -> _Unit:
@@ -113,7 +113,8 @@ def _decode(t: Text, p: Plan, dims: Mapping[str, Int], number: Int, bases: tuple
     for axis in reversed(p.c.batch):
         image, i = t.divmod(image, t.dim(axis.extent, dims)) if axis is not p.c.batch[0] else (0, image)
         at[axis.name] = i
-        a, out = (t.at(x, t.mul(i, t.dim(step * F32_BYTES, dims))) for x, step in ((a, axis.a), (out, axis.out)))
+        steps = ((a, axis.a * p.ar.a_bytes), (out, axis.out * p.out_bytes))
+        a, out = (t.at(x, t.mul(i, t.dim(step, dims))) for x, step in steps)
         if p.c.packing.kind != "panels":
             b = t.at(b, t.mul(i, t.dim(axis.b * F32_BYTES, dims)))
         elif axis.b != 0:
@@ -130,7 +131,7 @@ def _decode(t: Text, p: Plan, dims: Mapping[str, Int], number: Int, bases: tuple
 
 
 def _stage_a(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit) -> None:
-    stride = t.dim(staged_stride(p.k) * F32_BYTES, dims)
+    stride = t.dim(p.staged_row_bytes, dims)
     corner = _corner(t, p, dims, _locate(t, p, dims, unit.first_tile), unit.a)
     with _unless_staged(t, "a", corner), t.loop(unit.first_tile, unit.tile_end) as tile:
         spot = _locate(t, p, dims, tile)
@@ -139,7 +140,7 @@ def _stage_a(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit) -> None:
 
 def _staged_tile(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit, tile: Int) -> str:
     return t.at(
-        "%scratch", t.mul(t.sub(tile, unit.first_tile), t.dim(staged_stride(p.k) * p.tile_rows * F32_BYTES, dims))
+        "%scratch", t.mul(t.sub(tile, unit.first_tile), t.dim(p.staged_row_bytes * p.tile_rows, dims))
     )
 
 
@@ -159,15 +160,15 @@ def _tile(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit, passed: Int, p
     panel_bytes = _panel_bytes(t, p, dims)
     b = t.at(unit.staged_b, t.mul(nth_panel if p.tile.stage_b else panel, panel_bytes))
     a = _staged_tile(t, p, dims, unit, tile) if p.tile.stage_a else _corner(t, p, dims, spot, unit.a)
-    pass_bytes = t.dim(p.pass_rows * p.tile.lanes * F32_BYTES, dims)
+    pass_bytes = t.dim(p.pass_rows * p.row_bytes, dims)
     if p.tile.k_block:
         first = p.c.taps[0]
-        a = t.at(a, t.mul(passed, t.dim(first.a * p.tile.k_block * F32_BYTES, dims)))
+        a = t.at(a, t.mul(passed, t.dim(first.a * p.tile.k_block * p.ar.a_bytes, dims)))
         in_place = t.dim(first.b * p.tile.k_block * F32_BYTES, dims)
         b = t.at(b, t.mul(passed, pass_bytes if p.in_panels else in_place))
-    out = t.at(unit.out, t.mul(n, F32_BYTES))
+    out = t.at(unit.out, t.mul(n, p.out_bytes))
     for axis in p.c.rows:
-        out = t.at(out, t.mul(spot.at[axis.name], t.dim(axis.out * F32_BYTES, dims)))
+        out = t.at(out, t.mul(spot.at[axis.name], t.dim(axis.out * p.out_bytes, dims)))
     more = ""
     if p.tile.k_block:
         slot = t.add(t.mul(nth_panel, t.sub(unit.tile_end, unit.first_tile)), nth_tile)
@@ -205,19 +206,19 @@ def _locate(t: Text, p: Plan, dims: Mapping[str, Int], tile: Int) -> _Spot:
 def _corner(t: Text, p: Plan, dims: Mapping[str, Int], spot: _Spot, a: str) -> str:
     """The address of a tile's first row in A."""
     for axis in p.c.rows:
-        a = t.at(a, t.mul(spot.at[axis.name], t.mul(t.dim(axis.a, dims), F32_BYTES)))
+        a = t.at(a, t.mul(spot.at[axis.name], t.mul(t.dim(axis.a, dims), p.ar.a_bytes)))
     return a
 
 
 def _stage_tile(t: Text, p: Plan, dims: Mapping[str, Int], spot: _Spot, a: str, to: str, staged: Int) -> None:
     """Copies the rows of a tile from A to scratch."""
-    k = t.dim(p.k, dims)
-    step_outer, step_inner = (t.mul(t.dim(x.a, dims), F32_BYTES) for x in (p.outer, p.inner))
+    n_bytes = t.dim(p.k * p.ar.a_bytes, dims)
+    step_outer, step_inner = (t.mul(t.dim(x.a, dims), p.ar.a_bytes) for x in (p.outer, p.inner))
 
     def copy(outer: int, inner: int) -> None:
         with t.loop(0, outer) as o, t.loop(0, inner) as i:
             row = t.at(t.at(a, t.mul(o, step_outer)), t.mul(i, step_inner))
-            copy_row(t, p.isa, row, t.at(to, t.mul(t.add(t.mul(o, inner), i), staged)), k)
+            copy_row(t, p.isa, row, t.at(to, t.mul(t.add(t.mul(o, inner), i), staged)), n_bytes)
 
     _by_size(t, p, spot, copy)
 

@@ -5,14 +5,20 @@ store.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
+from vivace.base.dims import linear, symbols
+from vivace.base.dtypes import DType
 from vivace.base.machine import Isa
-from vivace.loops.kernel import Buffer, Expr
+from vivace.loops.contraction import Contraction
+from vivace.loops.kernel import Binary, Buffer, Cast, Expr, Load, Read, Select, Unary, walk
 from vivace.targets.cpu.builder import Builder, Value, literal
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.env import Env
 from vivace.targets.cpu.expr import emit
-from vivace.targets.cpu.memory import to_memory
+from vivace.targets.cpu.memory import flat_index, to_memory
+
+ACC = Read("acc", DType.i32)
 
 
 class Epilogue:
@@ -33,7 +39,7 @@ class Epilogue:
     def store(
         self,
         e: Expr | None,
-        acc: str,
+        acc: Value,
         moved: Mapping[str, int],
         out: Buffer,
         pointer: str,
@@ -47,8 +53,8 @@ class Epilogue:
         known = None if mask is None else Value(mask, "i1", lanes)
         symbols = {name: b.iadd(self._env.symbols[name], literal(by, "i64")) for name, by in moved.items() if by}
         env = self._env.at(symbols, lane=self._lane, lanes=lanes, mask=known)
-        env.names["acc"] = Value(acc, "float", lanes)
-        value = to_memory(b, b.widen(emit(env, e), lanes), out.dtype) if e is not None else env.names["acc"]
+        env.names["acc"] = acc
+        value = to_memory(b, b.widen(emit(env, e), lanes), out.dtype) if e is not None else acc
         there = pointer if offset == 0 else b.inst(f"getelementptr i8, ptr {pointer}, i64 {offset}", "ptr", 0).text
         align = value.bits // 8
         if known is None:
@@ -63,6 +69,39 @@ class Epilogue:
         lines, needed = self._b.fragment()
         self._t.lines += lines
         self._t.declares |= needed
+
+
+def split_start(c: Contraction) -> tuple[Load | None, Expr | None]:
+    """What integer accumulators may start from instead of 0, and the epilogue without it.
+
+    Before/After: epilogue max(acc + bias[n], 0) -> start bias[n], epilogue max(acc, 0)
+    """
+    e = c.epilogue
+    inner = {x.name for x in c.rows}
+    sums = [x for x in walk(e) if isinstance(x, Binary) and x.fn == "add" and ACC in (x.a, x.b)] if e is not None else []
+    if len(sums) != 1 or sum(x == ACC for x in walk(e)) != 1:  # type: ignore[arg-type]
+        return None, e
+    start = sums[0].b if sums[0].a == ACC else sums[0].a
+    if not isinstance(start, Load) or start.buffer is c.out or start.inside or start.buffer.dtype is not DType.i32:
+        return None, e
+    parts = linear(flat_index(start.buffer, start.index), "n")
+    if parts is None or parts[0] != 1 or any(s.name in inner for s in symbols(parts[1])):
+        return None, e
+    return start, _replaced(e, sums[0], ACC)  # type: ignore[arg-type]
+
+
+def _replaced(e: Expr, old: Expr, by: Expr) -> Expr:
+    if e is old:
+        return by
+    match e:
+        case Unary(x=x) | Cast(x=x):
+            return replace(e, x=_replaced(x, old, by))
+        case Binary(a=a, b=b):
+            return replace(e, a=_replaced(a, old, by), b=_replaced(b, old, by))
+        case Select(cond=cond, a=a, b=b):
+            return Select(*(_replaced(x, old, by) for x in (cond, a, b)))
+        case _:
+            return e
 
 
 def _integer(v: Int) -> Value:

@@ -10,8 +10,9 @@ from vivace.base.dims import Dim, bounds, ceildiv, prod
 from vivace.base.machine import Isa
 from vivace.loops.contraction import Axis, Contraction
 from vivace.loops.kernel import Buffer
+from vivace.lower.arithmetic import Arithmetic
 from vivace.lower.tile import Tile, pieces, staged_rows, staged_stride
-from vivace.targets.cpu.contraction_body import F32_BYTES, LINE_BYTES
+from vivace.targets.cpu.contraction_vector import F32_BYTES, LINE_BYTES
 from vivace.targets.cpu.contraction_text import Int, Text
 
 _NONE = Axis("", 1)
@@ -24,6 +25,7 @@ class Plan:
     name: str
     c: Contraction
     isa: Isa
+    ar: Arithmetic
     tile: Tile
     params: tuple[Buffer, ...]
     dims: tuple[str, ...]
@@ -48,6 +50,20 @@ class Plan:
     @property
     def k(self) -> Dim:
         return prod([x.extent for x in self.c.taps])
+
+    def rows_of_b(self, taps: tuple[Axis, ...]) -> Dim:
+        """Rows of a panel for some of the innermost taps: a row holds one group of steps."""
+        return prod([x.extent for x in taps[:-1]]) * ceildiv(taps[-1].extent, self.ar.group) if taps else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """One row of a panel."""
+        return self.tile.lanes * self.ar.lane_bytes
+
+    @property
+    def staged_row_bytes(self) -> Dim:
+        """From one staged row of A to the next."""
+        return staged_stride(self.k, self.ar.a_bytes) * self.ar.a_bytes
 
     @property
     def tile_rows(self) -> int:
@@ -76,7 +92,7 @@ class Plan:
         """Scratch for staged rows of A; staged panels of B follow it."""
         if not self.tile.stage_a:
             return 0
-        return self.tile.tiles_per_unit * self.tile_rows * staged_stride(self.k) * F32_BYTES
+        return self.tile.tiles_per_unit * self.tile_rows * self.staged_row_bytes
 
     @property
     def staged_panel_bytes(self) -> Dim:
@@ -105,7 +121,9 @@ class Plan:
     @property
     def pass_rows(self) -> Dim:
         """Rows of a panel that one pass reads."""
-        return self.tile.k_block * prod([x.extent for x in self.c.taps[1:]]) if self.tile.k_block else self.k
+        if not self.tile.k_block:
+            return self.rows_of_b(self.c.taps)
+        return self.rows_of_b((Axis("", self.tile.k_block), *self.c.taps[1:]))
 
     @property
     def fetches_ahead(self) -> bool:
@@ -119,7 +137,11 @@ class Plan:
         """Cache lines to fetch per round of the unrolled channel, so that the tiles of a unit together fetch one
         panel.
         """
-        return -(-self.tile.unroll * self.tile.lanes * F32_BYTES // LINE_BYTES // self.tile.tiles_per_unit)
+        return -(-self.tile.unroll * self.row_bytes // LINE_BYTES // self.tile.tiles_per_unit)
+
+    @property
+    def out_bytes(self) -> int:
+        return self.c.out.dtype.size_bytes
 
     @property
     def in_panels(self) -> bool:

@@ -5,8 +5,8 @@ lies as [n][k].
 from __future__ import annotations
 
 from vivace.base.machine import Isa
-from vivace.targets.cpu.contraction_body import F32_BYTES, load, mask_text, store, vector_type
 from vivace.targets.cpu.contraction_text import Int, Text
+from vivace.targets.cpu.contraction_vector import F32_BYTES, load, mask_text, store, vector_type
 
 
 def clear(t: Text, isa: Isa, to: str, n_bytes: Int) -> None:
@@ -15,22 +15,17 @@ def clear(t: Text, isa: Isa, to: str, n_bytes: Int) -> None:
         store(t, isa, "zeroinitializer", t.at(to, i), None)
 
 
-def copy_row(t: Text, isa: Isa, source: str, to: str, count: Int) -> None:
-    """Copies `count` neighbouring f32."""
-    w, kind = isa.n_f32_lanes, vector_type(isa)
-    whole = t.mul(t.divmod(count, w)[0], w)
-    with t.loop(0, whole, w) as i:
-        offset = t.mul(i, F32_BYTES)
-        t.put(
-            f"store {kind} {t.op(f'load {kind}, ptr {t.at(source, offset)}, align 4')}, ptr {t.at(to, offset)}, align 4"
-        )
-    if whole == count:
-        return
-    with t.loop(whole, count) as i:
-        offset = t.mul(i, F32_BYTES)
-        t.put(
-            f"store float {t.op(f'load float, ptr {t.at(source, offset)}, align 4')}, ptr {t.at(to, offset)}, align 4"
-        )
+def copy_row(t: Text, isa: Isa, source: str, to: str, n_bytes: Int) -> None:
+    """Copies neighbouring bytes: whole vectors, then words, then what is left."""
+    begin: Int = 0
+    for size, kind in ((isa.vector_bits // 8, vector_type(isa)), (F32_BYTES, "i32"), (1, "i8")):
+        end = t.mul(t.divmod(n_bytes, size)[0], size)
+        if begin == end:
+            continue
+        with t.loop(begin, end, size) as i:
+            value = t.op(f"load {kind}, ptr {t.at(source, i)}, align 1")
+            t.put(f"store {kind} {value}, ptr {t.at(to, i)}, align 1")
+        begin = end
 
 
 def copy_panel(t: Text, isa: Isa, source: str, step: Int, to: str, lanes: int, count: Int, columns: Int | None) -> None:

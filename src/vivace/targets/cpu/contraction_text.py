@@ -143,14 +143,15 @@ class Text:
         self.declare("llvm.prefetch.p0", "void @llvm.prefetch.p0(ptr, i32, i32, i32)")
         self.put(f"call void @llvm.prefetch.p0(ptr {pointer}, i32 0, i32 {4 - level}, i32 1)")
 
-    def pin(self, kind: str, values: list[str]) -> list[str]:
-        """The same values, computed before any load that follows in the text.
+    def pin(self, kind: str, values: list[str], register: str) -> list[str]:
+        """The same values, computed before any load that follows in the text. `register` is the constraint of inline
+        assembly that they are kept under: `v` for all vector registers of AVX-512, else `x`.
 
         No instruction comes of it. It keeps LLVM's scheduler from moving the loads of one row of a tile up among the
         multiply-adds of another, which leaves too few registers: accumulators are then spilled in every step.
         """
         kinds, n = ", ".join([kind] * len(values)), len(values)
-        constraints = ",".join(["=x" if "16" not in kind else "=v"] * n + [str(i) for i in range(n)] + ["~{memory}"])
+        constraints = ",".join([f"={register}"] * n + [str(i) for i in range(n)] + ["~{memory}"])
         inputs = ", ".join(f"{kind} {v}" for v in values)
         if n == 1:
             return [self.op(f'call {kind} asm sideeffect "", "{constraints}"({inputs})')]

@@ -16,10 +16,12 @@ from vivace.base.machine import Isa
 from vivace.loops.contraction import Axis, Depthwise, contraction_dims, contraction_params, substitute_expr
 from vivace.loops.kernel import Buffer
 from vivace.lower.tile import Segment, split_axis
+from vivace.targets.cpu.builder import Value
 from vivace.targets.cpu.code import KernelCode
-from vivace.targets.cpu.contraction_body import F32_BYTES, load, mask_text, multiply_add, vector_type
 from vivace.targets.cpu.contraction_epilogue import Epilogue
+from vivace.targets.cpu.contraction_step import multiply_add
 from vivace.targets.cpu.contraction_text import Int, Text
+from vivace.targets.cpu.contraction_vector import F32_BYTES, load, mask_text, vector_type
 from vivace.targets.cpu.isa import kernel_attributes
 
 _COLUMNS = 7  # widths of images are mostly multiples of 7; with 5 weights and the input it fits 16 registers
@@ -125,7 +127,8 @@ def _columns(p: _Plan, size: int, tail: bool) -> tuple[str, dict[str, str]]:
         offsets = [t.mul(step, j) for j in range(size)]
         epilogue = Epilogue(t, isa, "c", symbols, buffers)
         for j, (value, offset) in enumerate(zip(acc, offsets)):
-            epilogue.store(d.epilogue, value, {p.inner.name: j} if p.inner.name else {}, d.out, out, offset, mask)
+            total = Value(value, "float", isa.n_f32_lanes)
+            epilogue.store(d.epilogue, total, {p.inner.name: j} if p.inner.name else {}, d.out, out, offset, mask)
         epilogue.close()
     t.put("ret void")
     axes = "".join(f", i64 %x{i}" for i in range(len(names)))

@@ -20,7 +20,7 @@ def cpu_name(isa: Isa) -> str:
     Raises: UnsupportedError for an instruction set that has no code generator.
     """
     try:
-        return _CPU_NAMES[isa.name]
+        return _CPU_NAMES[isa.level]
     except KeyError:
         raise UnsupportedError(
             f"no code generator for instruction set {isa.name}", expected="sse, avx2 or avx512"

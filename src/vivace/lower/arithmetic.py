@@ -1,0 +1,93 @@
+"""How a contraction multiplies and adds: which elements of A and B one lane sums at once, chosen from the element
+types and the instruction set. Data only; the instructions are in `targets`.
+
+    kind      A           B      group  instructions
+    f32       f32         f32    1      multiply-add
+    dot8      u8, i8+128  i8     4      vpdpbusd (AVX512-VNNI, AVX-VNNI)
+    wide8     u8, i8      i8     2      both widened to i16, vpmaddwd: exact on every instruction set
+    dot16     bf16        bf16   2      vdpbf16ps (AVX512-BF16)
+    split16   bf16        bf16   2      both shifted to f32, multiply-add
+    tile8     u8, i8      i8     4      tdpbusd, tdpbssd (AMX)
+    tile16    bf16        bf16   2      tdpbf16ps (AMX)
+
+`group` neighbouring steps of the innermost tap lie side by side in a lane of packed B (`pack_groups`). Integer sums are
+exact and wrap at 32 bits. vdpbf16ps and tdpbf16ps take denormals as 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vivace.base.dtypes import DType
+from vivace.base.errors import UnsupportedError
+from vivace.base.machine import Isa
+from vivace.loops.contraction import Contraction, Depthwise
+
+# What turns i8 into u8 of the same order; `Contraction.a_offset` may only be this or 0.
+SIGN_OFFSET = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """One row of the table above. `n_spare` are registers that a step needs besides accumulators and operands."""
+
+    kind: str
+    group: int
+    a_bytes: int
+    b_bytes: int
+    acc: DType
+    n_spare: int = 0
+
+    @property
+    def lane_bytes(self) -> int:
+        """What one lane takes of a row of packed B."""
+        return self.group * self.b_bytes
+
+    @property
+    def is_tile(self) -> bool:
+        return self.kind in ("tile8", "tile16")
+
+
+F32 = Arithmetic("f32", 1, 4, 4, DType.f32)
+DOT8 = Arithmetic("dot8", 4, 1, 1, DType.i32)
+WIDE8 = Arithmetic("wide8", 2, 1, 1, DType.i32, 1)
+DOT16 = Arithmetic("dot16", 2, 2, 2, DType.f32)
+SPLIT16 = Arithmetic("split16", 2, 2, 2, DType.f32, 1)
+TILE8 = Arithmetic("tile8", 4, 1, 1, DType.i32)
+TILE16 = Arithmetic("tile16", 2, 2, 2, DType.f32)
+
+
+def choose_arithmetic(a: DType, b: DType, isa: Isa, a_offset: int = 0) -> Arithmetic:
+    """The fastest way to multiply such operands.
+
+    Raises: UnsupportedError for operands that have no kernel.
+    """
+    if a is b is DType.f32:
+        return F32
+    if a is b is DType.bf16:
+        return TILE16 if isa.has("amx_bf16") else DOT16 if isa.has("avx512_bf16") else SPLIT16
+    if a in (DType.u8, DType.i8) and b is DType.i8:
+        if isa.has("amx_int8") and not a_offset:
+            return TILE8
+        fits = a is DType.u8 or a_offset == SIGN_OFFSET
+        return DOT8 if fits and _has_dot8(isa) else WIDE8
+    raise UnsupportedError(
+        f"products of {a} and {b}", expected="f32 and f32, bf16 and bf16, u8 or i8 and i8", hint="converting one"
+    )
+
+
+def arithmetic_of(c: Contraction | Depthwise, isa: Isa) -> Arithmetic:
+    """The arithmetic of a contraction."""
+    return choose_arithmetic(c.a.dtype, c.b.dtype, isa, c.a_offset if isinstance(c, Contraction) else 0)
+
+
+def activation_offset(a: DType, isa: Isa) -> int:
+    """What a kernel wants added to A (`Contraction.a_offset`): with 128, i8 becomes u8, which vpdpbusd asks for.
+
+    Whoever builds the contraction takes it back: `sum((a + offset) * b) = sum(a * b) + offset * sum(b)`.
+    """
+    return SIGN_OFFSET if a is DType.i8 and _has_dot8(isa) and not isa.has("amx_int8") else 0
+
+
+def _has_dot8(isa: Isa) -> bool:
+    return isa.has("avx512_vnni") or isa.has("avx_vnni")
