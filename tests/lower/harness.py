@@ -1,4 +1,5 @@
-"""Runs lowered plans step by step on NumPy arrays: each kernel by the loop IR's reference, or as generated code of one instruction set.
+"""Runs lowered plans step by step on NumPy arrays: each kernel by the loop IR's reference, or as generated code of
+one instruction set.
 
 Every storage lies between guard zones that no kernel may write, and is filled with garbage before the run.
 """
@@ -6,6 +7,7 @@ Every storage lies between guard zones that no kernel may write, and is filled w
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -115,7 +117,7 @@ def _step(step: Step, memory: Memory, isa: str | None, parts: int) -> None:
     units = evaluate(code.units, memory.dims)
     call = _ENTRY(library.address(code.name))
     edges = [units * k // parts for k in range(parts + 1)]
-    for begin, end in zip(edges, edges[1:], strict=False):
+    for begin, end in itertools.pairwise(edges):
         call(args.ctypes.data, begin, end, aligned)
 
 
@@ -174,7 +176,8 @@ def check(
 
 
 def check_engine(graph: Graph, *inputs: Array, threads: int = 2, tol: float = 2e-5, repeats: int = 3) -> None:
-    """Compile a graph as it stands, without the optimizer, and run it as users do: one arena, one native call, several threads."""
+    """Compile a graph as it stands, without the optimizer, and run it as users do: one arena, one native call,
+    several threads."""
     image = compiler.build_image(graph, ISAS[BEST], False, ("native",), None)
     engine = Engine(image, threads, [])
     want = graph_reference.evaluate(graph, list(inputs))

@@ -138,10 +138,11 @@ def test_loops_and_branches_in_an_engine(threads: int) -> None:
         ]
 
     inner = body(turn, Type(i64, ()), SCALAR, t, t, t)
-    graph = build(
-        lambda b, n, x, y, z: list(b.loop(n, None, b.cos(x), y, b.sigmoid(z), body=inner, n_state=2, n_scan=1, length=9)),
-        Type(i64, ()), t, t, t,
-    )  # fmt: skip
+
+    def make(b: Builder, n, x, y, z):  # type: ignore[no-untyped-def]
+        return list(b.loop(n, None, b.cos(x), y, b.sigmoid(z), body=inner, n_state=2, n_scan=1, length=9))
+
+    graph = build(make, Type(i64, ()), t, t, t)
     rng = np.random.default_rng(1)
     arrays = rng.standard_normal((3, 40, 300)).astype(np.float32)
     check(graph, np.asarray(100), *arrays, isas=(HERE[-1],), tol=1e-4)

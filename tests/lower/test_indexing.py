@@ -28,7 +28,7 @@ def positions(size: int, shape: tuple[int, ...], dtype: DType = i64) -> np.ndarr
     return RNG.integers(-size, size, shape).astype(dtype.numpy)
 
 
-# ---- gather -------------------------------------------------------------------------------------------------------------
+# ---- gather ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2, -1])
@@ -137,7 +137,7 @@ def test_gather_nd(depth: int, n_batch: int, lead: tuple[int, ...]) -> None:
     check(graph, data(shape), at.reshape(*lead, depth))
 
 
-# ---- scatter ------------------------------------------------------------------------------------------------------------
+# ---- scatter ---------------------------------------------------------------------------------------------------------
 
 REDUCTIONS = ("none", "add", "mul", "max", "min")
 
@@ -186,7 +186,7 @@ def test_scatter_into_a_part_of_a_result_and_other_types() -> None:
     check(graph, data((9,), DType.bool) > 4, positions(9, (5,)), data((5,), DType.bool))
 
 
-# ---- topk ---------------------------------------------------------------------------------------------------------------
+# ---- topk ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("largest", [True, False])

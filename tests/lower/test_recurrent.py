@@ -21,9 +21,21 @@ def weights(shape: tuple[int, ...], dtype: DType) -> np.ndarray:
 
 
 def layer(
-    name: str, n: Dim, t: Dim, size: int, hidden: int, direction: str = "forward", layout: int = 0, bias: bool = True,
-    lengths: bool = False, states: bool = False, peepholes: bool = False, constant: bool = True, dtype: DType = DType.f32, **attrs: object,
-) -> tuple[Graph, list[tuple[str, object]]]:  # fmt: skip
+    name: str,
+    n: Dim,
+    t: Dim,
+    size: int,
+    hidden: int,
+    direction: str = "forward",
+    layout: int = 0,
+    bias: bool = True,
+    lengths: bool = False,
+    states: bool = False,
+    peepholes: bool = False,
+    constant: bool = True,
+    dtype: DType = DType.f32,
+    **attrs: object,
+) -> tuple[Graph, list[tuple[str, object]]]:
     """A graph with one layer, and what its inputs are to be: an array, or the shape of a random one."""
     dirs, gates = 2 if direction == "bidirectional" else 1, GATES[name]
     b = Builder()

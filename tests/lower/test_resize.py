@@ -22,9 +22,15 @@ RNG = np.random.default_rng(11)
 
 def resized(b: Builder, x: Value, sizes: tuple[Dim, ...], mode: str, **over: object) -> Value:
     attrs: dict[str, object] = {
-        "mode": mode, "coordinate": "half_pixel", "nearest_mode": "round_prefer_floor", "cubic_coeff": -0.75, "exclude_outside": False,
-        "extrapolation": 0.0, "sizes": sizes, "scales": (None,) * x.rank,
-    }  # fmt: skip
+        "mode": mode,
+        "coordinate": "half_pixel",
+        "nearest_mode": "round_prefer_floor",
+        "cubic_coeff": -0.75,
+        "exclude_outside": False,
+        "extrapolation": 0.0,
+        "sizes": sizes,
+        "scales": (None,) * x.rank,
+    }
     result: Value = b.resize(x, **{**attrs, **over})
     return result
 

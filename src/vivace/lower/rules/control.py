@@ -1,7 +1,8 @@
 """Control flow and foreign operators: `if`, `loop`, `onnx`.
 
 Both branches of an `if` write the same storages. A `loop` with few turns, known when it is lowered, is written out;
-otherwise its state lies in storages of its own: the body reads them, computes the next state beside them, and copies it back.
+otherwise its state lies in storages of its own: the body reads them, computes the next state beside them, and copies
+it back.
 
 Not handled: results whose size only the run decides; `lower` refuses storages of unknown size.
 """

@@ -1,10 +1,10 @@
 """gather and scatter families: data read or written at computed positions.
 
-Negative positions count from the end. Positions outside the operand would be an error of the caller; they are moved to the nearest
-end, so that memory outside is never touched.
+Negative positions count from the end. Positions outside the operand would be an error of the caller; they are moved
+to the nearest end, so that memory outside is never touched.
 
-A scatter copies its data into the result, then changes it in place. Updates are applied in order, so that the last of equal positions wins;
-what cannot meet (other axes, the rest of a slice) runs in parallel or in vectors.
+A scatter copies its data into the result, then changes it in place. Updates are applied in order, so that the last of
+equal positions wins; what cannot meet (other axes, the rest of a slice) runs in parallel or in vectors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ NARROW = 8  # below this, the elements behind one position are too few to be the
 
 
 def position(given: Expr, size: Dim) -> Expr:
-    """A position within `size` elements from an index that may be negative; what lies outside becomes the nearest end."""
+    """A position within `size` elements from an index that may be negative; what lies outside becomes the nearest
+    end."""
     at = given if dtype_of(given) is I64 else Cast(I64, given)
     zero = Const(0, I64)
     at = Select(Binary("lt", at, zero), Binary("add", at, Index(size)), at)
@@ -42,7 +43,7 @@ def place(name: str, size: Dim) -> Dim:
     return symbol(name, 0, size - 1 if isinstance(size, int) and size > 1 else None)
 
 
-# ---- gather -------------------------------------------------------------------------------------------------------------
+# ---- gather ----------------------------------------------------------------------------------------------------------
 
 
 def lower_gather(ctx: Lowering, g: Group) -> None:
@@ -75,7 +76,8 @@ def lower_gather(ctx: Lowering, g: Group) -> None:
     tree = Tree(ctx, rest, g.output, given=[y]) if rest else None
     leaves = dict(tree.leaves) if tree else {}
     over = [ctx.target(g.output), *leaves.values()]
-    # The three parts of the result's axes: before the axis, those of the indices, and behind it; each merged on its own.
+    # The three parts of the result's axes: before the axis, those of the indices, and behind it; each merged on its
+    # own.
     parts = [slice(0, axis), slice(axis, axis + k), slice(axis + k, y.rank)]
     data_parts = [_section(data, slice(0, axis)), None, _section(data, slice(axis + 1, data_value.rank))]
     index_parts = [None, indices, None]
@@ -161,9 +163,15 @@ def _gather_loops(
 
 
 def _emit(
-    ctx: Lowering, label: str, params: Params, loops: Sequence[tuple[str, Dim]], body: tuple[Stmt, ...], nodes: Sequence[Node],
-    flops: Dim, updates: bool = False,
-) -> None:  # fmt: skip
+    ctx: Lowering,
+    label: str,
+    params: Params,
+    loops: Sequence[tuple[str, Dim]],
+    body: tuple[Stmt, ...],
+    nodes: Sequence[Node],
+    flops: Dim,
+    updates: bool = False,
+) -> None:
     """Parallel loops around a body, and the step."""
     for name, n in reversed(loops):
         body = (For(name, n, body, "parallel"),)
@@ -240,7 +248,7 @@ def lower_gather_nd(ctx: Lowering, g: Group) -> None:
     _emit(ctx, node.op.name, params, loops, body, (node,), 0)
 
 
-# ---- scatter ------------------------------------------------------------------------------------------------------------
+# ---- scatter ---------------------------------------------------------------------------------------------------------
 
 
 def _combined(old: Expr, new: Expr, reduction: str) -> Expr:

@@ -1,8 +1,9 @@
 """lstm, gru and rnn: one product projects the inputs of all steps, then one kernel walks the steps.
 
-A unit of the walk is a few sequences of one direction (one where their lengths differ); their state stays in local memory. Each step first multiplies the state with the
-recurrent weights, packed as [direction][panel][hidden][lanes] so that the weights are read in the order in which they lie,
-then computes the cell for all hidden units. Sequences and directions are independent, so they may run on several threads.
+A unit of the walk is a few sequences of one direction (one where their lengths differ); their state stays in local
+memory. Each step first multiplies the state with the recurrent weights, packed as [direction][panel][hidden][lanes]
+so that the weights are read in the order in which they lie, then computes the cell for all hidden units. Sequences
+and directions are independent, so they may run on several threads.
 
 Half types are computed in f32.
 """
@@ -72,7 +73,8 @@ class Folding(Builder):
 
 @dataclass(frozen=True, slots=True)
 class Operands:
-    """What the walk reads: projected inputs [T,N,dirs,gates*H], packed recurrent weights, and what is optional as [..] views or None."""
+    """What the walk reads: projected inputs [T,N,dirs,gates*H], packed recurrent weights, and what is optional as
+    [..] views or None."""
 
     projected: View
     recurrent: tuple[View, ...]
@@ -84,7 +86,8 @@ class Operands:
 
 
 def lower_recurrent(ctx: Lowering, g: Group) -> None:
-    """One step for the projection (a product), one for the walk; one walk per direction where their activations differ."""
+    """One step for the projection (a product), one for the walk; one walk per direction where their activations
+    differ."""
     node = g.anchor
     hidden, name = node.attrs["hidden"], node.op.name
     dirs = 2 if node.attrs["direction"] == "bidirectional" else 1
@@ -149,9 +152,14 @@ def _operands(ctx: Lowering, node: Node, dirs: int) -> Operands:
         return None if v is None else ctx.view(v).transpose(batch_first)
 
     return Operands(
-        over, tuple(views[1 : 1 + len(recurrent)]), views[-1] if reset_bias is not None else None,
-        None if lengths is None else ctx.view(lengths), state(h0), state(c0), None if peepholes is None else ctx.view(peepholes),
-    )  # fmt: skip
+        projected=over,
+        recurrent=tuple(views[1 : 1 + len(recurrent)]),
+        reset_bias=None if reset_bias is None else views[-1],
+        lengths=None if lengths is None else ctx.view(lengths),
+        h0=state(h0),
+        c0=state(c0),
+        peepholes=None if peepholes is None else ctx.view(peepholes),
+    )
 
 
 def computed(t: DType) -> DType:
@@ -195,7 +203,8 @@ def _place(ctx: Lowering, b: Folding, node: Node, values: Sequence[Value]) -> li
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Which part of the layer one kernel walks: directions `first` .. `first + count - 1`, units of `rows` sequences from `start` on."""
+    """Which part of the layer one kernel walks: directions `first` .. `first + count - 1`, units of `rows` sequences
+    from `start` on."""
 
     first: int
     count: int
@@ -213,7 +222,14 @@ def _spans(first: int, count: int, n: Dim, rows: int) -> list[Span]:
 
 
 def _walk(
-    ctx: Lowering, node: Node, ops: Operands, y: View, states: Sequence[View], functions: Sequence[str], span: Span, hidden: int
+    ctx: Lowering,
+    node: Node,
+    ops: Operands,
+    y: View,
+    states: Sequence[View],
+    functions: Sequence[str],
+    span: Span,
+    hidden: int,
 ) -> None:
     """The steps of one kernel, in order; all its sequences and directions are independent."""
     params = Params()
@@ -283,7 +299,15 @@ class Layer:
         rows: int,
         d: Dim,
     ) -> None:
-        self.params, self.ops, self.name, self.attrs, self.hidden, self.rows, self.d = params, ops, name, attrs, hidden, rows, d
+        self.params, self.ops, self.name, self.attrs, self.hidden, self.rows, self.d = (
+            params,
+            ops,
+            name,
+            attrs,
+            hidden,
+            rows,
+            d,
+        )
         self.kind = ops.projected.dtype
         self.functions = [ACTIVATIONS[f] for f in functions]
         self.h = self._local("h", hidden)
@@ -302,7 +326,8 @@ class Layer:
         return x if dtype_of(x) is self.kind else Cast(self.kind, x)
 
     def product(self, which: int, state: Buffer, start: int) -> Stmt:
-        """gates[.., start..] = state . R, panel by panel; all sequences of the unit use a weight while it is in a register."""
+        """gates[.., start..] = state . R, panel by panel; all sequences of the unit use a weight while it is in a
+        register."""
         weights = self.ops.recurrent[which]
         _, panels, _, lanes = weights.shape
         assert isinstance(panels, int) and isinstance(lanes, int)
@@ -323,7 +348,13 @@ class Cell:
 
     def __init__(self, layer: Layer, n: Dim, q: int) -> None:
         self.layer, self.n, self.q = layer, n, q
-        self.params, self.ops, self.attrs, self.hidden, self.d = layer.params, layer.ops, layer.attrs, layer.hidden, layer.d
+        self.params, self.ops, self.attrs, self.hidden, self.d = (
+            layer.params,
+            layer.ops,
+            layer.attrs,
+            layer.hidden,
+            layer.d,
+        )
         self.kind, self.functions = layer.kind, layer.functions
 
     def load(self, buffer: Buffer, i: Dim) -> Load:
@@ -355,7 +386,9 @@ class Cell:
         """x + p * c, p in the order i o f."""
         if self.ops.peepholes is None:
             return x
-        return add(x, mul(self.layer.as_computed(self.params.load(self.ops.peepholes, (self.d, u + gate * self.hidden))), c))
+        return add(
+            x, mul(self.layer.as_computed(self.params.load(self.ops.peepholes, (self.d, u + gate * self.hidden))), c)
+        )
 
     def finish(self, t: Dim, u: Dim) -> list[Stmt]:
         """The body of the loop over hidden units that gives the next state."""

@@ -1,8 +1,9 @@
 """resize: nearest, linear and cubic, along any axes, with the element-wise nodes that follow.
 
-* nearest by a whole factor repeats elements: the result, its resampled axes split into (position, copy), reads the operand as it is;
-* otherwise each result is a weighted sum over the taps of each resampled axis. Positions and weights of a static axis are tables;
-  those of a symbolic one are computed in f64, once per position where another axis is the vector.
+* nearest by a whole factor repeats elements: the result, its resampled axes split into (position, copy), reads the
+  operand as it is;
+* otherwise each result is a weighted sum over the taps of each resampled axis. Positions and weights of a static axis
+  are tables; those of a symbolic one are computed in f64, once per position where another axis is the vector.
 
 Source: `graph.ops.resampling`, which defines the coordinates.
 """
@@ -28,6 +29,7 @@ from vivace.loops.kernel import (
     Index,
     Kernel,
     Let,
+    LoopKind,
     Read,
     Select,
     Stmt,
@@ -76,7 +78,7 @@ def lower_resize(ctx: Lowering, g: Group) -> None:
         _sample(ctx, g, x, out, tail, axes)
 
 
-# ---- repetition ---------------------------------------------------------------------------------------------------------
+# ---- repetition ------------------------------------------------------------------------------------------------------
 
 
 def repeats(size: Dim, out: Dim, scale: float | None, attrs: Attrs) -> int:
@@ -123,10 +125,12 @@ def _repeat(ctx: Lowering, g: Group, x: View, out: View, tail: Tail, factors: di
 def _nest(
     ctx: Lowering, g: Group, params: Params, body: tuple[Stmt, ...], order: Sequence[int], shape: Sequence[Dim]
 ) -> None:
-    """The innermost axis as the vector, the one around it serial, the others parallel."""
+    """The innermost axis as the vector, up to two around it serial (a row is enough for a unit), the others
+    parallel."""
+    serial = min(2, len(order) - 2)
     for depth, a in enumerate(reversed(order)):
-        kind = "vector" if depth == 0 else "serial" if depth == 1 and len(order) > 2 else "parallel"
-        body = (For(f"i{a}", shape[a], body, kind),)  # type: ignore[arg-type]
+        kind: LoopKind = "vector" if depth == 0 else "serial" if depth <= serial else "parallel"
+        body = (For(f"i{a}", shape[a], body, kind),)
     if len(order) < 2:
         body = (For("only", 1, body, "parallel"),)
     _emit(ctx, g, params, body)
@@ -137,7 +141,7 @@ def _emit(ctx: Lowering, g: Group, params: Params, body: tuple[Stmt, ...]) -> No
     ctx.emit("resize", spec, params.views, len(params.views) - 1, g.nodes, tail_flops(g))
 
 
-# ---- sampling -----------------------------------------------------------------------------------------------------------
+# ---- sampling --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,9 +317,11 @@ def _computed(axis: int, size: Dim, out: Dim, at: Dim, attrs: Attrs, kind: DType
     if attrs["mode"] == "nearest":
         half = _f64(0.5)
         rounded = {
-            "floor": Unary("floor", x), "ceil": Unary("ceil", x), "round_prefer_floor": Unary("ceil", _op("sub", x, half)),
+            "floor": Unary("floor", x),
+            "ceil": Unary("ceil", x),
+            "round_prefer_floor": Unary("ceil", _op("sub", x, half)),
             "round_prefer_ceil": Unary("floor", _op("add", x, half)),
-        }[attrs["nearest_mode"]]  # fmt: skip
+        }[attrs["nearest_mode"]]
         return Taps(
             (*lets, Let(f"at{axis}", _op("max", _op("min", Cast(I64, rounded), last), Const(0, I64)))),
             ((symbol(f"at{axis}", 0), None),),

@@ -1,8 +1,8 @@
 """Ops that look along an axis in order: argmax, argmin, cumsum, topk.
 
-argmax and argmin take two passes over the axis, both vectorized: the extreme value, then the least (or greatest) position that holds it.
-A NaN counts as the extreme, the first one if there are several, as in NumPy.
-topk takes one of two ways: for few results, each is the best of those that come after the one before; for many, the axis is sorted
+argmax and argmin take two passes over the axis, both vectorized: the extreme value, then the least (or greatest)
+position that holds it. A NaN counts as the extreme, the first one if there are several, as in NumPy. topk takes one
+of two ways: for few results, each is the best of those that come after the one before; for many, the axis is sorted
 by its bits, eight at a time, which keeps the order of equal elements.
 """
 
@@ -91,7 +91,7 @@ def lower_arg(ctx: Lowering, g: Group) -> None:
     assert x_value is not None
     axis = node.attrs["axis"] % x_value.rank
     x, out = ctx.view(x_value), ctx.target(y)
-    wide = x.shape[:axis] + (1,) + x.shape[axis + 1 :]
+    wide = (*x.shape[:axis], 1, *x.shape[axis + 1 :])
     if not node.attrs["keepdims"]:
         out = replace(out, shape=wide, strides=(*out.strides[:axis], 0, *out.strides[axis:]))
     lines = lines_of(axis, (x, out))

@@ -1,10 +1,12 @@
 """topk, in one of two ways.
 
 * Few results: each block of the axis knows its best element, and finds the next one when that was taken.
-* Many: positions are sorted by their keys, eight bits at a time from the lowest (a radix sort, which keeps the order of equals).
+* Many: positions are sorted by their keys, eight bits at a time from the lowest (a radix sort, which keeps the order
+  of equals).
 
-Keys are integers in the order of the elements: the bits of a float, those below the sign flipped where it is set; both zeros are one key,
-NaN is the greatest, as in NumPy's sort. Of equal elements the one with the lower index comes first.
+Keys are integers in the order of the elements: the bits of a float, those below the sign flipped where it is set;
+both zeros are one key, NaN is the greatest, as in NumPy's sort. Of equal elements the one with the lower index comes
+first.
 """
 
 from __future__ import annotations
@@ -99,7 +101,8 @@ def selects(n: Dim, k: Dim) -> bool:
 
 
 def _select(ctx: Lowering, node: Node, lines: Lines, k: int) -> None:
-    """Each block of a line knows its best element; a result is the best of those, and its block then looks for its next best."""
+    """Each block of a line knows its best element; a result is the best of those, and its block then looks for its
+    next best."""
     x, values, indices = lines.views
     largest, n = node.attrs["largest"], lines.length
     params = Params()
@@ -110,7 +113,9 @@ def _select(ctx: Lowering, node: Node, lines: Lines, k: int) -> None:
     room = (*lines.outer, lines.inner, n_blocks)
     name = node.outputs[0].name
     best = params.buffer(ctx.temporary(f"{name}_best", kind, room), writable=True)
-    place = params.buffer(ctx.temporary(f"{name}_place", I32, room), writable=True)  # within the block; `block` when none is left
+    place = params.buffer(
+        ctx.temporary(f"{name}_place", I32, room), writable=True
+    )  # within the block; `block` when none is left
     finds = _Finder(params, x, (*lead, i), block, n, kind, largest)
     none, worst = Const(block, I32), finds.worst
     q, s, b, at = symbol("q", 0), symbol("s", 0), symbol("blk", 0), symbol("at", 0)
@@ -141,7 +146,9 @@ def _select(ctx: Lowering, node: Node, lines: Lines, k: int) -> None:
 class _Finder:
     """The best element of a block of a line: its key and its place in the block."""
 
-    def __init__(self, params: Params, x: View, line: tuple[Dim, ...], block: int, n: Dim, kind: DType, largest: bool) -> None:
+    def __init__(
+        self, params: Params, x: View, line: tuple[Dim, ...], block: int, n: Dim, kind: DType, largest: bool
+    ) -> None:
         self.params, self.x, self.line, self.block, self.n = params, x, line, block, n
         self.kind, self.largest = kind, largest
         bits = kind.size_bytes * 8
@@ -211,7 +218,8 @@ def _sort(ctx: Lowering, node: Node, lines: Lines, k: Dim) -> None:
 def _pass(
     p: int, top: bool, keys: Buffer, source: Buffer, target: Buffer, counts: Buffer, line: tuple[Dim, ...], n: Dim
 ) -> list[Stmt]:
-    """One stable counting sort by digit `p`; the highest digit of a signed key is shifted so that negative comes first."""
+    """One stable counting sort by digit `p`; the highest digit of a signed key is shifted so that negative comes
+    first."""
 
     def digit(at: Dim) -> Expr:
         value: Expr = Cast(I64, Load(keys, (*line, at)))
@@ -220,17 +228,16 @@ def _pass(
 
     d = symbol(f"d{p}", 0, DIGITS - 1)
     one = Const(1, I64)
-    here = symbol(f"c{p}", 0)
+    here, q = symbol(f"c{p}", 0), symbol(f"q{p}", 0)
+    summed = Store(counts, (q + 1,), Binary("add", Load(counts, (q,)), Load(counts, (q + 1,))))
     return [
         For(f"z{p}", DIGITS, (Store(counts, (symbol(f"z{p}", 0),), Const(0, I64)),), "vector"),
         For(f"c{p}", n, (Let(f"d{p}", digit(here)), Store(counts, (d,), Binary("add", Load(counts, (d,)), one)))),
         # Counts become the last position of each digit plus one; the fill below walks backwards.
+        For(f"q{p}", DIGITS - 1, (summed,)),
         For(
-            f"q{p}", DIGITS - 1,
-            (Store(counts, (symbol(f"q{p}", 0) + 1,), Binary("add", Load(counts, (symbol(f"q{p}", 0),)), Load(counts, (symbol(f"q{p}", 0) + 1,)))),),
-        ),
-        For(
-            f"f{p}", n,
+            f"f{p}",
+            n,
             (
                 Let(f"a{p}", Load(source, (*line, n - 1 - symbol(f"f{p}", 0)))),
                 Let(f"d{p}", digit(symbol(f"a{p}", 0))),
@@ -239,4 +246,4 @@ def _pass(
                 Store(target, (*line, symbol(f"t{p}", 0)), Read(f"a{p}", I64)),
             ),
         ),
-    ]  # fmt: skip
+    ]
