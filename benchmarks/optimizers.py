@@ -2,8 +2,10 @@
 
     python -m benchmarks.optimizers [model ...]
 
-For each model: nodes and bytes moved that each tool leaves (both counted by us, on the file that the tool writes), and whether
-ONNX Runtime computes equal outputs from our file. Exit status 1 when we leave more nodes than the better of the two, or an output differs.
+For each model: nodes and bytes moved that each tool leaves (both counted by us, on the file that the tool writes), and
+whether
+ONNX Runtime computes equal outputs from our file. Exit status 1 when we leave more nodes than the better of the two,
+or an output differs.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-
 from benchmarks.models import MODELS, cache_dir, inputs
+
 from vivace.base.errors import VivaceError
 from vivace.graph.graph import substitute_dims
 from vivace.graph.reference import bind
@@ -128,13 +130,15 @@ def measure(name: str, path: Path, folder: Path, peers: bool = True) -> Row:
                 row.note += f"{key}: {type(e).__name__}; "
                 continue
             setattr(row, key, count_nodes(out))
-            row.peers_megabytes = (*row.peers_megabytes[:1], megabytes(out, feeds)) if key == "ort" else (megabytes(out, feeds), None)
+            row.peers_megabytes = (
+                (*row.peers_megabytes[:1], megabytes(out, feeds)) if key == "ort" else (megabytes(out, feeds), None)
+            )
     return row
 
 
 def table(rows: Sequence[Row]) -> str:
     lines = [
-        "| model | nodes | ours | onnxslim | ORT basic | MB moved, imported -> ours (onnxslim; ORT) | largest error | optimizer s |",
+        "| model | nodes | ours | onnxslim | ORT basic | MB moved, imported -> ours (onnxslim; ORT) | error | s |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:

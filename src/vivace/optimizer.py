@@ -33,10 +33,12 @@ def optimize_model(
     sizes: Mapping[str, int] | None = None,
     dry_run: bool = False,
 ) -> Report:
-    """Optimize a model file and write the result, unless `dry_run`. Levels above EXTENDED are not portable and count as EXTENDED.
+    """Optimize a model file and write the result, unless `dry_run`. Levels above EXTENDED are not portable and count
+    as EXTENDED.
 
     `opset` is the source's, at least 20, unless given. `sizes` fixes symbolic dims for the check.
-    Raises: ModelError, UnsupportedError for a model that cannot be read or written; GateError when an output differs. Nothing is
+    Raises: ModelError, UnsupportedError for a model that cannot be read or written; GateError when an output differs.
+    Nothing is
     written then, and a file that was there stays as it was.
     """
     if target is None and not dry_run:
@@ -48,7 +50,9 @@ def optimize_model(
     was = opset_of(path)
     model = export(result, opset or (was if OLDEST <= was <= NEWEST and was > DEFAULT else DEFAULT))
     report.operators_before, report.operators_after = count_operators(path), count_operators(model)
-    with tempfile.TemporaryDirectory(dir=None if target is None else Path(target).resolve().parent, prefix=".vivace-") as folder:
+    with tempfile.TemporaryDirectory(
+        dir=None if target is None else Path(target).resolve().parent, prefix=".vivace-"
+    ) as folder:
         made = Path(folder) / (path.name if target is None else Path(target).name)
         save(model, made)
         report.largest_error = check(graph, result, path, made, sizes)
@@ -59,9 +63,11 @@ def optimize_model(
 
 
 def check(graph: Graph, result: Graph, before: Path, after: Path, sizes: Mapping[str, int] | None = None) -> float:
-    """The largest difference between the two files in ONNX Runtime, on random inputs; between the graphs where it is missing.
+    """The largest difference between the two files in ONNX Runtime, on random inputs; between the graphs where it is
+    missing.
 
-    Raises: GateError where it is above the tolerance; UnsupportedError when no inputs could be found that the original accepts.
+    Raises: GateError where it is above the tolerance; UnsupportedError when no inputs could be found that the original
+    accepts.
     """
     try:
         sessions = [find("onnxruntime").load(p, LoadOptions(level=0)) for p in (before, after)]
@@ -74,7 +80,9 @@ def check(graph: Graph, result: Graph, before: Path, after: Path, sizes: Mapping
             continue
         got = [sessions[1].run(random_inputs(graph, env, seed)) for seed in SEEDS]
         return max(compare(a, b, str(after.name)) for a, b in zip(want, got))
-    raise UnsupportedError("no random inputs were found that the model accepts", where=before.name, hint="give the sizes of its dims")
+    raise UnsupportedError(
+        "no random inputs were found that the model accepts", where=before.name, hint="give the sizes of its dims"
+    )
 
 
 def _check_graphs(graph: Graph, result: Graph, sizes: Mapping[str, int] | None) -> float:
@@ -87,4 +95,6 @@ def _check_graphs(graph: Graph, result: Graph, sizes: Mapping[str, int] | None) 
             continue
         got: list[np.ndarray] = evaluate(result, feeds)
         return compare(dict(zip(names, want)), dict(zip(names, got)), "the optimized graph")
-    raise UnsupportedError("no random inputs were found that the model accepts", where="the check", hint="give the sizes of its dims")
+    raise UnsupportedError(
+        "no random inputs were found that the model accepts", where="the check", hint="give the sizes of its dims"
+    )

@@ -34,7 +34,7 @@ def test_fires_and_computes_the_same(rule: Rule, i: int, example: Callable[[Exam
     graph, result, log = both(rule, example)
     assert log.fired[rule.name] > 0, log.notes
     for seed in range(2):
-        feeds = random_inputs(graph, {s: 3 for s in "BNT"}, seed)
+        feeds = random_inputs(graph, dict.fromkeys("BNT", 3), seed)
         for want, got in zip(evaluate(graph, feeds), evaluate(result, feeds), strict=True):
             assert got.dtype == want.dtype
             if want.dtype.kind == "f":

@@ -1,9 +1,12 @@
 """Passes: `Graph -> Graph` steps with what they require and ensure, and the runner that verifies, times and dumps each.
 
 Rules:
-* VERIFIED: the verifier runs after every pass that changed the graph; on failure the message names the pass and the file that holds the bad graph.
-* DECLARED: a pass runs only where what it `requires` is ensured by the passes before it and not destroyed since (`destroys`).
-* DUMPED: with a dump folder, stage `k` is written to `k-<pass>.txt`; a pass that changed nothing leaves `k-<pass>.unchanged`.
+* VERIFIED: the verifier runs after every pass that changed the graph; on failure the message names the pass and the
+  file that holds the bad graph.
+* DECLARED: a pass runs only where what it `requires` is ensured by the passes before it and not destroyed since
+  (`destroys`).
+* DUMPED: with a dump folder, stage `k` is written to `k-<pass>.txt`; a pass that changed nothing leaves
+  `k-<pass>.unchanged`.
 """
 
 from __future__ import annotations
@@ -79,7 +82,8 @@ def run_passes(
     explain: Sequence[str] = (),
     record: Run | None = None,
 ) -> Graph:
-    """Run passes in order. Raises: GraphError naming the pass that broke the graph (VERIFIED), InternalError for a false order (DECLARED)."""
+    """Run passes in order. Raises: GraphError naming the pass that broke the graph (VERIFIED), InternalError for a
+    false order (DECLARED)."""
     record = record if record is not None else Run()
     holds: set[str] = set()
     if dump is not None:
@@ -89,13 +93,17 @@ def run_passes(
         if p.name in disabled:
             continue
         if missing := p.requires - holds:
-            raise InternalError(f"pass {p.name} needs {', '.join(sorted(missing))}, which no pass before it ensures", where="pipeline")
+            raise InternalError(
+                f"pass {p.name} needs {', '.join(sorted(missing))}, which no pass before it ensures", where="pipeline"
+            )
         start = time.perf_counter()
         log = Log(explain=explain)
         changed = p.run(graph, log, disabled)
         if changed is not graph:
             _verify_after(changed, p.name, dump)
-        record.stages.append(Stage(p.name, len(changed.nodes), time.perf_counter() - start, log.fired, changed is not graph))
+        record.stages.append(
+            Stage(p.name, len(changed.nodes), time.perf_counter() - start, log.fired, changed is not graph)
+        )
         record.notes.extend(log.notes)
         if dump is not None:
             if changed is graph:
@@ -112,7 +120,9 @@ def _verify_after(graph: Graph, name: str, dump: Path | None) -> None:
         verify(graph, where=f"after {name}")
     except GraphError as e:
         if dump is None:
-            with tempfile.NamedTemporaryFile("w", prefix=f"vivace-{name}-", suffix=".txt", delete=False, encoding="utf-8") as f:
+            with tempfile.NamedTemporaryFile(
+                "w", prefix=f"vivace-{name}-", suffix=".txt", delete=False, encoding="utf-8"
+            ) as f:
                 path = Path(f.name)
         else:
             path = dump / f"bad-{name}.txt"

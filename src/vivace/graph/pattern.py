@@ -7,19 +7,22 @@
         sample=("f32[2,8]",),
     )
 
-In `before`, each parameter after `op` is a variable that stands for one value (the same value wherever it is named), and
+In `before`, each parameter after `op` is a variable that stands for one value (the same value wherever it is named),
+and
     op.add(a, b)            the op; add, mul, max, min, and, or, eq, ... in either order of operands
     op.mul(a, b, c)         a product (sum, ...) of three or more factors, in any order and association
     0.5                     a constant whose every element is close to 0.5
     op.scalar("c")          a constant of one element; `after` and `when` get its number as `c`
     op.const(w)             the variable, which must be a constant
     op.either(p, q)         either pattern; variables of the one that did not match are None
-    op.transpose(x, perm=op.attr("perm"))   an attribute bound to a variable; `perm=(0, 2, 1)` one of that value; others are free
+    op.transpose(x, perm=op.attr("perm"))   an attribute bound to a variable; `perm=(0, 2, 1)` one of that value;
+    others are free
     op.concat(op.each("xs"), axis=...)      any number of operands, bound as a tuple
     op.named("y", p)        the value that `p` matched, bound to `y`
 `after(op, ...)` and `when(...)` take the bound names that they ask for. `when` returns a reason not to fire, or None.
 
-The nodes inside a match must have no other reader, unless the rule says `shared=True`: a fusion does not duplicate work.
+The nodes inside a match must have no other reader, unless the rule says `shared=True`: a fusion does not duplicate
+work.
 """
 
 from __future__ import annotations
@@ -259,7 +262,8 @@ class _Matcher:
             yield from self.operands(args[1:], values[1:], found, depth)
 
     def chain(self, p: Call, args: tuple[Any, ...], n: Node, env: Env, depth: int) -> Iterator[Env]:
-        """Splits the factors between the two operands of `n` in every way; a part of several factors needs the same op again."""
+        """Splits the factors between the two operands of `n` in every way; a part of several factors needs the same op
+        again."""
         a, b = n.inputs
         for k in range(1, len(args)):
             for left in itertools.combinations(range(len(args)), k):
@@ -316,7 +320,8 @@ def pattern(
     shared: bool = False,
     choices: int = 1,
 ) -> Rule:
-    """The Rule of two traced functions; `sample` gives the types of `before`'s variables in its examples, `choices` their number."""
+    """The Rule of two traced functions; `sample` gives the types of `before`'s variables in its examples, `choices`
+    their number."""
     variables = list(inspect.signature(before).parameters)[1:]
     traced = before(Tracer(), *(Var(v) for v in variables))
     root = traced

@@ -5,13 +5,16 @@ A rule's `apply(node, at)` returns
     str                a near miss: the reason why it does not fire here, for people to read;
     Value(s)           what takes the place of the node's outputs, built with `at.op` (new nodes) or found in the graph.
 
-`rewrite` runs rules to a fixpoint over one graph. Rules written as two traced functions are made by `vivace.graph.pattern`; they compile to this.
+`rewrite` runs rules to a fixpoint over one graph. Rules written as two traced functions are made by
+`vivace.graph.pattern`; they compile to this.
 
 Rules of the house:
 * TYPES: a replacement has the type of what it replaces; the driver raises GraphError naming the rule where it has not.
-* PROGRESS: a rule must not fire again on its own result; a graph that is rewritten `LIMIT` times per node is an InternalError.
+* PROGRESS: a rule must not fire again on its own result; a graph that is rewritten `LIMIT` times per node is an
+  InternalError.
 * ORIGIN: new nodes take over the origins of the root and of every node that dies with it, and the name of the rule.
-* OUTPUTS: graph outputs keep their names; a rewrite that would make an output a plain alias of an input or of another output is declined.
+* OUTPUTS: graph outputs keep their names; a rewrite that would make an output a plain alias of an input or of another
+  output is declined.
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ LIMIT = 40
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`apply` may replace nodes whose op is in `roots`; `examples` build graphs on which it fires (tests and documentation use them).
+    """`apply` may replace nodes whose op is in `roots`; `examples` build graphs on which it fires (tests and
+    documentation use them).
 
     `doc` is one line in IR notation, before = after, with the conditions.
     """
@@ -63,7 +67,9 @@ def rule(*roots: str, examples: tuple[Callable[[Example], Any], ...] = ()) -> Ca
 class Emit(Builder):
     """A Builder whose ops take Python numbers: they become scalar constants of the other operand's dtype."""
 
-    def emit(self, op: Op, inputs: Sequence[Any], attrs: dict[str, Any], names: Sequence[str] = ()) -> tuple[Value, ...]:
+    def emit(
+        self, op: Op, inputs: Sequence[Any], attrs: dict[str, Any], names: Sequence[str] = ()
+    ) -> tuple[Value, ...]:
         dtype = next((v.dtype for v in reversed(inputs) if isinstance(v, Value)), DType.f32)
         values = [v if isinstance(v, Value) or v is None else self.const(v, dtype) for v in inputs]
         return super().emit(op, values, attrs, names)
@@ -158,20 +164,21 @@ class _Editor:
         for v in n.outputs:
             self.made[v] = n
         self.order[n.outputs[0]] = (place, self.count)
-        for v in n.inputs:
-            if v is not None:
-                self.readers.setdefault(v, {})[n] = None
+        for u in n.inputs:
+            if u is not None:
+                self.readers.setdefault(u, {})[n] = None
 
     def drop(self, n: Node) -> None:
         for v in n.outputs:
             if self.made.get(v) is n:
                 del self.made[v]
-        for v in n.inputs:
-            if v is not None:
-                self.readers.get(v, {}).pop(n, None)
+        for u in n.inputs:
+            if u is not None:
+                self.readers.get(u, {}).pop(n, None)
 
     def dying(self, root: Node, kept: set[Value]) -> list[Node]:
-        """The root and the nodes that only it needs, once its outputs are replaced; `kept` are the operands of the replacement."""
+        """The root and the nodes that only it needs, once its outputs are replaced; `kept` are the operands of the
+        replacement."""
         dead = {root: None}
         stack = [v for v in root.inputs if v is not None]
         while stack:
@@ -179,13 +186,17 @@ class _Editor:
             n = self.made.get(v)
             if n is None or n in dead:
                 continue
-            if all(o not in kept and o not in self.output_set and dead.keys() >= self.readers.get(o, {}).keys() for o in n.outputs):
+            if all(
+                o not in kept and o not in self.output_set and dead.keys() >= self.readers.get(o, {}).keys()
+                for o in n.outputs
+            ):
                 dead[n] = None
                 stack.extend(u for u in n.inputs if u is not None)
         return list(dead)
 
     def replace(self, rule: str, root: Node, new: Sequence[Value], nodes: Sequence[Node]) -> list[Value] | None:
-        """Put `new` in the place of the root's outputs; the values to look at again, or None when declined (rule OUTPUTS)."""
+        """Put `new` in the place of the root's outputs; the values to look at again, or None when declined (rule
+        OUTPUTS)."""
         fresh = {v for n in nodes for v in n.outputs}
         for old, v in zip(root.outputs, new, strict=True):
             if v.type != old.type:
@@ -228,7 +239,8 @@ class _Editor:
         return again
 
     def finish(self) -> Graph:
-        """The nodes that the outputs need, each after its operands, otherwise in the old order; outputs under their old names."""
+        """The nodes that the outputs need, each after its operands, otherwise in the old order; outputs under their
+        old names."""
         keyed = sorted({n: self.order[n.outputs[0]] for n in self.made.values()}.items(), key=lambda t: t[1])
         live: set[Node] = set()
         stack = [self.made[v] for v in self.outputs if v in self.made]

@@ -30,7 +30,8 @@ def _number(w: Writer, x: Value, value: float) -> str:
 
 @rule("where")
 def operator_guards_itself(n: Node, at: At) -> Outcome:
-    """where(any(mask), attention(q, k, v, mask), 0) and where(isnan(a), 0, a): the ONNX operator gives 0 for a row that sees no key"""
+    """where(any(mask), attention(q, k, v, mask), 0) and where(isnan(a), 0, a): the ONNX operator gives 0 for a row
+    that sees no key"""
     cond, a, b = n.inputs
     attention = at.by(a, "attention")
     if attention is not None and scalar(b) == 0 and len(attention.inputs) > 3:
@@ -52,7 +53,13 @@ def write_attention(w: Writer, n: Node, outs: list[str]) -> None:
         extra = [w.ref(mask)] if mask is not None else []
         if mask is not None and mask.rank < 2:
             extra = [w.emit("Reshape", [extra[0], w.const([1] * (2 - mask.rank) + [-1])])]
-        w.emit("Attention", [w.ref(q), w.ref(k), w.ref(v), *extra], outs, scale=n.attrs["scale"], is_causal=int(n.attrs["causal"]))
+        w.emit(
+            "Attention",
+            [w.ref(q), w.ref(k), w.ref(v), *extra],
+            outs,
+            scale=n.attrs["scale"],
+            is_causal=int(n.attrs["causal"]),
+        )
         return
     heads, groups = q.shape[1], k.shape[1]
     assert isinstance(heads, int) and isinstance(groups, int)
@@ -100,7 +107,13 @@ def _split_heads(w: Writer, shape: tuple[Dim, ...], groups: int) -> str:
     b, h, s, d = shape
     assert isinstance(h, int)
     if sum(not isinstance(x, int) for x in (b, s, d)) <= 1 or (isinstance(d, int) and not isinstance(b, int)):
-        said = [b if isinstance(b, int) else 0, groups, h // groups, s if isinstance(s, int) else -1, d if isinstance(d, int) else -1]
+        said = [
+            b if isinstance(b, int) else 0,
+            groups,
+            h // groups,
+            s if isinstance(s, int) else -1,
+            d if isinstance(d, int) else -1,
+        ]
         return w.const(said, "heads")
     return w.shape((b, groups, h // groups, s, d))
 
@@ -108,7 +121,10 @@ def _split_heads(w: Writer, shape: tuple[Dim, ...], groups: int) -> str:
 def _join_heads(w: Writer, out: Value) -> str:
     b, h, s, e = out.shape
     if isinstance(e, int) or isinstance(s, int):
-        return w.const([b if isinstance(b, int) else 0, h, s if isinstance(s, int) else -1, e if isinstance(e, int) else -1], "heads")
+        return w.const(
+            [b if isinstance(b, int) else 0, h, s if isinstance(s, int) else -1, e if isinstance(e, int) else -1],
+            "heads",
+        )
     return w.shape(out.shape)
 
 

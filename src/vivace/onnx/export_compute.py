@@ -1,8 +1,10 @@
-"""Writing ops that compute: element-wise, reductions, contractions (with Gemm), normalizations, pools, recurrent layers."""
+"""Writing ops that compute: element-wise, reductions, contractions (with Gemm), normalizations, pools, recurrent
+layers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -16,13 +18,14 @@ from vivace.onnx.writer import Writer
 Write = Callable[[Writer, Node, list[str]], None]
 
 PLAIN = {
-    "neg": "Neg", "abs": "Abs", "sqrt": "Sqrt", "exp": "Exp", "log": "Log", "erf": "Erf", "sin": "Sin", "cos": "Cos", "tan": "Tan",
-    "asin": "Asin", "acos": "Acos", "atan": "Atan", "sinh": "Sinh", "cosh": "Cosh", "tanh": "Tanh", "asinh": "Asinh",
-    "acosh": "Acosh", "atanh": "Atanh", "sigmoid": "Sigmoid", "floor": "Floor", "ceil": "Ceil", "round": "Round", "sign": "Sign",
-    "not": "Not", "bitnot": "BitwiseNot", "isnan": "IsNaN", "isinf": "IsInf", "relu": "Relu", "add": "Add", "sub": "Sub",
-    "mul": "Mul", "pow": "Pow", "max": "Max", "min": "Min", "eq": "Equal", "lt": "Less", "le": "LessOrEqual", "gt": "Greater",
-    "ge": "GreaterOrEqual", "and": "And", "or": "Or", "xor": "Xor", "bitand": "BitwiseAnd", "bitor": "BitwiseOr",
-    "bitxor": "BitwiseXor", "where": "Where", "hard_swish": "HardSwish",
+    "neg": "Neg", "abs": "Abs", "sqrt": "Sqrt", "exp": "Exp", "log": "Log", "erf": "Erf", "sin": "Sin", "cos": "Cos",
+    "tan": "Tan", "asin": "Asin", "acos": "Acos", "atan": "Atan", "sinh": "Sinh", "cosh": "Cosh", "tanh": "Tanh",
+    "asinh": "Asinh", "acosh": "Acosh", "atanh": "Atanh", "sigmoid": "Sigmoid", "floor": "Floor", "ceil": "Ceil",
+    "round": "Round", "sign": "Sign", "not": "Not", "bitnot": "BitwiseNot", "isnan": "IsNaN", "isinf": "IsInf",
+    "relu": "Relu", "add": "Add", "sub": "Sub", "mul": "Mul", "pow": "Pow", "max": "Max", "min": "Min", "eq": "Equal",
+    "lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual", "and": "And", "or": "Or",
+    "xor": "Xor", "bitand": "BitwiseAnd", "bitor": "BitwiseOr", "bitxor": "BitwiseXor", "where": "Where",
+    "hard_swish": "HardSwish",
 }  # fmt: skip
 
 
@@ -43,7 +46,13 @@ def _ne(w: Writer, n: Node, outs: list[str]) -> None:
 def _div(w: Writer, n: Node, outs: list[str]) -> None:
     a, b = n.inputs
     assert a is not None and b is not None
-    if a.data is not None and a.dtype.is_float and a.data.size == 1 and a.data.reshape(-1)[0] == 1 and b.type == n.output.type:
+    if (
+        a.data is not None
+        and a.dtype.is_float
+        and a.data.size == 1
+        and a.data.reshape(-1)[0] == 1
+        and b.type == n.output.type
+    ):
         w.emit("Reciprocal", [w.ref(b)], outs)
     else:
         w.emit("Div", [w.ref(a), w.ref(b)], outs)
@@ -99,7 +108,9 @@ def _hard_sigmoid(w: Writer, n: Node, outs: list[str]) -> None:
 def _clip(w: Writer, n: Node, outs: list[str]) -> None:
     x = n.inputs[0]
     low, high = (n.attrs.get(k) for k in ("min", "max"))
-    w.emit("Clip", [w.ref(x), "" if low is None else _number(w, x, low), "" if high is None else _number(w, x, high)], outs)
+    w.emit(
+        "Clip", [w.ref(x), "" if low is None else _number(w, x, low), "" if high is None else _number(w, x, high)], outs
+    )
 
 
 def _cast(w: Writer, n: Node, outs: list[str]) -> None:
@@ -121,7 +132,14 @@ def _reduce(w: Writer, n: Node, outs: list[str]) -> None:
 def _arg(w: Writer, n: Node, outs: list[str]) -> None:
     a = n.attrs
     op = {"argmax": "ArgMax", "argmin": "ArgMin"}[n.op.name]
-    w.emit(op, [w.ref(n.inputs[0])], outs, axis=a["axis"], keepdims=int(a["keepdims"]), select_last_index=int(a["select_last"]))
+    w.emit(
+        op,
+        [w.ref(n.inputs[0])],
+        outs,
+        axis=a["axis"],
+        keepdims=int(a["keepdims"]),
+        select_last_index=int(a["select_last"]),
+    )
 
 
 def _cumsum(w: Writer, n: Node, outs: list[str]) -> None:
@@ -157,7 +175,7 @@ def absorbed(w: Writer, n: Node) -> list[Node]:
     if n.op.name == "attention":
         return [t for t in [key_transpose(w, n)] if t is not None]
     if n.op.name == "matmul" and _is_gemm(n):
-        return [t for t in map(lambda v: _turned(w, v), n.inputs) if t is not None]
+        return [t for v in n.inputs if (t := _turned(w, v)) is not None]
     found = _gemm_below(w, n) if n.op.name == "add" else None
     return [found[0]] if found is not None else []
 
@@ -187,7 +205,9 @@ def _add(w: Writer, n: Node, outs: list[str]) -> None:
 def _pads(n: Node) -> list[int]:
     pads = [*n.attrs["before"], *n.attrs["after"]]
     if n.attrs["layout"] != "NCHW":
-        raise UnsupportedError(f"{n.op.name} has layout {n.attrs['layout']}", where="export", hint="optimize up to level extended (2)")
+        raise UnsupportedError(
+            f"{n.op.name} has layout {n.attrs['layout']}", where="export", hint="optimize up to level extended (2)"
+        )
     if not all(isinstance(p, int) for p in pads):
         raise UnsupportedError(f"{n.op.name} has symbolic pads {pads}", where="export", hint="fix the input shapes")
     return pads
@@ -195,16 +215,23 @@ def _pads(n: Node) -> list[int]:
 
 def _conv(w: Writer, n: Node, outs: list[str]) -> None:
     a = n.attrs
-    more = {"output_padding": list(a["output_padding"])} if n.op.name == "conv_transpose" else {}
+    more: dict[str, Any] = {"output_padding": list(a["output_padding"])} if n.op.name == "conv_transpose" else {}
     op = {"conv": "Conv", "conv_transpose": "ConvTranspose"}[n.op.name]
     ins, pads = [w.ref(v) for v in n.inputs], _pads(n)
-    w.emit(op, ins, outs, strides=list(a["strides"]), dilations=list(a["dilations"]), pads=pads, group=a["group"], **more)
+    w.emit(
+        op, ins, outs, strides=list(a["strides"]), dilations=list(a["dilations"]), pads=pads, group=a["group"], **more
+    )
 
 
 def _pool(w: Writer, n: Node, outs: list[str]) -> None:
     a, pads = n.attrs, _pads(n)
-    more = {"count_include_pad": int(a["count_include_pad"])} if n.op.name == "avg_pool" else {}
-    window = {"kernel_shape": list(a["kernel"]), "strides": list(a["strides"]), "dilations": list(a["dilations"]), "pads": pads}
+    more: dict[str, Any] = {"count_include_pad": int(a["count_include_pad"])} if n.op.name == "avg_pool" else {}
+    window: dict[str, Any] = {
+        "kernel_shape": list(a["kernel"]),
+        "strides": list(a["strides"]),
+        "dilations": list(a["dilations"]),
+        "pads": pads,
+    }
     w.emit({"max_pool": "MaxPool", "avg_pool": "AveragePool"}[n.op.name], [w.ref(n.inputs[0])], outs, **window, **more)
 
 
@@ -212,7 +239,9 @@ def _pool(w: Writer, n: Node, outs: list[str]) -> None:
 
 
 def _softmax(w: Writer, n: Node, outs: list[str]) -> None:
-    w.emit({"softmax": "Softmax", "log_softmax": "LogSoftmax"}[n.op.name], [w.ref(n.inputs[0])], outs, axis=n.attrs["axis"])
+    w.emit(
+        {"softmax": "Softmax", "log_softmax": "LogSoftmax"}[n.op.name], [w.ref(n.inputs[0])], outs, axis=n.attrs["axis"]
+    )
 
 
 def _whole(w: Writer, n: Node, i: int, default: float) -> str:
@@ -255,7 +284,7 @@ def _rms_norm(w: Writer, n: Node, outs: list[str]) -> None:
 
 def _recurrent(w: Writer, n: Node, outs: list[str]) -> None:
     a = n.attrs
-    more = {"input_forget": int(a["input_forget"])} if n.op.name == "lstm" else {}
+    more: dict[str, Any] = {"input_forget": int(a["input_forget"])} if n.op.name == "lstm" else {}
     if n.op.name == "gru":
         more = {"linear_before_reset": int(a["linear_before_reset"])}
     w.emit(

@@ -25,7 +25,9 @@ def write_subgraph_node(w: Writer, n: Node, outs: list[str], body: Body) -> None
     inner = body(w, graph, [None] * (2 + states) + list(captured), "body")
     trip = "" if n.inputs[0] is None else _scalar(w, n, 0)
     go = "" if len(n.inputs) < 2 or n.inputs[1] is None else _scalar(w, n, 1)
-    proto = helper.make_node("Loop", [trip, go, *ins[2 : 2 + states]], outs, name=w.node_name("Loop", outs[0]), body=inner)
+    proto = helper.make_node(
+        "Loop", [trip, go, *ins[2 : 2 + states]], outs, name=w.node_name("Loop", outs[0]), body=inner
+    )
     w.nodes.append(proto)
 
 

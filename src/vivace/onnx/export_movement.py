@@ -16,7 +16,8 @@ Write = Callable[[Writer, Node, list[str]], None]
 
 
 def reshape(w: Writer, x: str, old: Sequence[Dim], new: Sequence[Dim], out: str) -> str:
-    """Reshape with a constant shape where `0` (keep) and one `-1` can say it, else Unsqueeze or Squeeze, else computed dims."""
+    """Reshape with a constant shape where `0` (keep) and one `-1` can say it, else Unsqueeze or Squeeze, else computed
+    dims."""
     said: list[int] = []
     unknown = 0
     for i, d in enumerate(new):
@@ -84,15 +85,14 @@ def _slice(w: Writer, n: Node, outs: list[str]) -> None:
     for i, (d, start, size, step) in enumerate(zip(x.shape, a["starts"], a["sizes"], a["steps"])):
         if start == 0 and size == d and step == 1:
             continue
-        end = start + size * step
-        if step == 1 and end == d:
-            end = END
-        if step < 0 and not isinstance(end, Expr) and end < 0:
+        end, back = start + size * step, start - d
+        left = end - d
+        if isinstance(left, int) and step > 0:
+            end = END if left >= 0 else left if isinstance(end, Expr) else end  # counted from the end
+        elif isinstance(end, int) and step < 0 and end < 0:
             end = -END
-        elif isinstance(end, Expr) and isinstance(end - d, int) and step > 0:
-            end = end - d  # counted from the end
-        if isinstance(start, Expr) and isinstance(start - d, int) and start - d < 0:
-            start = start - d
+        if isinstance(start, Expr) and isinstance(back, int) and back < 0:
+            start = back
         axes.append(i)
         starts.append(start)
         ends.append(end)
@@ -160,8 +160,14 @@ def _concat(w: Writer, n: Node, outs: list[str]) -> None:
 def _iota(w: Writer, n: Node, outs: list[str]) -> None:
     shape, axis, dtype = n.attrs["shape"], n.attrs["axis"], n.attrs["dtype"]
     whole = len(shape) == 1
-    end = w.emit("Squeeze", [w.dim(shape[axis])]) if isinstance(shape[axis], Expr) else w.const(np.int64(shape[axis]), "end")
-    line = w.emit("Range", [w.const(np.int64(0)), end, w.const(np.int64(1))], outs if whole and dtype is DType.i64 else "")
+    end = (
+        w.emit("Squeeze", [w.dim(shape[axis])])
+        if isinstance(shape[axis], Expr)
+        else w.const(np.int64(shape[axis]), "end")
+    )
+    line = w.emit(
+        "Range", [w.const(np.int64(0)), end, w.const(np.int64(1))], outs if whole and dtype is DType.i64 else ""
+    )
     if dtype is not DType.i64:
         line = w.emit("Cast", [line], outs if whole else "", to=data_type_of(dtype))
     if not whole:
@@ -191,7 +197,14 @@ def _scatter(w: Writer, n: Node, outs: list[str]) -> None:
 
 def _topk(w: Writer, n: Node, outs: list[str]) -> None:
     a = n.attrs
-    w.emit("TopK", [w.ref(n.inputs[0]), w.dim(a["k"])], outs, axis=a["axis"], largest=int(a["largest"]), sorted=int(a["sorted"]))
+    w.emit(
+        "TopK",
+        [w.ref(n.inputs[0]), w.dim(a["k"])],
+        outs,
+        axis=a["axis"],
+        largest=int(a["largest"]),
+        sorted=int(a["sorted"]),
+    )
 
 
 def _resize(w: Writer, n: Node, outs: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Graph -> ModelProto: standard operators only, so that any runtime can run the file.
 
-The layout must be NCHW. Ops that the opset lacks are written in their parts (attention before 23, gelu before 20). A matmul and the sum
+The layout must be NCHW. Ops that the opset lacks are written in their parts (attention before 23, gelu before 20). A
+matmul and the sum
 that follows are one Gemm, slices that divide a tensor are one Split, and `onnx` nodes are written as they were.
 Opsets 18 (reductions take their axes as an input) to `NEWEST`.
 """
@@ -63,12 +64,17 @@ def _agree(opset: int, n: Node) -> int:
     for candidate in (opset, was):
         if OLDEST <= candidate <= NEWEST:
             try:
-                if onnx.defs.get_schema(proto.op_type, candidate).since_version == onnx.defs.get_schema(proto.op_type, was).since_version:
+                if (
+                    onnx.defs.get_schema(proto.op_type, candidate).since_version
+                    == onnx.defs.get_schema(proto.op_type, was).since_version
+                ):
                     return candidate
             except onnx.defs.SchemaError:
                 continue
     raise UnsupportedError(
-        f"{proto.op_type} of opset {was} cannot stand in a model of opset {opset}", where=str(n.attrs.get("name", "")), hint="another opset"
+        f"{proto.op_type} of opset {was} cannot stand in a model of opset {opset}",
+        where=str(n.attrs.get("name", "")),
+        hint="another opset",
     )
 
 
@@ -83,7 +89,8 @@ def write_nodes(w: Writer, graph: Graph) -> None:
 
 
 def close_outputs(w: Writer, graph: Graph, keep_names: bool = True) -> list[str]:
-    """The names of a graph's outputs; an output that is an input, a constant or another output gets a node of its own."""
+    """The names of a graph's outputs; an output that is an input, a constant or another output gets a node of its
+    own."""
     found: list[str] = []
     inputs = set(graph.inputs)
     for v in graph.outputs:
@@ -133,7 +140,9 @@ def write_node(w: Writer, n: Node, outs: list[str]) -> None:
 
 def value_info(v: Value, name: str) -> ValueInfoProto:
     """Name, element type and dims; a symbolic dim by its text."""
-    return helper.make_tensor_value_info(name, data_type_of(v.dtype), [d if isinstance(d, int) else str(d) for d in v.shape])
+    return helper.make_tensor_value_info(
+        name, data_type_of(v.dtype), [d if isinstance(d, int) else str(d) for d in v.shape]
+    )
 
 
 def count_operators(source: Path | ModelProto) -> Counter[str]:

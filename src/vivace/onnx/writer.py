@@ -1,8 +1,10 @@
-"""What the exporter writes into: unique names, initializers without duplicates, and dims computed from the shapes of tensors.
+"""What the exporter writes into: unique names, initializers without duplicates, and dims computed from the shapes of
+tensors.
 
 Rules:
 * NAMES: graph inputs and outputs keep their names; every other tensor gets a free one near its own.
-* DIMS: a symbolic dim is read from a tensor that has it on an axis (`Shape`), or computed from its symbols; each dim once per graph.
+* DIMS: a symbolic dim is read from a tensor that has it on an axis (`Shape`), or computed from its symbols; each dim
+  once per graph.
 * SCOPE: a nested graph sees the tensors of the graphs around it; what it computes is forgotten with it.
 """
 
@@ -78,9 +80,11 @@ class Writer:
             self.names[v] = self.const(v.data, v.name)
         return self.names[v]
 
-    def const(self, data: Array | Sequence[Any] | float | int, name: str = "c", dtype: DType = DType.i64) -> str:
+    def const(
+        self, data: Array | np.generic | Sequence[Any] | float | int, name: str = "c", dtype: DType = DType.i64
+    ) -> str:
         """An initializer with these contents; equal small ones are one."""
-        array = data if isinstance(data, np.ndarray) else np.asarray(data, dtype.numpy)
+        array = np.asarray(data) if isinstance(data, (np.ndarray, np.generic)) else np.asarray(data, dtype.numpy)
         key: Any = None
         if array.dtype != object and array.nbytes <= 4096:
             key = (str(array.dtype), array.shape, array.tobytes())
@@ -94,9 +98,13 @@ class Writer:
             self.contents[key] = unique
         return unique
 
-    def emit(self, op: str, inputs: Sequence[str], outputs: Sequence[str] | str = "", domain: str = "", **attrs: Any) -> str:
+    def emit(
+        self, op: str, inputs: Sequence[str], outputs: Sequence[str] | str = "", domain: str = "", **attrs: Any
+    ) -> str:
         """Append a node; the name of its first output (made up when none is given)."""
-        outs = [self.fresh(f"{op.lower()}")] if outputs == "" else [outputs] if isinstance(outputs, str) else list(outputs)
+        outs = (
+            [self.fresh(f"{op.lower()}")] if outputs == "" else [outputs] if isinstance(outputs, str) else list(outputs)
+        )
         ins = list(inputs)
         while ins and not ins[-1]:
             ins.pop()
@@ -216,7 +224,7 @@ class Writer:
 def tensor_proto(data: Array, name: str) -> TensorProto:
     if data.dtype == object:
         flat = [x if isinstance(x, bytes) else str(x).encode() for x in data.reshape(-1)]
-        return helper.make_tensor(name, TensorProto.STRING, data.shape, flat)
+        return TensorProto(name=name, data_type=TensorProto.STRING, dims=data.shape, string_data=flat)
     array = np.ascontiguousarray(data)
     if array.dtype.kind in "fiub" and array.dtype.itemsize <= 8 and array.dtype.isbuiltin:
         return numpy_helper.from_array(array.reshape(data.shape), name)

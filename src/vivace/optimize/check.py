@@ -17,7 +17,8 @@ from vivace.graph.graph import Graph
 Arrays = dict[str, np.ndarray]
 SIZES = (2, 5, 16, 32, 64, 160, 512)
 TOLERANCE = 1e-3
-"""Largest difference, over the largest magnitude in the output: far above what reassociation does to f32, far below an error."""
+"""Largest difference, over the largest magnitude in the output: far above what reassociation does to f32, far below an
+error."""
 
 
 def sizes_to_try(graph: Graph, given: Mapping[str, int] | None = None) -> Iterator[dict[str, int]]:
@@ -58,7 +59,8 @@ def _size(d: Dim, sizes: Mapping[str, int]) -> int:
 
 
 def largest_difference(want: np.ndarray, got: np.ndarray) -> float:
-    """Over the largest finite magnitude; infinite where shapes, NaN or infinities differ, or whole numbers by more than 1 in 1000."""
+    """Over the largest finite magnitude; infinite where shapes, NaN or infinities differ, or whole numbers by more
+    than 1 in 1000."""
     if want.shape != got.shape or want.dtype != got.dtype:
         return float("inf")
     if want.dtype.kind not in "fV":
@@ -80,8 +82,10 @@ def compare(want: Mapping[str, np.ndarray], got: Mapping[str, np.ndarray], where
         gap = largest_difference(np.asarray(array), np.asarray(got[name]))
         if not gap <= TOLERANCE:
             raise GateError(
-                f"output {name!r} differs by {gap:.2e} from the original model", where=where, expected=f"at most {TOLERANCE:.0e}",
+                f"output {name!r} differs by {gap:.2e} from the original model",
+                where=where,
+                expected=f"at most {TOLERANCE:.0e}",
                 hint="--disable with the names of rules, from docs/rules.md, to find the one at fault",
-            )  # fmt: skip
+            )
         worst = max(worst, gap)
     return worst

@@ -1,11 +1,15 @@
 """Where to transpose: decided for the whole graph at once, as a minimum cut.
 
-Every value of rank r may be stored on side 0 (as the graph says) or on side 1 (transposed by one permutation); a transpose is paid, in
-bytes, for each value that is needed on the other side than it is made on. Ops that can run on either side choose; transposes that the
-graph already has are free where they lead from one side to the other. The cheapest choice is exact, so `sink_transposes` never adds work,
+Every value of rank r may be stored on side 0 (as the graph says) or on side 1 (transposed by one permutation); a
+transpose is paid, in
+bytes, for each value that is needed on the other side than it is made on. Ops that can run on either side choose;
+transposes that the
+graph already has are free where they lead from one side to the other. The cheapest choice is exact, so
+`sink_transposes` never adds work,
 and `channels_last` (convolutions pinned to NHWC) leaves as few transposes as there can be.
 
-For a permutation that is its own inverse, a transpose swaps the sides; counting sides modulo the swaps on the way (`parity`) keeps the
+For a permutation that is its own inverse, a transpose swaps the sides; counting sides modulo the swaps on the way
+(`parity`) keeps the
 problem a cut.
 """
 
@@ -49,7 +53,11 @@ def price(type: Type, perm: Perm) -> int:
 
 def transposed_bytes(graph: Graph) -> int:
     """The cost of every transpose in a graph and in those inside it."""
-    return sum(price(n.inputs[0].type, n.attrs["perm"]) for n in graph.walk() if n.op.name == "transpose" and n.inputs[0] is not None)
+    return sum(
+        price(n.inputs[0].type, n.attrs["perm"])
+        for n in graph.walk()
+        if n.op.name == "transpose" and n.inputs[0] is not None
+    )
 
 
 class _Sides:
@@ -91,9 +99,14 @@ class _Sides:
         for n in self.graph.nodes:
             if n in self.plans:
                 plan = self.plans[n]
-                ins = [v for v, f in zip(n.inputs, plan.follows) if f and v is not None and v.data is None and v.rank == self.rank]
+                ins = [
+                    v
+                    for v, f in zip(n.inputs, plan.follows)
+                    if f and v is not None and v.data is None and v.rank == self.rank
+                ]
                 outs = list(n.outputs) if plan.result_follows else []
-                if not all([self._join(v, n, 0) for v in (*ins, *outs)]):
+                joined = [self._join(v, n, 0) for v in (*ins, *outs)]  # all of them, also after a conflict
+                if not all(joined):
                     del self.plans[n]
             elif self.is_step(n, self.perm) and n.inputs[0] is not None and n.inputs[0].data is None:
                 if self._join(n.inputs[0], n, 0) and self._join(n, n.output, 1):
@@ -217,7 +230,12 @@ class _Rebuild:
             self.alias(n.output, 0, self.operand(n.inputs[0], 1))
         elif sides.is_step(n, inverse(self.perm)):
             self.alias(n.output, 1, self.operand(n.inputs[0], 0))
-        elif n.op.name == "transpose" and n.inputs[0] is not None and (n.inputs[0], 0) not in self.have and (n.inputs[0], 1) in self.have:
+        elif (
+            n.op.name == "transpose"
+            and n.inputs[0] is not None
+            and (n.inputs[0], 0) not in self.have
+            and (n.inputs[0], 1) in self.have
+        ):
             back = inverse(self.perm)
             perm = tuple(back[p] for p in n.attrs["perm"])
             self.add(n, [self.have[n.inputs[0], 1]], {"perm": perm}, 0)
@@ -248,7 +266,7 @@ class _Rebuild:
         self.have[v, side] = is_
 
     def operand(self, v: Value | None, side: int) -> Value | None:
-        if v is None or side == 0 and v.data is not None:
+        if v is None or (side == 0 and v.data is not None):
             return v
         if v.rank < self.rank:
             return self.low_rank(v, side)
@@ -263,11 +281,15 @@ class _Rebuild:
         if (v, 1) not in self.have:
             shape = lifted(v.shape, self.rank)
             if v.data is not None:
-                self.have[v, 1] = self.constant(v, v.data.reshape(shape))
+                self.have[v, 1] = self.constant(v, v.data.reshape((1,) * (self.rank - v.rank) + v.data.shape))
             else:
                 wide = Value(f"{v.name}.w", Type(v.dtype, shape))
-                self.nodes.append(Node(OPS["reshape"], (self.have[v, 0],), (wide,), freeze({"shape": shape}), self.origin.get(v, ())))
-                self.have[v, 1] = self.convert(wide, self.perm, Value(f"{v.name}.t", Type(v.dtype, permuted(shape, self.perm))), v)
+                self.nodes.append(
+                    Node(OPS["reshape"], (self.have[v, 0],), (wide,), freeze({"shape": shape}), self.origin.get(v, ()))
+                )
+                self.have[v, 1] = self.convert(
+                    wide, self.perm, Value(f"{v.name}.t", Type(v.dtype, permuted(shape, self.perm))), v
+                )
         return self.have[v, 1]
 
     def constant(self, v: Value, data: np.ndarray) -> Value:

@@ -1,6 +1,7 @@
 """The cheapest way to split things into two sides: a minimum cut, found as a maximum flow (Dinic's algorithm).
 
-`Cut.edge(a, b, w)` says: it costs `w` when `a` is on side 1 and `b` on side 0. `force(a, side)` pins a thing. `solve()` gives the side of each.
+`Cut.edge(a, b, w)` says: it costs `w` when `a` is on side 1 and `b` on side 0. `force(a, side)` pins a thing.
+`solve()` gives the side of each.
 Weights are whole numbers, so that the result does not depend on rounding. Of several cheapest splits, the one
 with most things on side 0, or on side 1 when asked.
 """
@@ -90,6 +91,7 @@ class Cut:
         path: list[int] = []
         a = 0
         while a != 1:
+            e = -1
             while cursor[a] < len(self.heads[a]):
                 e = self.heads[a][cursor[a]]
                 if self.room[e] and level[self.to[e]] == level[a] + 1:

@@ -1,6 +1,7 @@
 """How each op computes on a transposed copy of its operands: the knowledge that the layout passes share.
 
-For a permutation `perm` of rank r, "side 1" of a value of rank r is `transpose(value, perm)`. An op is *flexible* when it can read and
+For a permutation `perm` of rank r, "side 1" of a value of rank r is `transpose(value, perm)`. An op is *flexible* when
+it can read and
 write side 1 instead of side 0 by changing its attributes alone; `flexible(node, perm)` says how.
 
     relu, add, where, ...     as they are; operands of lower rank get leading ones, then the same transpose
@@ -25,7 +26,8 @@ POOLS = frozenset({"max_pool", "avg_pool"})
 
 @dataclass(frozen=True, slots=True)
 class Flexible:
-    """A node on side 1: its attributes there, which operands follow it, and whether its result does (a reduction may leave rank r)."""
+    """A node on side 1: its attributes there, which operands follow it, and whether its result does (a reduction may
+    leave rank r)."""
 
     attrs: dict[str, Any]
     follows: tuple[bool, ...]
@@ -57,7 +59,7 @@ def _all(n: Node) -> tuple[bool, ...]:
 def flexible(n: Node, perm: Perm, windows: bool) -> Flexible | None:
     """How `n` runs on side 1, or None when it cannot; convolutions and pools only where `windows` says so."""
     name, a, rank = n.op.name, n.attrs, len(perm)
-    if name == "transpose" or not n.inputs and name != "iota":
+    if name == "transpose" or (not n.inputs and name != "iota"):
         return None
     x = n.inputs[0] if n.inputs else None
     if n.op.kind == "elementwise":
@@ -81,7 +83,11 @@ def flexible(n: Node, perm: Perm, windows: bool) -> Flexible | None:
         return Flexible({**a, "axis": perm.index(a["axis"] % rank)}, (True, False))
     if name in ("layer_norm", "rms_norm"):
         tail = a["axis"] % rank
-        return Flexible(dict(a), (True,) + (False,) * (len(n.inputs) - 1)) if perm[tail:] == tuple(range(tail, rank)) else None
+        return (
+            Flexible(dict(a), (True,) + (False,) * (len(n.inputs) - 1))
+            if perm[tail:] == tuple(range(tail, rank))
+            else None
+        )
     if name.startswith("reduce_"):
         return _reduction(n, perm, a["axes"], {"axes": tuple(sorted(perm.index(i) for i in a["axes"]))})
     if name in ("argmax", "argmin"):

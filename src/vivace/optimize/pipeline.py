@@ -1,6 +1,7 @@
 """The optimizer's table of contents: every pass in its order, at its level, and why it stands there.
 
-Levels carry ONNX Runtime's names and numbers. Up to EXTENDED the graph stays portable: the exporter writes it as standard ONNX. LAYOUT
+Levels carry ONNX Runtime's names and numbers. Up to EXTENDED the graph stays portable: the exporter writes it as
+standard ONNX. LAYOUT
 is for our own code generator.
 """
 
@@ -14,7 +15,16 @@ from vivace.graph.graph import Graph
 from vivace.graph.passes import Pass, Run, remove_dead, run_passes
 from vivace.optimize.layout import put_channels_last, sink_transposes
 from vivace.optimize.report import Report, count_ops, moved_bytes
-from vivace.optimize.rules import activations, attention, constants, identities, indices, movement, normalization, weights
+from vivace.optimize.rules import (
+    activations,
+    attention,
+    constants,
+    identities,
+    indices,
+    movement,
+    normalization,
+    weights,
+)
 from vivace.optimize.share import share_common
 
 
@@ -40,11 +50,11 @@ PIPELINE: tuple[Pass, ...] = (
         rules=SIMPLIFY, ensures=frozenset({"simple"}),
     ),
     Pass(
-        "share_common", "compute equal things once; before fusions, which match nodes that have one reader", Level.BASIC,
+        "share_common", "compute equal things once; before fusions, which want single readers", Level.BASIC,
         function=share_common,
     ),
     Pass(
-        "fuse", "every spelling of an activation, a normalization or attention as the one op; before the weights take their scales", Level.EXTENDED,
+        "fuse", "every spelling of activations, norms and attention as one op; weights come after", Level.EXTENDED,
         rules=(*activations.RULES, *normalization.RULES, *attention.RULES, *SIMPLIFY), requires=frozenset({"simple"}),
     ),
     Pass(
@@ -52,7 +62,7 @@ PIPELINE: tuple[Pass, ...] = (
         rules=(*weights.RULES, *SIMPLIFY), requires=frozenset({"simple"}),
     ),
     Pass(
-        "sink_transposes", "move transposes until they cancel; after folding, so that fewer ops stand in between", Level.BASIC,
+        "sink_transposes", "move transposes until they cancel, past the ops that folding left", Level.BASIC,
         function=sink_transposes, destroys=frozenset({"simple"}),
     ),
     Pass(
@@ -82,15 +92,24 @@ def rule_names() -> list[str]:
     return list(dict.fromkeys([*(p.name for p in PIPELINE), *(r.name for p in PIPELINE for r in p.rules)]))
 
 
-def optimize(graph: Graph, level: int = Level.ALL, disable: tuple[str, ...] = (), report: Report | None = None) -> Graph:
+def optimize(
+    graph: Graph, level: int = Level.ALL, disable: tuple[str, ...] = (), report: Report | None = None
+) -> Graph:
     """The graph, rewritten by every pass of `level` and below, except the passes and rules in `disable`.
 
-    `report` is filled with counts, times and near misses. Raises: InputError for an unknown name or level; GraphError naming a broken pass.
+    `report` is filled with counts, times and near misses. Raises: InputError for an unknown name or level; GraphError
+    naming a broken pass.
     """
     if level not in list(Level):
-        raise InputError(f"unknown level {level}", where="optimize", expected=", ".join(f"{x.name.lower()} ({x.value})" for x in Level))
+        raise InputError(
+            f"unknown level {level}",
+            where="optimize",
+            expected=", ".join(f"{x.name.lower()} ({x.value})" for x in Level),
+        )
     if unknown := sorted(set(disable) - set(rule_names())):
-        raise InputError(f"nothing is called {unknown[0]!r}", where="disable", expected="a pass or a rule of docs/rules.md")
+        raise InputError(
+            f"nothing is called {unknown[0]!r}", where="disable", expected="a pass or a rule of docs/rules.md"
+        )
     explain = tuple(dict.fromkeys((*knobs.explain, *(report.explain if report else ()))))
     record = Run()
     chosen = [p for p in PIPELINE if p.level <= level]

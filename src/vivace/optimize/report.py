@@ -43,7 +43,8 @@ class Report:
     def __str__(self) -> str:
         lines = [
             f"nodes {self.ops_before.total()} -> {self.ops_after.total()}, "
-            f"memory traffic {self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB, {self.seconds * 1e3:.0f} ms"
+            f"memory traffic {self.bytes_before / 1e6:.1f} -> {self.bytes_after / 1e6:.1f} MB, "
+            f"{self.seconds * 1e3:.0f} ms"
         ]
         lines += [f"  {count:5d} x {name}" for name, count in self.fired.most_common()]
         return "\n".join([*lines, *self.notes])
@@ -69,5 +70,6 @@ def node_bytes(n: Node) -> int:
 
 
 def moved_bytes(graph: Graph) -> int:
-    """Bytes that the nodes read and write, symbols at a typical size. One branch of an `if`, one turn of a loop: all are counted once."""
+    """Bytes that the nodes read and write, symbols at a typical size. One branch of an `if`, one turn of a loop: all
+    are counted once."""
     return sum(map(node_bytes, graph.walk()))

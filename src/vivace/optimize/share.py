@@ -17,7 +17,8 @@ EFFECTS = frozenset({"onnx", "loop"})
 
 
 def share_common(graph: Graph, log: Log) -> Graph:
-    """The graph without repeated computations; the graph itself when there are none. Graph outputs stay apart from each other."""
+    """The graph without repeated computations; the graph itself when there are none. Graph outputs stay apart from
+    each other."""
     graph = map_subgraphs(graph, lambda g: share_common(g, log))
     outputs = set(graph.outputs)
     same: dict[Value, Value] = {}
@@ -26,7 +27,10 @@ def share_common(graph: Graph, log: Log) -> Graph:
     nodes: list[Node] = []
     merged = 0
     for n in graph.nodes:
-        ins = tuple(None if v is None else _shared_constant(v, contents) if v.data is not None else same.get(v, v) for v in n.inputs)
+        ins = tuple(
+            None if v is None else _shared_constant(v, contents) if v.data is not None else same.get(v, v)
+            for v in n.inputs
+        )
         if any(a is not b for a, b in zip(ins, n.inputs)):
             n = replace(n, inputs=ins)
         if n.op.name in EFFECTS:

@@ -1,4 +1,5 @@
-"""Activations from every spelling that exporters use. Each is exact up to the rounding of the steps that it replaces."""
+"""Activations from every spelling that exporters use. Each is exact up to the rounding of the steps that it
+replaces."""
 
 from __future__ import annotations
 
@@ -36,7 +37,10 @@ fuse_gelu_tanh = pattern(
         op.add(
             op.tanh(
                 op.either(
-                    op.mul(op.add(x, op.either(op.mul(op.pow(x, 3.0), 0.044715), op.mul(x, x, x, 0.044715))), SQRT_2_OVER_PI),
+                    op.mul(
+                        op.add(x, op.either(op.mul(op.pow(x, 3.0), 0.044715), op.mul(x, x, x, 0.044715))),
+                        SQRT_2_OVER_PI,
+                    ),
                     op.mul(x, op.add(op.mul(op.mul(x, x), 0.044715), 1), SQRT_2_OVER_PI),
                     op.mul(x, op.add(op.mul(op.mul(x, x), 0.044715 * SQRT_2_OVER_PI), SQRT_2_OVER_PI)),
                     op.add(op.mul(x, SQRT_2_OVER_PI), op.mul(x, x, x, 0.044715 * SQRT_2_OVER_PI)),
@@ -47,14 +51,16 @@ fuse_gelu_tanh = pattern(
         0.5,
     ),
     after=lambda op, x: op.gelu(x, approximate="tanh"),
-    doc="x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) * 0.5 = gelu(x, tanh), in any order, the cubic in four spellings",
+    doc="x * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) * 0.5 = gelu(x, tanh), the cubic in four spellings",
     choices=4,
 )
 
 fuse_silu = pattern(
     "fuse_silu",
     before=lambda op, x: op.either(
-        op.mul(x, op.sigmoid(x)), op.div(x, op.add(op.exp(op.neg(x)), 1)), op.mul(x, op.div(1.0, op.add(op.exp(op.neg(x)), 1)))
+        op.mul(x, op.sigmoid(x)),
+        op.div(x, op.add(op.exp(op.neg(x)), 1)),
+        op.mul(x, op.div(1.0, op.add(op.exp(op.neg(x)), 1))),
     ),
     after=lambda op, x: op.silu(x),
     when=_floats_only,
@@ -81,7 +87,8 @@ fuse_hard_swish = pattern(
     after=lambda op, x: op.hard_swish(x),
     when=lambda alpha, beta, low, high: (
         None
-        if (alpha is None or (abs(alpha - 1 / 6) < 1e-6 and beta == 0.5)) and (alpha is not None or (low == 0 and high == 6))
+        if (alpha is None or (abs(alpha - 1 / 6) < 1e-6 and beta == 0.5))
+        and (alpha is not None or (low == 0 and high == 6))
         else f"its constants are {alpha}, {beta}, {low}, {high}"
     ),
     doc="x * clip(x + 3, 0, 6) / 6 = x * hard_sigmoid(x, 1/6, 0.5) = hard_swish(x)",
@@ -103,7 +110,9 @@ fuse_hard_sigmoid = pattern(
 fuse_affine_hard_sigmoid = pattern(
     "fuse_affine_hard_sigmoid",
     before=lambda op, x: op.clip(
-        op.add(op.mul(x, op.scalar("alpha", 0.2)), op.scalar("beta", 0.5)), min=op.attr("low", 0.0), max=op.attr("high", 1.0)
+        op.add(op.mul(x, op.scalar("alpha", 0.2)), op.scalar("beta", 0.5)),
+        min=op.attr("low", 0.0),
+        max=op.attr("high", 1.0),
     ),
     after=lambda op, x, alpha, beta: op.hard_sigmoid(x, alpha=float(alpha), beta=float(beta)),
     when=lambda low, high: None if low == 0 and high == 1 else f"it clips to {low}, {high}",

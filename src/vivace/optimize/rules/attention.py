@@ -1,10 +1,11 @@
-"""Attention from the spellings of eager exports, `scaled_dot_product_attention`, and grouped queries with repeated keys.
+"""Attention from the spellings of eager exports, `scaled_dot_product_attention`, and grouped queries with repeated
+keys.
 
-    softmax(q @ k^T * scale + mask) @ v      in any order of scaling (q, k, both, the scores; by product or quotient)
-    where(isnan(p), 0, p) around the softmax  torch's guard for rows that see no key
-    where(keep, scores, -huge)                a boolean mask
-    c * tanh(scores / c)                      a soft cap
-    reshape(expand(reshape(k)))               keys and values repeated for groups of queries
+softmax(q @ k^T * scale + mask) @ v      in any order of scaling (q, k, both, the scores; by product or quotient)
+where(isnan(p), 0, p) around the softmax  torch's guard for rows that see no key
+where(keep, scores, -huge)                a boolean mask
+c * tanh(scores / c)                      a soft cap
+reshape(expand(reshape(k)))               keys and values repeated for groups of queries
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from vivace.graph.graph import Node, Value
 from vivace.graph.rewrite import At, Example, Outcome, Rule, rule, scalar
 
 HUGE = 1e4
-"""A score this far below zero has weight 0 after softmax; exporters use -1e4 for f16 and the least finite float elsewhere."""
+"""A score this far below zero has weight 0 after softmax; exporters use -1e4 for f16 and the least finite float
+elsewhere."""
 
 
 @dataclass(slots=True)
@@ -92,7 +94,11 @@ def _depth_to_matmul(v: Value | None, at: At) -> bool:
             return False
         if n.op.name == "matmul":
             return True
-        v = n.inputs[1] if n.op.name == "where" and not _depth_to_matmul(n.inputs[2], at) else n.inputs[2 if n.op.name == "where" else 0]
+        v = (
+            n.inputs[1]
+            if n.op.name == "where" and not _depth_to_matmul(n.inputs[2], at)
+            else n.inputs[2 if n.op.name == "where" else 0]
+        )
     return False
 
 
@@ -157,32 +163,32 @@ def _sdpa(e: Example) -> Value:
     keep = e.where(e.x("bool[2,1,4,5]"), 0.0, e.const(np.float32(-3.4028235e38)))
     kt = e.transpose(k, perm=(0, 1, 3, 2))
     p = e.softmax(e.add(e.matmul(e.mul(q, 0.6), e.mul(kt, 0.6)), keep), axis=3)
-    return e.matmul(e.where(e.isnan(p), e.const(np.float32(0)), p), v)  # type: ignore[no-any-return]
+    return e.matmul(e.where(e.isnan(p), e.const(np.float32(0)), p), v)
 
 
 def _eager(e: Example) -> Value:
     q, k, v = e.x("f32[2,3,4,8]"), e.x("f32[2,5,3,8]"), e.x("f32[2,3,5,6]")
     scores = e.div(e.matmul(q, e.transpose(k, perm=(0, 2, 3, 1))), 3.0)
-    return e.matmul(e.softmax(e.add(scores, e.x("f32[2,1,1,5]")), axis=-1), v)  # type: ignore[no-any-return]
+    return e.matmul(e.softmax(e.add(scores, e.x("f32[2,1,1,5]")), axis=-1), v)
 
 
 def _three_axes(e: Example) -> Value:
     q, k, v = e.x("f32[6,4,8]"), e.x("f32[6,5,8]"), e.x("f32[6,5,8]")
     scores = e.where(e.x("bool[4,5]"), e.matmul(q, e.transpose(k, perm=(0, 2, 1))), e.const(np.float32(-1e9)))
-    return e.matmul(e.softmax(scores, axis=2), v)  # type: ignore[no-any-return]
+    return e.matmul(e.softmax(scores, axis=2), v)
 
 
 def _capped(e: Example) -> Value:
     q, k, v = e.x("f32[1,2,4,8]"), e.x("f32[1,2,8,5]"), e.x("f32[1,2,5,8]")
     capped = e.mul(e.tanh(e.div(e.mul(e.matmul(q, k), 0.35), 30.0)), 30.0)
-    return e.matmul(e.softmax(capped, axis=3), v)  # type: ignore[no-any-return]
+    return e.matmul(e.softmax(capped, axis=3), v)
 
 
 def _lost_rows(e: Example) -> Value:
     q, k, v = e.x("f32[1,2,4,8]"), e.x("f32[1,2,8,5]"), e.x("f32[1,2,5,8]")
     keep = e.ge(e.iota(shape=(4, 5), axis=0, dtype=DType.i64), e.add(e.iota(shape=(4, 5), axis=1, dtype=DType.i64), 1))
     p = e.softmax(e.where(keep, e.matmul(q, k), e.const(np.float32(-np.inf))), axis=3)
-    return e.matmul(e.where(e.isnan(p), e.const(np.float32(0)), p), v)  # type: ignore[no-any-return]
+    return e.matmul(e.where(e.isnan(p), e.const(np.float32(0)), p), v)
 
 
 @rule("matmul", examples=(_sdpa, _eager, _three_axes, _capped, _lost_rows))
@@ -198,7 +204,12 @@ def fuse_attention(n: Node, at: At) -> Outcome:
     rank = n.output.rank
     if soft.attrs["axis"] % soft.output.rank != soft.output.rank - 1 or not p.dtype.is_float:
         return "the softmax is not over the last axis"
-    if (not guarded and not at.only_use(p)) or (guarded and len(at.users(behind)) != 2) or at.is_output(behind) or at.is_output(p):
+    if (
+        (not guarded and not at.only_use(p))
+        or (guarded and len(at.users(behind)) != 2)
+        or at.is_output(behind)
+        or at.is_output(p)
+    ):
         return "the weights are used elsewhere too"
     if guarded and not at.only_use(p):
         return "the guarded weights are used elsewhere too"
@@ -214,7 +225,7 @@ def fuse_attention(n: Node, at: At) -> Outcome:
     k = at.op.transpose(kt, perm=(*range(rank - 2), rank - 1, rank - 2))
     if not _batches_agree(q, k, v):
         return f"query, key and value are {q.type}, {k.type}, {v.type}"
-    attrs = {"scale": scores.scale * q_scale * k_scale, "causal": False, "softcap": scores.softcap}
+    attrs: dict[str, object] = {"scale": scores.scale * q_scale * k_scale, "causal": False, "softcap": scores.softcap}
     mask: Value | None = None
     for m in scores.masks:
         mask = m if mask is None else at.op.add(mask, m)
@@ -242,17 +253,17 @@ def _emit(at: At, qkv: tuple[Value, Value, Value], mask: Value | None, attrs: di
     if rank == 4:
         if mask is not None and mask.rank > 4:
             return "the mask has more axes than the scores"
-        return at.op.attention(*qkv, mask, **attrs)  # type: ignore[no-any-return]
+        return at.op.attention(*qkv, mask, **attrs)
 
     def wide(x: Value) -> Value:
         shape = (x.shape[0], 1, *x.shape[1:]) if rank == 3 else (1, 1, *x.shape)
-        return at.op.reshape(x, shape=shape)  # type: ignore[no-any-return]
+        return at.op.reshape(x, shape=shape)
 
     if mask is not None and mask.rank == rank == 3:
         mask = wide(mask)
     out: Value = at.op.attention(*map(wide, qkv), mask, **attrs)
     shape = (out.shape[0], *out.shape[2:]) if rank == 3 else out.shape[2:]
-    return at.op.reshape(out, shape=shape)  # type: ignore[no-any-return]
+    return at.op.reshape(out, shape=shape)
 
 
 def _unrepeated(v: Value | None, at: At) -> Value | None:
@@ -267,7 +278,7 @@ def _unrepeated(v: Value | None, at: At) -> Value | None:
     thin = at.by(wide.inputs[0], "reshape")
     if thin is not None and thin.inputs[0] is not None and thin.inputs[0].shape == (b, g, t, d):
         return thin.inputs[0]
-    return at.op.reshape(wide.inputs[0], shape=(b, g, t, d))  # type: ignore[no-any-return]
+    return at.op.reshape(wide.inputs[0], shape=(b, g, t, d))
 
 
 def _grouped(e: Example) -> Value:
@@ -275,9 +286,9 @@ def _grouped(e: Example) -> Value:
 
     def repeated(x: Value) -> Value:
         wide = e.expand(e.reshape(x, shape=(2, 2, 1, 5, 8)), shape=(2, 2, 3, 5, 8))
-        return e.reshape(wide, shape=(2, 6, 5, 8))  # type: ignore[no-any-return]
+        return e.reshape(wide, shape=(2, 6, 5, 8))
 
-    return e.attention(q, repeated(k), repeated(v), scale=0.3, causal=False, softcap=0.0)  # type: ignore[no-any-return]
+    return e.attention(q, repeated(k), repeated(v), scale=0.3, causal=False, softcap=0.0)
 
 
 @rule("attention", examples=(_grouped,))
@@ -293,7 +304,7 @@ def group_queries(n: Node, at: At) -> Outcome:
 
 def _scaled_query(e: Example) -> Value:
     q, k, v = e.x("f32[2,3,4,8]"), e.x("f32[2,3,5,8]"), e.x("f32[2,3,5,8]")
-    return e.attention(e.mul(q, 0.5), k, v, scale=0.3, causal=False, softcap=0.0)  # type: ignore[no-any-return]
+    return e.attention(e.mul(q, 0.5), k, v, scale=0.3, causal=False, softcap=0.0)
 
 
 @rule("attention", examples=(_scaled_query,))
@@ -301,7 +312,7 @@ def scale_into_attention(n: Node, at: At) -> Outcome:
     """attention(q * c, k, v, scale) = attention(q, k, v, scale * c)"""
     q, c = _factor(n.inputs[0], at)
     k, d = _factor(n.inputs[1], at)
-    if c == 1 and d == 1 or q is None or k is None:
+    if (c == 1 and d == 1) or q is None or k is None:
         return None
     if not at.only_use(n.inputs[0]) and c != 1:
         return "the scaled query is used elsewhere too"

@@ -1,4 +1,5 @@
-"""Constants: computed at compile time, moved together, kept on the right side; conditions that are known are followed."""
+"""Constants: computed at compile time, moved together, kept on the right side; conditions that are known are
+followed."""
 
 from __future__ import annotations
 
@@ -8,10 +9,11 @@ from vivace.base.dims import Dim, Expr
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Graph, Node, Type, Value
 from vivace.graph.pattern import COMMUTATIVE
-from vivace.graph.rewrite import At, Outcome, Rule, rule, scalar, splice
+from vivace.graph.rewrite import At, Example, Outcome, Rule, rule, scalar, splice
 
 GROWTH, FREE_BYTES = 4, 64 << 10
-"""A folded constant may hold four times its operands (u8 weights become f32) and 64 KiB for nothing: no huge `expand` or `iota`."""
+"""A folded constant may hold four times its operands (u8 weights become f32) and 64 KiB for nothing: no huge `expand`
+or `iota`."""
 
 
 def _is_symbolic(attr: object) -> bool:
@@ -40,16 +42,17 @@ def fold_constant(n: Node, at: At) -> Outcome:
     if any(map(_is_symbolic, n.attrs.values())) or not all(v.type.is_static for v in n.outputs):
         return "its attributes are symbolic"
     room = FREE_BYTES + GROWTH * sum(v.data.nbytes for v in n.inputs if v is not None and v.data is not None)
-    size = sum(int(v.type.size) * v.dtype.size_bytes for v in n.outputs)  # type: ignore[arg-type]
+    size = sum(v.type.bytes for v in n.outputs if isinstance(v.type.bytes, int))
     if size > room:
         return f"the result has {size} bytes, more than {room}"
     arrays = n.op.evaluate([None if v is None else v.data for v in n.inputs], n.attrs)
     return tuple(
-        at.const(np.ascontiguousarray(a).astype(v.dtype.numpy, copy=False).reshape(a.shape), v.name) for a, v in zip(arrays, n.outputs)
+        at.const(np.ascontiguousarray(a).astype(v.dtype.numpy, copy=False).reshape(a.shape), v.name)
+        for a, v in zip(arrays, n.outputs)
     )
 
 
-def _if_example(e):  # type: ignore[no-untyped-def]
+def _if_example(e: Example) -> Value:
     from vivace.graph.build import Builder
 
     x = e.x("f32[4]")

@@ -1,4 +1,5 @@
-"""Identities: nodes that change nothing, and pairs that cancel or are one op in two steps. All are exact, for NaN and -0 too."""
+"""Identities: nodes that change nothing, and pairs that cancel or are one op in two steps. All are exact, for NaN and
+-0 too."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ from vivace.graph.rewrite import At, Outcome, Rule, rule, scalar
 
 
 def _filled(v: Value | None, number: float) -> bool:
-    return v is not None and v.data is not None and bool(v.data.size) and v.data.dtype != object and bool(np.all(v.data == number))
+    return (
+        v is not None
+        and v.data is not None
+        and bool(v.data.size)
+        and v.data.dtype != object
+        and bool(np.all(v.data == number))
+    )
 
 
 @rule(
@@ -87,7 +94,18 @@ def once_is_enough(n: Node, at: At) -> Outcome:
 
 
 _EXACT_IN = {
-    DType.f64: {DType.f32, DType.f16, DType.bf16, DType.i32, DType.i16, DType.i8, DType.u32, DType.u16, DType.u8, DType.bool},
+    DType.f64: {
+        DType.f32,
+        DType.f16,
+        DType.bf16,
+        DType.i32,
+        DType.i16,
+        DType.i8,
+        DType.u32,
+        DType.u16,
+        DType.u8,
+        DType.bool,
+    },
     DType.f32: {DType.f16, DType.bf16, DType.i16, DType.i8, DType.u16, DType.u8, DType.bool},
     DType.i64: {DType.i32, DType.i16, DType.i8, DType.u32, DType.u16, DType.u8, DType.bool},
     DType.i32: {DType.i16, DType.i8, DType.u16, DType.u8, DType.bool},
@@ -116,7 +134,13 @@ def join_casts(n: Node, at: At) -> Outcome:
     return at.op.cast(m.inputs[0], to=to)
 
 
-@rule("not", examples=(lambda e: e.not_(e.eq(e.x("f32[4]"), e.x("f32[4]"))), lambda e: e.not_(e.lt(e.x("i32[4]"), e.x("i32[4]")))))
+@rule(
+    "not",
+    examples=(
+        lambda e: e.not_(e.eq(e.x("f32[4]"), e.x("f32[4]"))),
+        lambda e: e.not_(e.lt(e.x("i32[4]"), e.x("i32[4]"))),
+    ),
+)
 def negate_comparison(n: Node, at: At) -> Outcome:
     """not(a == b) = a != b; for integers also not(a < b) = a >= b (a NaN compares false both ways)"""
     m = at.by(n.inputs[0], "eq", "ne", "lt", "le", "gt", "ge")
@@ -127,7 +151,7 @@ def negate_comparison(n: Node, at: At) -> Outcome:
     opposite = {"eq": "ne", "ne": "eq", "lt": "ge", "ge": "lt", "gt": "le", "le": "gt"}[m.op.name]
     if a.dtype.is_float and opposite not in ("eq", "ne"):
         return "a NaN compares false both ways"
-    return getattr(at.op, opposite)(a, b)  # type: ignore[no-any-return]
+    return getattr(at.op, opposite)(a, b)
 
 
 def _bounds(n: Node) -> tuple[float, float] | None:
@@ -163,7 +187,11 @@ def join_clips(n: Node, at: At) -> Outcome:
     if outer is None or x.type != n.output.type or not x.dtype.is_float:
         return None
     m = at.by(x, *CLIPPING)
-    inner = _bounds(m) if m is not None and m.inputs[0] is not None and m.inputs[0].type == x.type and at.only_use(x) else None
+    inner = (
+        _bounds(m)
+        if m is not None and m.inputs[0] is not None and m.inputs[0].type == x.type and at.only_use(x)
+        else None
+    )
     if inner is not None and m is not None:
         # the outer bounds win where the intervals do not meet: clip(clip(x, a, b), c, d) stays inside [c, d]
         low, high = (min(max(v, outer[0]), outer[1]) for v in inner)
@@ -179,7 +207,26 @@ def join_clips(n: Node, at: At) -> Outcome:
     return at.op.clip(x, min=None if low == -math.inf else low, max=None if high == math.inf else high)
 
 
-BINARY = ("add", "sub", "mul", "div", "pow", "max", "min", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "mod", "where")
+BINARY = (
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "pow",
+    "max",
+    "min",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "and",
+    "or",
+    "xor",
+    "mod",
+    "where",
+)
 
 
 @rule(
@@ -207,7 +254,10 @@ def broadcast_by_the_reader(n: Node, at: At) -> Outcome:
     return at.op.emit(n.op, ins, dict(n.attrs)) if changed else None
 
 
-@rule(*(f"reduce_{k}" for k in ("sum", "max", "min", "prod", "mean")), examples=(lambda e: e.exp(e.reduce_mean(e.x("f32[2,1,3]"), axes=(1,), keepdims=True)),))
+@rule(
+    *(f"reduce_{k}" for k in ("sum", "max", "min", "prod", "mean")),
+    examples=(lambda e: e.exp(e.reduce_mean(e.x("f32[2,1,3]"), axes=(1,), keepdims=True)),),
+)
 def reduce_nothing(n: Node, at: At) -> Outcome:
     """a reduction over axes of extent 1 is a reshape, or nothing"""
     x = n.inputs[0]

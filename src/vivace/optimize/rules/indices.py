@@ -31,7 +31,8 @@ def drop_neutral_truth(n: Node, at: At) -> Outcome:
 
 
 def line_of(v: Value | None, at: At) -> tuple[int, Dim] | None:
-    """`(axis, length)` where `v` holds its own index along that axis, whatever the others: an iota that was reshaped or expanded."""
+    """`(axis, length)` where `v` holds its own index along that axis, whatever the others: an iota that was reshaped
+    or expanded."""
     n = at.by(v, "iota", "reshape", "expand")
     if n is None:
         return None
@@ -77,15 +78,21 @@ def _everything(e: Example) -> Value:
     rows = e.reshape(e.iota(shape=(b,), axis=0, dtype=DType.i64), shape=(b, 1, 1))
     keys = e.iota(shape=(t,), axis=0, dtype=DType.i64)
     parts = [e.reshape(e.expand(p, shape=(b, 1, t)), shape=(b, 1, t, 1)) for p in (rows, keys)]
-    return e.not_(e.gather_nd(mask, e.concat(*parts, axis=3), batch_dims=0))  # type: ignore[no-any-return]
+    return e.not_(e.gather_nd(mask, e.concat(*parts, axis=3), batch_dims=0))
 
 
 @rule("gather_nd", examples=(_everything,))
 def gather_everything(n: Node, at: At) -> Outcome:
-    """gather_nd(x, (iota along axis i, iota along axis j, ...)) = x, reshaped and expanded, where each range covers its axis of x"""
+    """gather_nd(x, (iota along axis i, iota along axis j, ...)) = x, reshaped and expanded, where each range covers
+    its axis of x"""
     x = n.inputs[0]
     grid = at.by(n.inputs[1], "concat")
-    if x is None or grid is None or n.attrs["batch_dims"] or grid.attrs["axis"] % grid.output.rank != grid.output.rank - 1:
+    if (
+        x is None
+        or grid is None
+        or n.attrs["batch_dims"]
+        or grid.attrs["axis"] % grid.output.rank != grid.output.rank - 1
+    ):
         return None
     lines = [line_of(p, at) for p in grid.inputs]
     if any(p is None or p.shape[-1] != 1 for p in grid.inputs) or len(lines) > x.rank:
@@ -103,7 +110,14 @@ def gather_everything(n: Node, at: At) -> Outcome:
     return placed if placed.type == n.output.type else at.op.expand(placed, shape=n.output.shape)
 
 
-@rule("gather", examples=(lambda e: e.exp(e.gather(e.x("f32[N,3]"), e.iota(shape=(e.inputs[0].shape[0],), axis=0, dtype=DType.i64), axis=0)),))
+@rule(
+    "gather",
+    examples=(
+        lambda e: e.exp(
+            e.gather(e.x("f32[N,3]"), e.iota(shape=(e.inputs[0].shape[0],), axis=0, dtype=DType.i64), axis=0)
+        ),
+    ),
+)
 def gather_all_rows(n: Node, at: At) -> Outcome:
     """gather(x, iota over the whole axis) = x"""
     x, idx = n.inputs

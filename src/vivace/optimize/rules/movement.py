@@ -1,14 +1,16 @@
-"""Reshapes, transposes, slices, pads, concats and expands that merge, cancel, or turn into something cheaper. All are exact."""
+"""Reshapes, transposes, slices, pads, concats and expands that merge, cancel, or turn into something cheaper. All are
+exact."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 
 from vivace.base.dims import Dim, bounds
 from vivace.graph.graph import Node, Value
-from vivace.graph.rewrite import At, Outcome, Rule, rule
+from vivace.graph.rewrite import At, Example, Outcome, Rule, rule
 
 
 def is_reshape(shape: Sequence[Dim], perm: Sequence[int]) -> bool:
@@ -26,7 +28,8 @@ def is_reshape(shape: Sequence[Dim], perm: Sequence[int]) -> bool:
     ),
 )
 def join_transposes(n: Node, at: At) -> Outcome:
-    """transpose(transpose(x, p), q) = transpose(x, p[q]); one that moves only extents of 1 is a reshape; none when in order"""
+    """transpose(transpose(x, p), q) = transpose(x, p[q]); one that moves only extents of 1 is a reshape; none when in
+    order"""
     x, perm = n.inputs[0], n.attrs["perm"]
     assert x is not None
     if perm == tuple(range(len(perm))):
@@ -58,7 +61,8 @@ def join_reshapes(n: Node, at: At) -> Outcome:
 
 
 def regroup(inner: Sequence[Dim], outer: Sequence[Dim]) -> list[list[int]] | None:
-    """For each dim of `outer`, the neighbouring axes of `inner` whose product it is; None when dims are split instead of joined."""
+    """For each dim of `outer`, the neighbouring axes of `inner` whose product it is; None when dims are split instead
+    of joined."""
     groups: list[list[int]] = []
     i = 0
     for d in outer:
@@ -98,7 +102,8 @@ def _through(x: Value, middle: Sequence[Dim], perm: Sequence[int]) -> tuple[int,
     ),
 )
 def transpose_before_joining(n: Node, at: At) -> Outcome:
-    """reshape(transpose(reshape(x))) = reshape(transpose(x)) where the inner reshape only joins axes that stay together"""
+    """reshape(transpose(reshape(x))) = reshape(transpose(x)) where the inner reshape only joins axes that stay
+    together"""
     t = at.by(n.inputs[0], "transpose")
     inner = at.by(t.inputs[0], "reshape") if t is not None else None
     if t is None or inner is None or inner.inputs[0] is None:
@@ -159,7 +164,8 @@ def reduce_without_the_axis(n: Node, at: At) -> Outcome:
     ),
 )
 def join_expands(n: Node, at: At) -> Outcome:
-    """expand(expand(x, s), t) = expand(x, t); expand sees through a reshape that adds leading ones; to its own shape it is nothing"""
+    """expand(expand(x, s), t) = expand(x, t); expand sees through a reshape that adds leading ones; to its own shape
+    it is nothing"""
     x = n.inputs[0]
     assert x is not None
     if x.type == n.output.type:
@@ -250,7 +256,7 @@ def _continues(a: Node, b: Node, axis: int) -> bool:
     return True
 
 
-def _halves(e):  # type: ignore[no-untyped-def]
+def _halves(e: Example) -> Value:
     x = e.x("f32[2,6]")
     left = e.slice(x, starts=(0, 0), sizes=(2, 2), steps=(1, 1))
     right = e.slice(x, starts=(0, 2), sizes=(2, 4), steps=(1, 1))
@@ -267,7 +273,8 @@ def _halves(e):  # type: ignore[no-untyped-def]
     ),
 )
 def join_concats(n: Node, at: At) -> Outcome:
-    """concat(x) = x; concat(concat(x, y), z) = concat(x, y, z); neighbouring slices and constants are one operand; empty ones none"""
+    """concat(x) = x; concat(concat(x, y), z) = concat(x, y, z); neighbouring slices and constants are one operand;
+    empty ones none"""
     axis = n.attrs["axis"]
     if len(n.inputs) == 1:
         return n.inputs[0]
@@ -324,7 +331,11 @@ def join_pads(n: Node, at: At) -> Outcome:
     if m is None or not at.only_use(m.output):
         return None
     b = m.attrs
-    if a["mode"] != b["mode"] or a["mode"] not in ("constant", "edge") or (a["mode"] == "constant" and a["value"] != b["value"]):
+    if (
+        a["mode"] != b["mode"]
+        or a["mode"] not in ("constant", "edge")
+        or (a["mode"] == "constant" and a["value"] != b["value"])
+    ):
         return "they pad with different values"
     before, after = (tuple(p + q for p, q in zip(a[k], b[k])) for k in ("before", "after"))
     return at.op.pad(m.inputs[0], before=before, after=after, mode=a["mode"], value=a["value"])
@@ -345,7 +356,7 @@ def gather_as_slice(n: Node, at: At) -> Outcome:
     if idx.data is None or idx.rank > 1 or not idx.data.size or not isinstance(x.shape[axis], int):
         return None
     at_index = [int(i) + (x.shape[axis] if i < 0 else 0) for i in idx.data.reshape(-1)]
-    steps = {b - a for a, b in zip(at_index, at_index[1:])}
+    steps = {b - a for a, b in pairwise(at_index)}
     if len(steps) > 1 or 0 in steps:
         return "the indices have no constant step"
     step = steps.pop() if steps else 1
@@ -358,7 +369,7 @@ def gather_as_slice(n: Node, at: At) -> Outcome:
     return part if idx.rank else at.op.reshape(part, shape=n.output.shape)
 
 
-def _one_of_three(e):  # type: ignore[no-untyped-def]
+def _one_of_three(e: Example) -> Value:
     packed = e.transpose(e.x("f32[2,5,3,4]"), perm=(2, 0, 1, 3))
     return e.slice(packed, starts=(1, 0, 0, 0), sizes=(1, 2, 5, 4), steps=(1, 1, 1, 1))
 

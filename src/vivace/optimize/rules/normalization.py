@@ -5,6 +5,8 @@ Each of the fused ops normalizes the last axes; a norm over other axes keeps its
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from vivace.base.errors import GraphError
@@ -18,26 +20,27 @@ def _trailing(x: Value, axes: tuple[int, ...]) -> str | None:
     return None if axes == tuple(range(x.rank - len(axes), x.rank)) else f"it normalizes axes {axes} of {x.type}"
 
 
-def _same_trailing(x: Value, axes: tuple[int, ...], axes2: tuple[int, ...], eps: float | None = None) -> str | None:
+def _same_trailing(x: Value, axes: tuple[int, ...], axes2: tuple[int, ...]) -> str | None:
     if axes != axes2:
         return f"mean and variance have axes {axes} and {axes2}"
     return _trailing(x, axes)
 
 
+def _softmax(op: Any, x: Any) -> Any:
+    axes = op.attr("axes", (1,))
+    shifted = op.exp(op.sub(x, op.reduce_max(x, axes=axes, keepdims=True)))
+    plain = op.exp(x)
+    return op.either(*(op.div(e, op.reduce_sum(e, axes=axes, keepdims=True)) for e in (shifted, plain)))
+
+
 fuse_softmax = pattern(
     "fuse_softmax",
-    before=lambda op, x: op.either(
-        op.div(
-            op.named("e", op.exp(op.sub(x, op.reduce_max(x, axes=op.attr("axes", (1,)), keepdims=True)))),
-            op.reduce_sum(op.exp(op.sub(x, op.reduce_max(x, axes=op.attr("axes", (1,)), keepdims=True))), axes=op.attr("axes", (1,)), keepdims=True),
-        ),
-        op.div(op.exp(x), op.reduce_sum(op.exp(x), axes=op.attr("axes", (1,)), keepdims=True)),
-    ),
+    before=_softmax,
     after=lambda op, x, axes: op.softmax(x, axis=axes[0]),
     when=lambda axes: None if len(axes) == 1 else f"it sums over axes {axes}",
     doc="exp(x - max(x)) / sum(exp(x - max(x))) = softmax(x); also without the maximum, which then cannot overflow",
     choices=2,
-)  # fmt: skip
+)
 
 fuse_log_softmax = pattern(
     "fuse_log_softmax",
@@ -47,18 +50,18 @@ fuse_log_softmax = pattern(
 )
 
 
-def _deviation(op, x, name="axes"):  # type: ignore[no-untyped-def]
-    return op.sub(x, op.reduce_mean(x, axes=op.attr(name, (1,)), keepdims=True))
+def _deviation(op: Any, x: Any) -> Any:
+    return op.sub(x, op.reduce_mean(x, axes=op.attr("axes", (1,)), keepdims=True))
 
 
-def _spread(op, x, square):  # type: ignore[no-untyped-def]
+def _spread(op: Any, square: Any) -> Any:
     """sqrt(mean(square) + eps)"""
     return op.sqrt(op.add(op.reduce_mean(square, axes=op.attr("axes2", (1,)), keepdims=True), op.scalar("eps", 1e-5)))
 
 
-def _layer_norm(op, x):  # type: ignore[no-untyped-def]
+def _layer_norm(op: Any, x: Any) -> Any:
     d = _deviation(op, x)
-    spread = _spread(op, x, op.either(op.mul(d, d), op.pow(d, 2.0)))
+    spread = _spread(op, op.either(op.mul(d, d), op.pow(d, 2.0)))
     return op.either(op.div(d, spread), op.mul(d, op.div(1.0, spread)))
 
 
@@ -72,8 +75,8 @@ fuse_layer_norm = pattern(
 )
 
 
-def _rms_norm(op, x):  # type: ignore[no-untyped-def]
-    spread = _spread(op, x, op.either(op.mul(x, x), op.pow(x, 2.0)))
+def _rms_norm(op: Any, x: Any) -> Any:
+    spread = _spread(op, op.either(op.mul(x, x), op.pow(x, 2.0)))
     return op.either(op.div(x, spread), op.mul(x, op.div(1.0, spread)))
 
 
@@ -110,7 +113,7 @@ def _trimmed(norm: Node, c: Value, at: At) -> Value:
     n = x.rank - norm.attrs["axis"]
     if c.rank <= n:
         return c
-    return at.const(c.data.reshape(c.data.shape[-n:])) if c.data is not None else at.op.reshape(c, shape=c.shape[-n:])  # type: ignore[no-any-return]
+    return at.const(c.data.reshape(c.data.shape[-n:])) if c.data is not None else at.op.reshape(c, shape=c.shape[-n:])
 
 
 def _operand(n: Node, at: At, *ops: str) -> tuple[Node, Value] | None:

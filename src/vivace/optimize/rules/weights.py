@@ -1,6 +1,7 @@
 """Scales, biases and pads that disappear into the constant weights of conv, conv_transpose and matmul.
 
-What BatchNormalization leaves after import (a product and a sum with constants per channel) goes away here. The products of constants
+What BatchNormalization leaves after import (a product and a sum with constants per channel) goes away here. The
+products of constants
 are rounded once at compile time instead of once per element: equal up to the rounding of one multiplication.
 """
 
@@ -19,7 +20,8 @@ SHARED_BYTES = 1 << 20
 
 
 def per_channel(c: Value | None, channels: int, axis: int, rank: int) -> Array | None:
-    """The vector that a broadcast constant applies along `axis` of a rank-`rank` tensor, if it varies along no other axis."""
+    """The vector that a broadcast constant applies along `axis` of a rank-`rank` tensor, if it varies along no other
+    axis."""
     if c is None or c.data is None or c.rank > rank:
         return None
     shape = (1,) * (rank - c.rank) + c.data.shape
@@ -63,10 +65,14 @@ def _scale_filters(n: Node, w: Array, s: Array) -> Array:
 def _apply(n: Node, at: At, w: Array, b: Array | None) -> Outcome:
     dtype = n.output.dtype.numpy
     bias = None if b is None else at.const(b.astype(dtype), "bias")
-    return at.op.emit(n.op, (n.inputs[0], at.const(np.ascontiguousarray(w.astype(dtype)), "weight"), bias), dict(n.attrs))
+    return at.op.emit(
+        n.op, (n.inputs[0], at.const(np.ascontiguousarray(w.astype(dtype)), "weight"), bias), dict(n.attrs)
+    )
 
 
-def _conv(e: Example, x: str = "f32[1,4,5,5]", w: str = "f32[6,2,3,3]", group: int = 2, pad: int = 1, **more: object) -> Value:
+def _conv(
+    e: Example, x: str = "f32[1,4,5,5]", w: str = "f32[6,2,3,3]", group: int = 2, pad: int = 1, **more: object
+) -> Value:
     value = e.x(x)
     return _conv_on(e, value, w, group, pad)
 
@@ -74,14 +80,14 @@ def _conv(e: Example, x: str = "f32[1,4,5,5]", w: str = "f32[6,2,3,3]", group: i
 def _conv_on(e: Example, x: Value, w: str, group: int, pad: int) -> Value:
     weight = e.w(w)
     n = weight.rank - 2
-    return e.conv(  # type: ignore[no-any-return]
+    return e.conv(
         x, weight, strides=(1,) * n, dilations=(1,) * n, before=(pad,) * n, after=(pad,) * n, group=group, layout="NCHW"
     )
 
 
 def _conv_transpose(e: Example) -> Value:
     two = (1, 1)
-    return e.conv_transpose(  # type: ignore[no-any-return]
+    return e.conv_transpose(
         e.x("f32[1,4,5,5]"), e.w("f32[4,3,2,2]"), strides=(2, 2), dilations=two, before=(0, 0), after=(0, 0),
         output_padding=(0, 0), group=2, layout="NCHW",
     )  # fmt: skip
@@ -145,7 +151,13 @@ def bias_into_conv(n: Node, at: At) -> Outcome:
 def scale_before_conv(n: Node, at: At) -> Outcome:
     """conv(x * s, w, b) = conv(x, w * s, b) for a constant per input channel; zero padding stays zero"""
     m = at.by(n.inputs[0], "mul")
-    if m is None or m.inputs[0] is None or m.inputs[1] is None or m.inputs[1].data is None or m.inputs[0].type != m.output.type:
+    if (
+        m is None
+        or m.inputs[0] is None
+        or m.inputs[1] is None
+        or m.inputs[1].data is None
+        or m.inputs[0].type != m.output.type
+    ):
         return None
     found = _weights(n, at)
     if found is None:
@@ -171,7 +183,13 @@ def scale_before_conv(n: Node, at: At) -> Outcome:
 def bias_before_conv(n: Node, at: At) -> Outcome:
     """conv(x + c, w, b) = conv(x, w, b + sum(w * c)) without padding (zeros at the border would have to be c)"""
     m = at.by(n.inputs[0], "add")
-    if m is None or m.inputs[0] is None or m.inputs[1] is None or m.inputs[1].data is None or m.inputs[0].type != m.output.type:
+    if (
+        m is None
+        or m.inputs[0] is None
+        or m.inputs[1] is None
+        or m.inputs[1].data is None
+        or m.inputs[0].type != m.output.type
+    ):
         return None
     found = _weights(n, at)
     if found is None:
@@ -194,7 +212,11 @@ def bias_before_conv(n: Node, at: At) -> Outcome:
 
 def _constant_matrix(n: Node | None, at: At) -> Array | None:
     w = n.inputs[1] if n is not None else None
-    return w.data if w is not None and w.data is not None and w.dtype.is_float and w.rank >= 2 and not _is_shared(w, at) else None
+    return (
+        w.data
+        if w is not None and w.data is not None and w.dtype.is_float and w.rank >= 2 and not _is_shared(w, at)
+        else None
+    )
 
 
 @rule(
@@ -221,7 +243,9 @@ def scale_into_matmul(n: Node, at: At) -> Outcome:
     return at.op.matmul(m.inputs[0], at.const((w * s).astype(w.dtype), "weight"))
 
 
-@rule("mul", examples=(lambda e: e.mul(e.add(e.matmul(e.x("f32[2,4]"), e.w("f32[4,3]")), e.w("f32[3]")), e.w("f32[3]")),))
+@rule(
+    "mul", examples=(lambda e: e.mul(e.add(e.matmul(e.x("f32[2,4]"), e.w("f32[4,3]")), e.w("f32[3]")), e.w("f32[3]")),)
+)
 def scale_past_bias(n: Node, at: At) -> Outcome:
     """(x @ w + b) * s = (x @ w) * s + b * s, so that the factor reaches the weights"""
     m = at.by(n.inputs[0], "add")
@@ -231,7 +255,10 @@ def scale_past_bias(n: Node, at: At) -> Outcome:
     w, s = _constant_matrix(inner, at), n.inputs[1]
     if inner is None or w is None or not at.only_use(m.output) or not at.only_use(inner.output):
         return None
-    if per_channel(s, w.shape[-1], inner.output.rank - 1, inner.output.rank) is None or n.output.type != inner.output.type:
+    if (
+        per_channel(s, w.shape[-1], inner.output.rank - 1, inner.output.rank) is None
+        or n.output.type != inner.output.type
+    ):
         return "the factor is not one per column"
     assert s.data is not None
     product = (m.inputs[1].data * s.data).astype(w.dtype)
@@ -255,11 +282,18 @@ def scale_before_matmul(n: Node, at: At) -> Outcome:
 
 def _padded(e: Example, pad_value: float, pool: str) -> Value:
     x = e.pad(e.x("f32[1,4,5,5]"), before=(0, 0, 1, 0), after=(0, 0, 1, 1), mode="constant", value=pad_value)
-    window = {"kernel": (2, 2), "strides": (1, 1), "dilations": (1, 1), "before": (0, 0), "after": (0, 0), "layout": "NCHW"}
+    window = {
+        "kernel": (2, 2),
+        "strides": (1, 1),
+        "dilations": (1, 1),
+        "before": (0, 0),
+        "after": (0, 0),
+        "layout": "NCHW",
+    }
     if pool == "conv":
         return _conv_on(e, x, "f32[6,2,3,3]", 2, 0)
     more = {"count_include_pad": True} if pool == "avg_pool" else {}
-    return getattr(e, pool)(x, **window, **more)  # type: ignore[no-any-return]
+    return getattr(e, pool)(x, **window, **more)
 
 
 @rule(
@@ -298,7 +332,7 @@ def pad_into_window(n: Node, at: At) -> Outcome:
 
 def _flattened(e: Example) -> Value:
     x = e.transpose(e.x("f32[2,3,4,5]"), perm=(0, 3, 1, 2))
-    return e.matmul(e.reshape(x, shape=(2, 60)), e.w("f32[60,7]"))  # type: ignore[no-any-return]
+    return e.matmul(e.reshape(x, shape=(2, 60)), e.w("f32[60,7]"))
 
 
 @rule("matmul", examples=(_flattened,))
@@ -314,8 +348,8 @@ def transpose_into_matmul(n: Node, at: At) -> Outcome:
     perm, x, lead = t.attrs["perm"], t.inputs[0], flat.output.rank - 1
     if perm[:lead] != tuple(range(lead)) or t.output.shape[:lead] != flat.output.shape[:lead]:
         return "the transpose moves more than the flattened axes"
-    tail = t.output.shape[lead:]
-    if not all(isinstance(d, int) for d in tail):
+    tail = [d for d in t.output.shape[lead:] if isinstance(d, int)]
+    if len(tail) != t.output.rank - lead:
         return "the flattened axes are symbolic"
     back = np.argsort([p - lead for p in perm[lead:]])
     rows = w.reshape(*tail, w.shape[1]).transpose(*back, len(tail)).reshape(w.shape)
