@@ -7,7 +7,8 @@
 Rules:
 * SIDE BY SIDE: the three engines run interleaved in one process with equal threads and inputs (`measure.bench`).
 * APART: each model and thread count has a process of its own, so that one that fails stops no other.
-* RESUMABLE: a finished measurement is a file; it is taken again only with --again or under other versions.
+* RESUMABLE: a finished measurement is a file; it is taken again only with --again, under other versions of packages,
+  or where our engine failed.
 * TRUTH: README's table is made from the JSON by `readme_table`, and a test holds them together.
 """
 
@@ -87,7 +88,7 @@ def _measured(name: str, threads: int, is_disturbed: bool, options: argparse.Nam
     path = RECORDS / f"{_key(name, threads, is_disturbed)}.json"
     if path.exists() and not options.again:
         record: Record = json.loads(path.read_text())
-        if record.get("versions") == versions():
+        if record.get("versions") == versions() and not any(engine["failure"] for engine in record["engines"][:1]):
             return record
     command = [sys.executable, "-m", "benchmarks.times", "--one", name, "--threads", str(threads)]
     command += ["--budget", str(options.budget), *(["--disturbed"] if is_disturbed else [])]
@@ -129,6 +130,7 @@ def measure_one(name: str, threads: int, budget: float, is_disturbed: bool) -> R
             busy.wait()
     record = report.to_dict()
     record |= {"schema_version": SCHEMA_VERSION, "model": name, "disturbed": is_disturbed, "versions": versions()}
+    record["commit"] = _commit()
     record["measured_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     record["f32_peak"] = report.peaks.operations("f32", threads) if report.peaks else None
     if not is_disturbed:
@@ -136,6 +138,14 @@ def measure_one(name: str, threads: int, budget: float, is_disturbed: bool) -> R
             call_overhead(job, arrays) if report.bench.engines[0].median < SMALL_SECONDS else None
         )
     return record
+
+
+def _commit() -> str:
+    """The commit of the checkout, with a mark where files differ from it."""
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
 
 
 def _start_busy_process() -> subprocess.Popen[bytes]:
@@ -200,6 +210,7 @@ def summarise(records: Sequence[Record]) -> Record:
         "schema_version": SCHEMA_VERSION,
         "versions": first.get("versions", {}),
         "machine": first.get("machine", {}),
+        "commits": sorted({record.get("commit", "unknown") for record in records}),
         "measured_at": max((record["measured_at"] for record in records), default=""),
         "tolerance": first.get("tolerance", {}),
         "rows": rows,
@@ -265,7 +276,7 @@ def describe(record: Record) -> str:
     row = _row(record)
     ms = "  ".join(f"{name} {1e3 * m:.3f} ms" for name, m in row["medians"].items() if m)
     ratio = f"{row['ratio']:.3f} of {row['best_peer']}" if row["ratio"] else f"failed: {row['failure']}"
-    return f"{ms}  ratio {ratio}{'' if row['agrees'] else '  DIFFERS'}"
+    return f"{ms}  ratio {ratio}{'  DIFFERS' if row['agrees'] is False else ''}"
 
 
 def markdown(summary: Record) -> str:
