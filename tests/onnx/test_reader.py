@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import set_external_data
-
 from tests.onnx.making import F32, I64, graph, model, node, value
+
 from vivace.base.errors import ModelError, UnsupportedError, VivaceError
 from vivace.onnx.importer import import_model
 from vivace.onnx.reader import read

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
 import onnx
 from onnx import GraphProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper
+
 from vivace.base.dims import Dim
 from vivace.base.dtypes import DType
 from vivace.base.errors import ModelError, UnsupportedError

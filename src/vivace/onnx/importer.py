@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
+
 from vivace.base.dims import Dim, Expr, parse, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError, ModelError, UnsupportedError, VivaceError

@@ -14,12 +14,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import onnx.inliner
-
+import numpy as np
 import onnx
+import onnx.inliner
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
+
 from vivace.base.errors import ModelError, UnsupportedError
 from vivace.onnx.tensors import Tensors
+from vivace.onnx.wire import skeleton
 
 OLDEST_OPSET = 7
 MICROSOFT = "com.microsoft"
@@ -37,7 +39,7 @@ class Model:
 
 def read(source: str | Path | bytes | ModelProto) -> Model:
     """Parse and check a model. Raises: ModelError, UnsupportedError."""
-    proto, directory, name = _parse(source)
+    proto, tensors, name = _parse(source)
     if not proto.ir_version or not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
         raise ModelError("this is not an ONNX model", where=name, expected="a file written by an ONNX exporter")
     if proto.functions:
@@ -48,41 +50,43 @@ def read(source: str | Path | bytes | ModelProto) -> Model:
         _check_graph(proto.graph, frozenset(), opsets, proto.ir_version, name)
     except (TypeError, UnicodeError) as e:  # protobuf hands out names that are no UTF-8 as bytes
         raise ModelError("a name in it is not text", where=name, hint="copy or download the file again") from e
-    return Model(proto, opsets, Tensors(directory), proto.graph.name or name)
+    return Model(proto, opsets, tensors, proto.graph.name or name)
 
 
-def _parse(source: str | Path | bytes | ModelProto) -> tuple[ModelProto, Path | None, str]:
+def _parse(source: str | Path | bytes | ModelProto) -> tuple[ModelProto, Tensors, str]:
     if isinstance(source, ModelProto):
         copy = ModelProto()
         copy.CopyFrom(source)
-        return copy, None, "model"
-    directory, name = None, "model"
+        return copy, Tensors(None), "model"
     if isinstance(source, (bytes, bytearray, memoryview)):
-        data = bytes(source)
-    else:
-        path = Path(source)
-        directory, name = path.parent, path.name
-        try:
-            data = path.read_bytes()
-        except (OSError, ValueError) as e:
-            raise ModelError(
-                f"cannot be read ({getattr(e, 'strerror', None) or e})",
-                where=str(path),
-                expected="the path of an ONNX file",
-            ) from e
-    if not data:
+        return _decode(bytes(source), len(source), "model"), Tensors(None), "model"
+    path = Path(source)
+    try:
+        size = path.stat().st_size
+        data = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+    except (OSError, ValueError) as e:
+        raise ModelError(
+            f"cannot be read ({getattr(e, 'strerror', None) or e})",
+            where=str(path)[:200],
+            expected="the path of an ONNX file",
+        ) from e
+    return _decode(skeleton(data), size, path.name), Tensors(path.parent, data), path.name
+
+
+def _decode(data: bytes, size: int, name: str) -> ModelProto:
+    if not size:
         raise ModelError("the file is empty", where=name, expected="an ONNX model")
     proto = ModelProto()
     try:
         proto.ParseFromString(data)
     except Exception as e:  # DecodeError, whose class depends on the protobuf implementation
         raise ModelError(
-            f"the {len(data)} bytes cannot be parsed as ONNX",
+            f"the {size} bytes cannot be parsed as ONNX",
             where=name,
             expected="a complete ONNX model",
             hint="copy or download the file again",
         ) from e
-    return proto, directory, name
+    return proto
 
 
 def _inline(proto: ModelProto, name: str) -> ModelProto:

@@ -16,6 +16,7 @@ from onnx import TensorProto, numpy_helper
 
 from vivace.base.dtypes import DType
 from vivace.base.errors import ModelError, UnsupportedError
+from vivace.onnx.wire import OWN_FILE
 
 _DTYPES: dict[int, DType] = {
     TensorProto.FLOAT: DType.f32,
@@ -69,12 +70,14 @@ def checked_shape(dims: list[int], dtype: DType, where: str) -> tuple[int, ...]:
 
 
 class Tensors:
-    """Reads the tensors of one model; `directory` is where its external data lies (None when the model came as
-    bytes).
+    """Reads the tensors of one model.
+
+    `directory` is where its external data lies, `model` the mapped file itself; both are None when it came as bytes.
     """
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(self, directory: Path | None, model: np.ndarray | None = None) -> None:
         self.directory = None if directory is None else directory.resolve()
+        self.model = model
         self._files: dict[Path, np.ndarray] = {}
 
     def array(self, t: TensorProto, where: str) -> np.ndarray:
@@ -118,11 +121,7 @@ class Tensors:
 
     def _external(self, t: TensorProto, dtype: DType, shape: tuple[int, ...], where: str) -> np.ndarray:
         entries = {e.key: e.value for e in t.external_data}
-        path = self._path(entries.get("location", ""), where)
-        if path not in self._files:
-            size = path.stat().st_size
-            self._files[path] = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
-        file = self._files[path]
+        file, name = self._file(entries.get("location", ""), where)
         packed = dtype in (DType.i4, DType.u4)
         want = (math.prod(shape) + 1) // 2 if packed else math.prod(shape) * dtype.size_bytes
         try:
@@ -137,16 +136,23 @@ class Tensors:
             raise ModelError(
                 f"its external data ends at byte {offset + length}",
                 where=where,
-                expected=f"at most {file.size}, the size of {path.name}",
+                expected=f"at most {file.size}, the size of {name}",
                 hint="copy the data file again, it may be truncated",
             )
         data = file[offset : offset + length]
         if packed:
             inline = TensorProto(dims=shape, data_type=t.data_type, raw_data=data.tobytes())
             return self.array(inline, where)
-        if offset % dtype.size_bytes:
-            return np.frombuffer(data.tobytes(), dtype.numpy).reshape(shape)
         return data.view(dtype.numpy).reshape(shape)
+
+    def _file(self, location: str, where: str) -> tuple[np.ndarray, str]:
+        if location == OWN_FILE and self.model is not None:
+            return self.model, "the model"
+        path = self._path(location, where)
+        if path not in self._files:
+            size = path.stat().st_size
+            self._files[path] = np.memmap(path, np.uint8, "r") if size else np.zeros(0, np.uint8)
+        return self._files[path], path.name
 
     def _path(self, location: str, where: str) -> Path:
         if self.directory is None:
