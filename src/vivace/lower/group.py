@@ -22,6 +22,8 @@ WITH_EPILOGUE = frozenset(
     {"conv", "conv_transpose", "matmul", "softmax", "layer_norm", "rms_norm", "reduce_sum", "reduce_max", "reduce_min", "reduce_prod",
      "reduce_mean", "max_pool", "avg_pool", "gather", "resize"}
 )  # fmt: skip
+# Of these the generators store f32 only, or keep intermediate values in the result: no epilogue changes the dtype.
+SAME_DTYPE = frozenset({"conv", "conv_transpose", "matmul", "softmax", "layer_norm", "rms_norm"})
 MAX_EPILOGUE = 24  # nodes: beyond this the registers of a micro-kernel's tail would spill
 
 
@@ -109,6 +111,8 @@ class _Grouping:
         while tail not in self.outputs and len(members) < MAX_EPILOGUE:
             grown = self._absorb(tail, shape, i, set(members))
             if grown is None:
+                break
+            if anchor.op.name in SAME_DTYPE and grown[1].dtype is not anchor.outputs[0].dtype:
                 break
             nodes, tail = grown
             members += nodes

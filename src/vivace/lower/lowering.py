@@ -125,6 +125,8 @@ class Lowering:
         `updates` says that the results hold data already, of which the step changes a part: it must run after those who wrote it.
         """
         results = {written} if isinstance(written, int) else set(written)
+        if all(any(d == 0 for d in views[i].shape) for i in results):
+            return  # nothing to compute
         operands = []
         reads: list[Storage] = []
         writes: list[Storage] = []

@@ -1,4 +1,5 @@
-"""The plan: the last target-neutral artefact. Ordered steps over storages; sizes and offsets are dims until a binding fixes them."""
+"""The plan: the last target-neutral artefact. Ordered steps over storages; sizes and offsets are dims until a binding
+fixes them."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ class Operand:
 class Step:
     """One kernel call.
 
-    `operands` follow the kernel's params; `writes` are the storages it changes. `flops` and `bytes` are the counted work: each operand's
-    elements once. `nodes` are the core nodes it computes, from which the ONNX names come.
+    `operands` follow the kernel's params; `writes` are the storages it changes. `flops` and `bytes` are the counted
+    work: each operand's elements once. `nodes` are the core nodes it computes, from which the ONNX names come.
     """
 
     label: str
@@ -53,9 +54,11 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """`loop`: with the i64 in `counter` from 0, run `body` while it is below the i64 at `limit` and the bool in `go` holds (None: always).
+    """`loop`: with the i64 in `counter` from 0, run `body` while it is below the i64 at `limit` and the bool in `go`
+    holds (None: always).
 
-    What the body changes and reads again in the next turn lies in storages of its own (`carried`), which live through the whole loop.
+    What the body changes and reads again in the next turn lies in storages of its own (`carried`), which live through
+    the whole loop.
     """
 
     label: str

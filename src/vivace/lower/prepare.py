@@ -1,14 +1,58 @@
-"""Last rewrites before lowering, which make explicit what the kernels want: pads become `pad` nodes, shared where equal."""
+"""Last rewrites before lowering, which make explicit what the kernels want.
+
+* Pads become `pad` nodes, shared where equal.
+* Products and softmax of half types are computed in f32: their operands are cast to it, their results back.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from vivace.graph.build import Builder
-from vivace.graph.graph import Graph, Node, Value, freeze
+import numpy as np
+
+from vivace.base.dtypes import DType
+from vivace.graph.build import Builder, constant
+from vivace.graph.graph import Graph, Node, Type, Value, freeze
+
+_HALF = (DType.f16, DType.bf16)
+_IN_F32 = frozenset({"matmul", "conv", "conv_transpose", "attention", "softmax", "log_softmax", "lstm", "gru", "rnn"})
 
 
 def prepare(graph: Graph) -> Graph:
+    """All of them."""
+    return split_pads(widen_halves(graph))
+
+
+def widen_halves(graph: Graph) -> Graph:
+    """Before: matmul(a: f16, b: f16)    After: cast{to=@f16}(matmul(cast{to=@f32}(a), cast{to=@f32}(b)))"""
+    nodes: list[Node] = []
+    wide: dict[Value, Value] = {}
+    for n in graph.nodes:
+        if n.op.name not in _IN_F32 or all(v.dtype not in _HALF for v in n.outputs):
+            nodes.append(n)
+            continue
+        b = Builder(n.origin, prefix=f"{n.outputs[0].name}_wide")
+        for v in n.inputs:
+            if v is None or v.dtype not in _HALF or v in wide:
+                continue
+            if v.data is not None:
+                wide[v] = constant(v.data.astype(np.float32), v.name)
+            else:
+                wide[v] = b.cast(v, to=DType.f32)
+        inputs = tuple(v if v is None else wide.get(v, v) for v in n.inputs)
+        outputs = tuple(
+            Value(f"{v.name}_f32", Type(DType.f32, v.shape)) if v.dtype in _HALF else v for v in n.outputs
+        )
+        nodes += [*b.nodes, replace(n, inputs=inputs, outputs=outputs)]
+        for v, o in zip(n.outputs, outputs, strict=True):
+            if v is not o:
+                cast = Builder(n.origin)
+                cast.cast(o, to=v.dtype)
+                nodes.append(replace(cast.nodes[0], outputs=(v,)))
+    return replace(graph, nodes=tuple(nodes))
+
+
+def split_pads(graph: Graph) -> Graph:
     """Split the pads off convolutions and max pools, so that the producer can write into a padded buffer.
 
     Before: conv{before=(1,1), after=(1,1)}(x)    After: conv{before=(0,0), after=(0,0)}(pad(x))

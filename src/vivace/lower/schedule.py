@@ -1,9 +1,11 @@
-"""From a plan to a line of instructions: what runs beside what, what is too small to share out, and how long each storage lives.
+"""From a plan to a line of instructions: what runs beside what, what is too small to share out, and how long each
+storage lives.
 
 Rules:
-* BESIDE: neighbouring steps of which none reads what another writes share one barrier. (Two may write one storage: then they
-  write different parts of it, since every element is written once.)
-* SERIAL: a step whose estimated time is below `SERIAL_NS` runs on one thread: waking and meeting would cost more than they save.
+* BESIDE: neighbouring steps of which none reads what another writes share one barrier. (Two may write one storage:
+  then they write different parts of it, since every element is written once.)
+* SERIAL: a step whose estimated time is below `SERIAL_NS` runs on one thread: waking and meeting would cost more than
+  they save.
 * MOMENT: everything that shares a barrier happens at one moment; lifetimes are counted in moments.
 * TURN: what a loop reads from before it, and what it carries from turn to turn, lives through the whole loop.
 """
@@ -26,8 +28,8 @@ FLOPS_PER_NS, BYTES_PER_NS = 50.0, 10.0
 class Line:
     """One instruction in line; `target` is the index of the line to jump to.
 
-    kinds: run, foreign; jump; unless (jump when the bool at `cond` is false); set (the i64 at `cond` becomes 0), count (it grows by 1),
-    less (go on while the i64 at `cond` is below that at `limit`, else jump).
+    kinds: run, foreign; jump; unless (jump when the bool at `cond` is false); set (the i64 at `cond` becomes 0),
+    count (it grows by 1), less (go on while the i64 at `cond` is below that at `limit`, else jump).
     """
 
     kind: str

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vivace.base.dims import Dim, prod
 from vivace.base.machine import Isa, Machine, host
@@ -65,21 +65,8 @@ def max_rows(nv: int, isa: Isa, n_spare: int = 0) -> int:
     return max(1, min(spare // nv, 14))
 
 
-def fitting(n: Dim, isa: Isa) -> Isa:
-    """The instruction set with vectors no wider than `n` columns need, down to 4 lanes.
-
-    A vector that is half empty wastes half of its multiply-adds; CPUs run 256-bit vectors at least as often as 512-bit
-    ones. AVX-512 keeps its 32 registers and its masks at any width (AVX512VL).
-    """
-    bits = isa.vector_bits
-    while isinstance(n, int) and bits > 128 and n * 32 <= bits // 2:
-        bits //= 2
-    return replace(isa, vector_bits=bits)
-
-
 def panel_lanes(n: Dim, isa: Isa) -> int:
     """Columns per panel of packed B."""
-    isa = fitting(n, isa)
     width = isa.n_f32_lanes
     if not isinstance(n, int):
         return 2 * width
@@ -124,7 +111,7 @@ def pieces(split: tuple[Segment, ...]) -> Dim:
 def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None) -> Tile:
     """The plan of a contraction (merged or not) for an instruction set and the caches of a machine."""
     machine = machine or host()
-    c, isa = merge_axes(c), fitting(c.n, isa)
+    c = merge_axes(c)
     ar = arithmetic_of(c, isa)
     lanes = c.packing.lanes or panel_lanes(c.n, isa)
     nv = lanes // isa.n_f32_lanes

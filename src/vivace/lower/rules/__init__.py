@@ -10,7 +10,13 @@ from vivace.lower.rules.attention import lower_attention
 from vivace.lower.rules.contraction import lower_conv, lower_conv_transpose, lower_matmul
 from vivace.lower.rules.control import lower_if, lower_loop, lower_onnx
 from vivace.lower.rules.elementwise import dims_values, lower_elementwise
-from vivace.lower.rules.indexing import lower_gather, lower_gather_elements, lower_gather_nd, lower_scatter_elements, lower_scatter_nd
+from vivace.lower.rules.indexing import (
+    lower_gather,
+    lower_gather_elements,
+    lower_gather_nd,
+    lower_scatter_elements,
+    lower_scatter_nd,
+)
 from vivace.lower.rules.placement import lower_concat, lower_pad
 from vivace.lower.rules.pool import lower_pool
 from vivace.lower.rules.recurrent import lower_recurrent

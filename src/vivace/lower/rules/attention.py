@@ -38,11 +38,11 @@ def expand_attention(g: Group) -> Graph:
     scores = b.matmul(qs, b.transpose(ks, perm=(*range(rank - 2), rank - 1, rank - 2)))
     scale = attrs["scale"]
     if scale != 1.0:
-        scores = b.mul(scores, b.const(scale, DType.f32))
+        scores = b.mul(scores, b.const(scale, q.dtype))
     if attrs.get("softcap", 0.0):
         cap = attrs["softcap"]
-        scores = b.mul(b.tanh(b.mul(scores, b.const(1.0 / cap, DType.f32))), b.const(cap, DType.f32))
-    low = b.const(-np.inf, DType.f32)
+        scores = b.mul(b.tanh(b.mul(scores, b.const(1.0 / cap, q.dtype))), b.const(cap, q.dtype))
+    low = b.const(-np.inf, q.dtype)
     if m is not None:
         mask_shape: tuple[Dim, ...] = (1,) * (4 - m.rank) + m.shape
         m = b.reshape(m, shape=mask_shape)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from vivace.base.dims import Dim
 from vivace.base.dtypes import DType
-from vivace.loops.kernel import Binary, Expr, Read
+from vivace.loops.contraction import substitute_expr
+from vivace.loops.kernel import Binary, Cast, Expr, Read, Select, Unary
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.rules.elementwise import Params, Tree
@@ -35,6 +37,24 @@ class Epilogue:
         self.expr: Expr | None = None if acc is ACC else acc
         self.extra = tuple(self.params.buffers)
         self.views = list(self.params.views)
+
+    def at(self, index: Mapping[str, Dim], acc: Expr) -> Expr:
+        """The expression with `acc` in the place of the accumulator and loop symbols replaced."""
+        return acc if self.expr is None else _with_acc(substitute_expr(self.expr, index), acc)
+
+
+def _with_acc(e: Expr, acc: Expr) -> Expr:
+    match e:
+        case Read(name="acc"):
+            return acc
+        case Unary(x=x) | Cast(x=x):
+            return replace(e, x=_with_acc(x, acc))
+        case Binary(a=a, b=b):
+            return replace(e, a=_with_acc(a, acc), b=_with_acc(b, acc))
+        case Select(cond=c, a=a, b=b):
+            return Select(_with_acc(c, acc), _with_acc(a, acc), _with_acc(b, acc))
+        case _:
+            return e
 
 
 def tail_flops(g: Group) -> Dim:

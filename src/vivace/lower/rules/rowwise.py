@@ -1,7 +1,7 @@
 """Ops that look at a whole row before they write it: softmax, normalizations, reductions.
 
 The normalized axis is made the last and contiguous. Each row passes through the result's own row as staging when the operand is
-an expression, so no scratch is needed. Statistics are kept in f32.
+an expression, so no scratch is needed. Statistics are kept in f32, those of f64 in f64.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from vivace.loops.kernel import (
     Stmt,
     Store,
     Unary,
+    dtype_of,
 )
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
@@ -48,8 +49,8 @@ def sub(a: Expr, b: Expr) -> Expr:
     return Binary("sub", a, b)
 
 
-def f32(x: float) -> Const:
-    return Const(float(x), F32)
+def number(x: float, dtype: DType) -> Const:
+    return Const(float(x), dtype)
 
 
 class Rows:
@@ -146,8 +147,8 @@ def _trailing(v: View, n: int) -> View:
 
 
 def _can_stage(rows: Rows) -> bool:
-    """The result's row can hold intermediate f32 values: it is f32 and no epilogue operand lies in the same memory."""
-    return rows.out.dtype is F32 and all(v.storage is not rows.out.storage for v in rows.leaves.values())
+    """The result's row can hold intermediate values: it has their dtype and no epilogue operand lies in the same memory."""
+    return rows.out.dtype is rows.y.dtype and all(v.storage is not rows.out.storage for v in rows.leaves.values())
 
 
 def lower_softmax(ctx: Lowering, g: Group) -> None:
@@ -162,18 +163,19 @@ def lower_softmax(ctx: Lowering, g: Group) -> None:
         return
     rows = Rows(ctx, g, rank - 1)
     x = rows.load_x()
-    top = Read("top", F32)
+    t = g.anchor.outputs[0].dtype
+    top, one = Read("top", t), number(1, t)
     body: list[Stmt] = [Let("top", rows.reduce("max", x))]
     if g.anchor.op.name == "log_softmax":
         body += [Let("total", Unary("log", rows.reduce("add", Unary("exp", sub(x, top)))))]
-        body += [rows.each(rows.store(sub(sub(x, top), Read("total", F32))))]
+        body += [rows.each(rows.store(sub(sub(x, top), Read("total", t))))]
     elif _can_stage(rows):
         body += [rows.each(rows.store(Unary("exp", sub(x, top)), last=False))]
-        body += [Let("scale", Binary("div", f32(1), rows.reduce("add", rows.staged())))]
-        body += [rows.each(rows.store(mul(rows.staged(), Read("scale", F32))))]
+        body += [Let("scale", Binary("div", one, rows.reduce("add", rows.staged())))]
+        body += [rows.each(rows.store(mul(rows.staged(), Read("scale", t))))]
     else:
-        body += [Let("scale", Binary("div", f32(1), rows.reduce("add", Unary("exp", sub(x, top)))))]
-        body += [rows.each(rows.store(mul(Unary("exp", sub(x, top)), Read("scale", F32))))]
+        body += [Let("scale", Binary("div", one, rows.reduce("add", Unary("exp", sub(x, top)))))]
+        body += [rows.each(rows.store(mul(Unary("exp", sub(x, top)), Read("scale", t))))]
     rows.emit(ctx, g.anchor.op.name, body)
 
 
@@ -221,37 +223,32 @@ def lower_norm(ctx: Lowering, g: Group) -> None:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     rows = Rows(ctx, g, first, [ctx.view(v).expand(y.shape) for v in affine])
     at = dict(zip(affine, rows.extra, strict=True))
-    x = rows.load_x()
-    if x_value.dtype is not F32:
-        x = Cast(F32, x)
-    inverse = Binary("div", f32(1), Cast(F32, Index(rows.length, DType.i64)))
-    eps = f32(node.attrs["epsilon"])
+    t = DType.f64 if x_value.dtype is DType.f64 else F32
+    x = _as(rows.load_x(), t)
+    inverse = Binary("div", number(1, t), Cast(t, Index(rows.length, DType.i64)))
+    eps = number(node.attrs["epsilon"], t)
     body: list[Stmt] = []
     centered: Expr = x
     if node.op.name == "layer_norm":
         body.append(Let("mean", mul(rows.reduce("add", x), inverse)))
-        centered = sub(x, Read("mean", F32))
+        centered = sub(x, Read("mean", t))
     body.append(
         Let(
             "scale",
-            Binary("div", f32(1), Unary("sqrt", add(mul(rows.reduce("add", mul(centered, centered)), inverse), eps))),
+            Binary("div", number(1, t), Unary("sqrt", add(mul(rows.reduce("add", mul(centered, centered)), inverse), eps))),
         )
     )
-    value: Expr = mul(centered, Read("scale", F32))
+    value: Expr = mul(centered, Read("scale", t))
     if scale is not None:
-        value = mul(value, _as_f32(rows.load(at[scale])))
+        value = mul(value, _as(rows.load(at[scale]), t))
     if bias is not None:
-        value = add(value, _as_f32(rows.load(at[bias])))
-    if y.dtype is not F32:
-        value = Cast(y.dtype, value)
-    body.append(rows.each(rows.store(value)))
+        value = add(value, _as(rows.load(at[bias]), t))
+    body.append(rows.each(rows.store(_as(value, y.dtype))))
     rows.emit(ctx, node.op.name, body)
 
 
-def _as_f32(x: Expr) -> Expr:
-    from vivace.loops.kernel import dtype_of
-
-    return x if dtype_of(x) is F32 else Cast(F32, x)
+def _as(x: Expr, dtype: DType) -> Expr:
+    return x if dtype_of(x) is dtype else Cast(dtype, x)
 
 
 _REDUCE = {"reduce_sum": "add", "reduce_mean": "add", "reduce_max": "max", "reduce_min": "min", "reduce_prod": "mul"}

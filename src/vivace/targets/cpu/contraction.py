@@ -39,7 +39,7 @@ def emit_contraction(c: Contraction, isa: Isa, tile: Tile | None = None) -> Kern
     Raises: UnsupportedError for operands that no kernel multiplies, or that lie in a way that low precision does not
     take: B not packed, or a run of A that is not contiguous.
     """
-    merged, isa = merge_axes(c), fitting(c.n, isa)
+    merged = merge_axes(c)
     ar = arithmetic_of(merged, isa)
     if ar.group > 1:
         _require_packed(c)
