@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from vivace.base.knobs import render_knobs
+from vivace.optimize.rulebook import render_rules
 
-PAGES = {"knobs.md": render_knobs}
+PAGES = {"knobs.md": render_knobs, "rules.md": render_rules}
 
 if __name__ == "__main__":
     for name, render in PAGES.items():
