@@ -51,6 +51,8 @@ def test_version(cli) -> None:  # type: ignore[no-untyped-def]
         ["run", "nowhere.onnx", "--level", "quick"],
         ["run", "nowhere.onnx", "--shapes", "x=3"],
         ["opt", "nowhere.onnx", "-p", "fly"],
+        ["optimize", "nowhere.onnx"],
+        ["optimize", "nowhere.onnx", "no/folder/out.onnx"],
     ],
     ids=lambda arguments: " ".join(arguments),
 )

@@ -187,3 +187,27 @@ def test_compile_then_run_and_inspect(cli, model: Path, tmp_path: Path) -> None:
     engine.write_bytes(engine.read_bytes()[:500])
     broken = cli("run", engine)
     assert broken.code == 2 and "small.vivace" in broken.err
+
+
+@pytest.mark.parametrize("verb", ["run", "bench", "inspect", "compile", "opt"])
+@pytest.mark.parametrize("content", [b"", b"garbage", None], ids=["empty", "garbage", "truncated"])
+def test_damaged_models(cli, model: Path, tmp_path: Path, verb: str, content: bytes | None) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "bad.onnx"
+    path.write_bytes(model.read_bytes()[:100] if content is None else content)
+    result = cli(verb, path)
+    assert result.code == 2
+    assert result.err.startswith("error: bad.onnx: ") and result.err.count("\n") == 1
+    assert [item.name for item in tmp_path.iterdir()] == ["bad.onnx"]
+
+
+def test_outputs_are_refused_before_the_work(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    nowhere, device = tmp_path / "no" / "out", Path("/dev/null")
+    for arguments in (
+        ("compile", model, "-o"), ("run", model, "-o"), ("optimize", model), ("inspect", model, "--html"),
+        ("bench", model, "--html"), ("demo", "-o"),
+    ):  # fmt: skip
+        for place in (nowhere, device):
+            result = cli(*arguments, place)
+            assert result.code == 2, arguments
+            assert str(place.parent if place is nowhere else place) in result.err
+    assert device.is_char_device()

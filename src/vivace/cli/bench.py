@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vivace.base.errors import GateError, InputError, VivaceError
+from vivace.base.errors import GateError, InputError, ProviderError, VivaceError
 from vivace.cli import options
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def bench_model(
     from vivace.measure.compare import Tolerance
     from vivace.measure.inputs import parse_shapes
 
+    options.check_output(html)
     given = parse_shapes(shapes)
     job = Job(model, options.threads_of(threads), precision, given, level=options.level_of(level), target=target)
     others = [name for name in options.split(against) if name != "native"]
@@ -149,7 +150,13 @@ def gather_inputs(job: Job, inputs: Sequence[str], seed: int) -> tuple[dict[str,
 
     if is_saved(job.model):
         raise InputError("a saved engine cannot be compared", where=str(job.model), expected="an ONNX model")
-    specs = open_engine("onnxruntime", replace(job, precision="f32", level=0, shapes={})).inputs
+    try:
+        specs = open_engine("onnxruntime", replace(job, precision="f32", level=0, shapes={})).inputs
+    except ProviderError:
+        from vivace.onnx.reader import read
+
+        read(job.model)  # which says better what is wrong with a model
+        raise
     arrays, sizes = options.gather(specs, job.shapes, inputs, seed)
     return arrays, replace(job, shapes={name: tuple(a.shape) for name, a in arrays.items()}, sizes=sizes)
 

@@ -39,6 +39,7 @@ def compile_model(
     if not model.exists():
         raise InputError("no such file", where=str(model), expected="an ONNX model")
     path = output or model.with_suffix(".vivace")
+    options.check_output(path)
     start = time.perf_counter()
     with progress() as show:
         engine = vivace.compile(

@@ -46,6 +46,7 @@ def show_demo(
     from vivace.cli.demo_models import find_models
     from vivace.cli.page import draw_page, read_picture, write_picture
 
+    options.check_output(output)
     picture = read_picture(image) if image is not None else draw_page()
     with progress() as show:
         if show:

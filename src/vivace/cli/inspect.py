@@ -38,6 +38,7 @@ def inspect_model(
 
     if not model.exists():
         raise InputError("no such file", where=str(model), expected="an ONNX model or a saved engine")
+    options.check_output(html)
     if is_saved(model):
         _inspect_engine(model, as_json)
         return

@@ -34,6 +34,7 @@ def optimize(
 
     if output is None and not dry_run:
         raise InputError("no file to write is named", where="OUTPUT", expected="a path", hint="--dry-run to only look")
+    options.check_output(output)
     with progress() as show:
         if show:
             show(f"optimizing {model.name}", 0, 1)

@@ -60,6 +60,16 @@ def threads_of(count: int) -> int:
     return count or knobs.threads or host().n_compute_threads
 
 
+def check_output(path: Path | None) -> None:
+    """Raises: InputError where no file can be written; called before the work whose result it is to hold."""
+    if path is None:
+        return
+    if path.exists() and not path.is_file():
+        raise InputError("is no regular file", where=str(path), expected="a file, or a name that is free")
+    if not path.parent.is_dir():
+        raise InputError("the folder does not exist", where=str(path.parent), hint=f"mkdir -p {path.parent}")
+
+
 def is_native(provider: str) -> bool:
     """Whether our own compiler has a part in the engine, and no other engine runs all of it."""
     return provider == "auto" or "native" in split(provider)

@@ -45,6 +45,7 @@ def run_model(
     from vivace.cli.contestants import Job, open_engine
     from vivace.measure.inputs import parse_shapes
 
+    _check_archive(save)
     given = parse_shapes(shapes)
     job = Job(model, options.threads_of(threads), precision, given, level=options.level_of(level), target=target)
     with progress() as show:
@@ -142,6 +143,12 @@ def _facts(array: np.ndarray) -> dict[str, Any]:
     return facts
 
 
+def _check_archive(path: Path | None) -> None:
+    options.check_output(path)
+    if path is not None and path.suffix != ".npz":
+        raise InputError("outputs are written as .npz", where=str(path), expected="a name that ends in .npz")
+
+
 def _save(path: Path, outputs: dict[str, np.ndarray]) -> None:
     import io
 
@@ -149,8 +156,6 @@ def _save(path: Path, outputs: dict[str, np.ndarray]) -> None:
 
     from vivace.base.cache import write_atomic
 
-    if path.suffix != ".npz":
-        raise InputError("outputs are written as .npz", where=str(path), expected="a name that ends in .npz")
     held = io.BytesIO()
     np.savez(held, allow_pickle=False, **outputs)
     write_atomic(path, [held.getbuffer()])

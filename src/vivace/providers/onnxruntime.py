@@ -5,6 +5,7 @@ Not handled: other execution providers, sequences and maps as outputs (they are 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -125,9 +126,9 @@ def _dim(size: int | str | None, name: str, axis: int) -> Dim:
 
 
 def _first_line(error: Exception) -> str:
-    """The message without ONNX Runtime's code and file names."""
+    """The message without ONNX Runtime's numbers and code words."""
     text = str(error).partition("\n")[0].strip()
-    return text.removeprefix("[ONNXRuntimeError] :").strip() or type(error).__name__
+    return re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text) or type(error).__name__
 
 
 def runner(model: bytes, threads: int) -> Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]:
