@@ -17,7 +17,7 @@ from vivace.loops.contraction import Contraction, contraction_dims, contraction_
 from vivace.loops.kernel import Load, walk
 from vivace.lower.arithmetic import SIGN_OFFSET, arithmetic_of
 from vivace.lower.pack import contiguous_run
-from vivace.lower.tile import Tile, choose_tile, fitting
+from vivace.lower.tile import Tile, choose_tile
 from vivace.targets.cpu.builder import Value
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.contraction_body import Operands, Shape, Sum
