@@ -52,7 +52,7 @@ class KernelTable:
                 _shorten(", ".join(row.nodes)),
                 f"{row.seconds * 1e6:.1f}",
                 f"{row.seconds / total:.1%}",
-                amount(row.operations_per_second),
+                amount(row.operations_per_second) if row.flops else "-",
                 size(row.bytes),
                 f"{row.share_of_limit:.0%}",
             ]
