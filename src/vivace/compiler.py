@@ -136,7 +136,8 @@ def load(path: str | Path, *, threads: int | None = None) -> Engine | HostedEngi
 
 
 def portable_model(source: object, shapes: Mapping[str, Sequence[int]] | None) -> bytes:
-    """The model as one ONNX file. A path is read again, so that an engine need not keep a second copy of the weights."""
+    """The model as one ONNX file. A path is read again, so that an engine need not keep a second copy of the
+    weights."""
     from vivace.onnx.exporter import export
 
     return export(load_graph(source, shapes)).SerializeToString()

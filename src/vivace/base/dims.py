@@ -1,7 +1,8 @@
 """Integers that may be symbolic: tensor dims, index arithmetic of the loop IR, sizes and offsets.
 
 A `Dim` is an `int` or an `Expr`. An `Expr` is a polynomial with integer coefficients over *atoms*:
-named symbols with bounds, and `floordiv`, `mod`, `min`, `max` of other dims. Polynomials are kept in one canonical form,
+named symbols with bounds, and `floordiv`, `mod`, `min`, `max` of other dims. Polynomials are kept in one canonical
+form,
 so two equal polynomials compare equal and hash alike. Anything that becomes constant collapses to a plain `int`.
 
 Rules:
@@ -400,7 +401,8 @@ def _parse(node: ast.expr, lo: Bound) -> Dim:
 
 
 def to_data(d: Dim) -> object:
-    """A dim as JSON data: an int, or a list of `[coefficient, [atom, ..]]` where an atom is a name with bounds or a function."""
+    """A dim as JSON data: an int, or a list of `[coefficient, [atom, ..]]` where an atom is a name with bounds or a
+    function."""
     if not isinstance(d, Expr):
         return int(d)
     return [[c, [_atom_data(a) for a in m]] for m, c in d.terms]

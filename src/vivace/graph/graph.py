@@ -6,11 +6,14 @@
     }
 
 Rules:
-* SSA: a value is defined once: as a graph input, by one node, or as a constant (a value with `data`); nodes stand in execution order.
+* SSA: a value is defined once: as a graph input, by one node, or as a constant (a value with `data`); nodes stand in
+  execution order.
 * IDENTITY: values compare by identity; a name is for people and for the text format.
-* CLOSED: a graph in an attribute (the branches of `if`, the body of `loop`) sees nothing of the outer graph: what it uses comes in as inputs.
+* CLOSED: a graph in an attribute (the branches of `if`, the body of `loop`) sees nothing of the outer graph: what it
+  uses comes in as inputs.
 * OPTIONAL: an absent optional input is None; trailing Nones are dropped.
-* ORIGIN: `origin` names the ONNX nodes that a node came from, then the rules that touched it: `("/fc/MatMul", "+fold_scale")`.
+* ORIGIN: `origin` names the ONNX nodes that a node came from, then the rules that touched it: `("/fc/MatMul",
+  "+fold_scale")`.
 """
 
 from __future__ import annotations
@@ -96,9 +99,12 @@ class Cost:
 class Op:
     """Everything true of an operator whatever the target.
 
-    `infer` gives the output types from the input types (raising GraphError or DimMismatch); `evaluate` is the meaning, in NumPy,
-    on arrays and integer attrs; `flops` counts arithmetic. `exact` says that a correct implementation gives the same bits;
-    otherwise `tolerance` bounds |got - want| / (1 + |want|) for f32 and says how far correct implementations may differ, per unit of
+    `infer` gives the output types from the input types (raising GraphError or DimMismatch); `evaluate` is the
+    meaning, in NumPy,
+    on arrays and integer attrs; `flops` counts arithmetic. `exact` says that a correct implementation gives the same
+    bits;
+    otherwise `tolerance` bounds |got - want| / (1 + |want|) for f32 and says how far correct implementations may
+    differ, per unit of
     reduction depth where the op reduces.
     """
 

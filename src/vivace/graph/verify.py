@@ -7,7 +7,8 @@ from vivace.graph.graph import Graph, Value, subgraphs
 
 
 def verify(graph: Graph, where: str = "") -> None:
-    """Raise GraphError unless every value is defined once, before use, with the type that its op infers. Cost: O(nodes)."""
+    """Raise GraphError unless every value is defined once, before use, with the type that its op infers. Cost:
+    O(nodes)."""
     seen: set[Value] = set(graph.inputs)
     if len(seen) != len(graph.inputs):
         raise GraphError("a value is listed twice among the inputs", where=where)

@@ -1,11 +1,14 @@
 """Which nodes share a kernel.
 
 A group has an *anchor* (the node that decides its loops) and element-wise nodes around it:
-* an anchor with its own loops (convolution, product, softmax, ..) takes in the element-wise nodes that follow it: its *epilogue*;
-* otherwise the last of a tree of element-wise nodes is the anchor and takes in its producers: they are computed where they are read.
+* an anchor with its own loops (convolution, product, softmax, ..) takes in the element-wise nodes that follow it: its
+  *epilogue*;
+* otherwise the last of a tree of element-wise nodes is the anchor and takes in its producers: they are computed where
+  they are read.
 Movement nodes that strides can say (transpose, slice, expand, reshape) belong to no group: they become views.
 
-Rule ORDER: a group runs at the position of its anchor in the graph. An epilogue may use only values that exist by then, so that
+Rule ORDER: a group runs at the position of its anchor in the graph. An epilogue may use only values that exist by
+then, so that
 the order of the anchors is an order of execution and no cycle can arise.
 """
 

@@ -1,6 +1,7 @@
 """The image: everything an engine needs at run time, as plain data that can be saved and read back.
 
-An image knows no LLVM, no ONNX and no graph: lines of instructions over numbered storages and kernels. Sizes, offsets and units are
+An image knows no LLVM, no ONNX and no graph: lines of instructions over numbered storages and kernels. Sizes, offsets
+and units are
 dims; an arena storage number k lies at the byte offset named by the symbol `@k`, which a binding fixes.
 """
 
@@ -21,7 +22,8 @@ from vivace.lower.views import Storage, View
 
 @dataclass(frozen=True, slots=True)
 class StorageEntry:
-    """A storage by number. Bytes; `constant` is an index into the image's constants; moments say how long an arena storage lives."""
+    """A storage by number. Bytes; `constant` is an index into the image's constants; moments say how long an arena
+    storage lives."""
 
     kind: str
     n_bytes: Dim
@@ -43,7 +45,8 @@ class KernelEntry:
 
 @dataclass(frozen=True, slots=True)
 class ForeignEntry:
-    """A node that another provider runs: a small ONNX model, and views `(storage, byte offset, dtype, shape)` in its order."""
+    """A node that another provider runs: a small ONNX model, and views `(storage, byte offset, dtype, shape)` in its
+    order."""
 
     model: bytes
     inputs: tuple[tuple[int, Dim, str, tuple[Dim, ...]], ...]
@@ -69,7 +72,8 @@ class LineEntry:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A linked program. `objects` are machine code for `isa`; `constants` the weights; `facts` free metadata for people."""
+    """A linked program. `objects` are machine code for `isa`; `constants` the weights; `facts` free metadata for
+    people."""
 
     isa: str
     inputs: tuple[TensorSpec, ...]

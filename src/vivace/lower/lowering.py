@@ -1,10 +1,13 @@
 """Graph -> Plan: every group becomes kernel calls over views.
 
-`lower(graph, isa)` is the driver; the rules per family live in `lower/rules/`, each a function `(Lowering, Group) -> None` that
+`lower(graph, isa)` is the driver; the rules per family live in `lower/rules/`, each a function `(Lowering, Group) ->
+None` that
 reads operands through `view`, asks `target` where its result goes, and appends steps through `emit`.
 
-Placement: a value is written where its reader wants it. An operand of `concat` is written into its part of the result, the operand of
-`pad` into the interior, a graph output into the caller's array; each happens once per value, a second wish is served by a copy.
+Placement: a value is written where its reader wants it. An operand of `concat` is written into its part of the
+result, the operand of
+`pad` into the interior, a graph output into the caller's array; each happens once per value, a second wish is served
+by a copy.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ Rule = Callable[["Lowering", Group], None]
 
 
 class Lowering:
-    """The state of one lowering: where each value lies, and the steps so far. `parent` is the lowering around a branch."""
+    """The state of one lowering: where each value lies, and the steps so far. `parent` is the lowering around a
+    branch."""
 
     def __init__(self, graph: Graph, isa: Isa, parent: Lowering | None = None) -> None:
         self.graph, self.isa = graph, isa
@@ -63,7 +67,8 @@ class Lowering:
         return dense(self.packed[key], data.shape)
 
     def view(self, value: Value) -> View:
-        """Where a value lies; movement nodes are resolved to views of their operands, copied only where strides cannot say it."""
+        """Where a value lies; movement nodes are resolved to views of their operands, copied only where strides
+        cannot say it."""
         if value in self.views:
             return self.views[value]
         if value.data is not None:
@@ -122,7 +127,8 @@ class Lowering:
     ) -> None:  # fmt: skip
         """Append a step. `views` follow the kernel's params; those at `written` (an index or several) are the results.
 
-        `updates` says that the results hold data already, of which the step changes a part: it must run after those who wrote it.
+        `updates` says that the results hold data already, of which the step changes a part: it must run after those
+        who wrote it.
         """
         results = {written} if isinstance(written, int) else set(written)
         if all(any(d == 0 for d in views[i].shape) for i in results):
@@ -155,7 +161,8 @@ class Lowering:
     # ---- placement --------------------------------------------------------------------------------------------------
 
     def plan_placement(self, groups: Sequence[Group], outputs: Sequence[tuple[Value, View]]) -> None:
-        """Decide which group outputs are written straight into an output, a concatenation, a padded buffer, or transposed."""
+        """Decide which group outputs are written straight into an output, a concatenation, a padded buffer, or
+        transposed."""
         computed = {v for g in groups for v in (g.output, *g.anchor.outputs)}
         for value, out in outputs:
             self._place(value, lambda o=out: o, computed)
@@ -185,7 +192,8 @@ class Lowering:
                 )
 
     def _place(self, value: Value, make: Placement, computed: set[Value]) -> None:
-        """Have `value` written into the view that `make` gives, through reshapes and transposes back to what computes it."""
+        """Have `value` written into the view that `make` gives, through reshapes and transposes back to what computes
+        it."""
         while value not in computed and value in self.producer:
             node = self.producer[value]
             x = node.inputs[0] if node.inputs else None

@@ -1,6 +1,7 @@
 """The memory plan: an offset in one arena for every storage, by lifetimes.
 
-Source: greedy by size with best fit, Pisarchyk and Lee, "Efficient memory management for deep neural net inference" (2020);
+Source: greedy by size with best fit, Pisarchyk and Lee, "Efficient memory management for deep neural net inference"
+(2020);
 several orders are tried and the smallest arena kept. The lower bound is the largest sum of sizes alive at one moment.
 """
 
@@ -32,7 +33,8 @@ class MemoryPlan:
 
 
 def plan_memory(lifetimes: Sequence[Lifetime]) -> MemoryPlan:
-    """Place every lifetime so that none that overlap in time overlap in memory. Cost: O(n^2) for n lifetimes, tens of ms for 1000."""
+    """Place every lifetime so that none that overlap in time overlap in memory. Cost: O(n^2) for n lifetimes, tens of
+    ms for 1000."""
     sizes = [-(-t.n_bytes // ALIGNMENT) * ALIGNMENT for t in lifetimes]
     order = range(len(lifetimes))
     bound = lower_bound(lifetimes)

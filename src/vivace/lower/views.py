@@ -1,7 +1,8 @@
 """Where values lie: storages, and views of them.
 
 A `Storage` is a run of memory: a planned piece of the arena, a constant, an input or an output of the call.
-A `View` says where the elements of a value lie in a storage: an offset and a stride per axis, in elements. Movement ops are
+A `View` says where the elements of a value lie in a storage: an offset and a stride per axis, in elements. Movement
+ops are
 views where strides can say them (transpose, slice, expand, most reshapes) and cost nothing.
 A view without a storage is an *iota*: its "address" is its value, so it moves through the same functions.
 """
@@ -23,7 +24,8 @@ Kind = Literal["arena", "constant", "input", "output"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Storage:
-    """Memory that steps read and write; compared by identity. `size` is in elements, `index` the position of an input or output."""
+    """Memory that steps read and write; compared by identity. `size` is in elements, `index` the position of an input
+    or output."""
 
     name: str
     dtype: DType
@@ -129,7 +131,8 @@ def collapse(
 ) -> tuple[tuple[Dim, ...], list[View], list[list[int]]]:
     """Merge adjacent axes that every view walks as one; drop axes of extent 1. All views have the given shape.
 
-    `keep` leading axes stay apart. Returns the merged shape, the views over it, and the original axes in each merged one.
+    `keep` leading axes stay apart. Returns the merged shape, the views over it, and the original axes in each merged
+    one.
     """
     groups: list[list[int]] = []
     for axis in range(len(shape)):

@@ -3,7 +3,8 @@
     engine.run({"x": x})      dict of name -> array
     engine(x)                 arrays in the model's order
 
-`run` may be called from several Python threads at once; the GIL is released while native code runs. Each concurrent run uses
+`run` may be called from several Python threads at once; the GIL is released while native code runs. Each concurrent
+run uses
 a context of its own (arena and tables); contexts are kept for reuse.
 """
 
@@ -138,7 +139,8 @@ class Engine:
         return results
 
     def _new_call(self, shapes: tuple[tuple[int, ...], ...]) -> Call:
-        """Solve the dims of a call with these shapes, and keep the answer. Raises: InputError where a shape does not fit."""
+        """Solve the dims of a call with these shapes, and keep the answer. Raises: InputError where a shape does not
+        fit."""
         dims = self._solver.solve(shapes)
         results = [(tuple(evaluate(d, dims) for d in s.shape), s.dtype.numpy) for s in self.outputs]
         if len(self._calls) >= MAX_CALLS:

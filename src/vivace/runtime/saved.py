@@ -5,10 +5,12 @@
     8 bytes   length of the header
     32 bytes  SHA-256 of the header
     header    JSON: the image without its bytes, and a table of sections (offset, length, check)
-    sections  each at a multiple of 64: `code/N` (machine code), `constant/N` (weights), `foreign/N`, `portable` (the model as ONNX)
+    sections  each at a multiple of 64: `code/N` (machine code), `constant/N` (weights), `foreign/N`, `portable` (the
+    model as ONNX)
 
 Rules:
-* CHECKED: nothing is mapped executable before header and code match their SHA-256. Weights carry block sums (see `block_check`), which find
+* CHECKED: nothing is mapped executable before header and code match their SHA-256. Weights carry block sums (see
+  `block_check`), which find
   damage, not malice: weights cannot run code.
 * MAPPED: weights stay in the file, memory-mapped and shared between processes.
 * ELSEWHERE: on a CPU that lacks what the code needs the portable model is compiled again.
@@ -41,7 +43,8 @@ _MAX_HEADER = 1 << 28
 
 
 def block_check(data: np.ndarray) -> str:
-    """A check of weights at memory speed: SHA-256 over the 64-bit sum and xor of each 4 MiB block and over the odd tail."""
+    """A check of weights at memory speed: SHA-256 over the 64-bit sum and xor of each 4 MiB block and over the odd
+    tail."""
     raw = data.reshape(-1).view(np.uint8)
     whole = raw[: raw.size // 8 * 8].view(np.uint64)
     digest = hashlib.sha256(raw[raw.size // 8 * 8 :].tobytes())

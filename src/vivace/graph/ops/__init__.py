@@ -1,6 +1,7 @@
 """The core ops, by family. `OPS` maps a name to its record; the families' docstrings give each op's attributes.
 
-An op is core only if it has its own lowering or cannot be written with the others. Everything else of ONNX is a function over these.
+An op is core only if it has its own lowering or cannot be written with the others. Everything else of ONNX is a
+function over these.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Element-wise ops; operands of binary ops broadcast as in NumPy and have one dtype.
 
-unary   neg abs sqrt exp log log1p expm1 erf sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh sigmoid floor ceil
+unary   neg abs sqrt exp log log1p expm1 erf sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh sigmoid floor
+ceil
         round (half to even) sign not bitnot isnan isinf relu silu
-        gelu{approximate: "none"|"tanh"}  leaky_relu{alpha}  hard_sigmoid{alpha, beta}  hard_swish  clip{min, max: float|None}  cast{to: DType}
+        gelu{approximate: "none"|"tanh"}  leaky_relu{alpha}  hard_sigmoid{alpha, beta}  hard_swish  clip{min, max:
+        float|None}  cast{to: DType}
 binary  add sub mul div (integers truncate toward zero)  mod{fmod: bool}  pow  max  min  eq ne lt le gt ge  and or xor
         bitand bitor bitxor shl shr
 ternary where(cond, a, b)

@@ -3,8 +3,10 @@
 reshape{shape}                    same elements, row-major order
 transpose{perm}
 expand{shape}                     broadcast to `shape` (NumPy's broadcast_to)
-slice{starts, sizes, steps}       one entry per axis; element i of an axis is input `start + i * step`; steps may be negative
-pad{before, after, mode, value}   one entry per axis, non-negative; mode constant|edge|reflect|wrap; value used by constant
+slice{starts, sizes, steps}       one entry per axis; element i of an axis is input `start + i * step`; steps may be
+negative
+pad{before, after, mode, value}   one entry per axis, non-negative; mode constant|edge|reflect|wrap; value used by
+constant
 concat{axis}(x0, x1, ...)
 iota{shape, axis, dtype}          the index along `axis`
 dims{values}                      i64[len(values)], the values of dims

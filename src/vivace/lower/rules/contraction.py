@@ -36,11 +36,13 @@ def emit_contraction(
     ctx.emit(label, c, ordered, len(ordered) - 1, g.nodes, flops, moved)
 
 
-# ---- matrix products ----------------------------------------------------------------------------------------------------
+# ---- matrix products
+# ----------------------------------------------------------------------------------------------------
 
 
 def lower_matmul(ctx: Lowering, g: Group) -> None:
-    """NumPy's matmul: rows of the left operand (its batch axes too, where the right one has none) against panels of the right."""
+    """NumPy's matmul: rows of the left operand (its batch axes too, where the right one has none) against panels of
+    the right."""
     a_value, b_value = g.anchor.inputs[0], g.anchor.inputs[1]
     assert a_value is not None and b_value is not None
     y = g.anchor.outputs[0]

@@ -73,7 +73,8 @@ class Tree:
                 self.leaves[v] = self.ctx.view(v).expand(self.root.shape)
 
     def expr(self, leaf: Callable[[Value], Expr], given: dict[Value, Expr] | None = None) -> Expr:
-        """The root as an expression. Shared nodes share one expression object, which the code generator computes once."""
+        """The root as an expression. Shared nodes share one expression object, which the code generator computes
+        once."""
         made: dict[Value, Expr] = dict(given or {})
 
         def visit(v: Value) -> Expr:

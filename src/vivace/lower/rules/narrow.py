@@ -1,6 +1,8 @@
-"""Convolutions with few results per pixel and group: a vector of results would be half empty, so vectors run along the taps.
+"""Convolutions with few results per pixel and group: a vector of results would be half empty, so vectors run along
+the taps.
 
-Each result is a dot product of the window with the kernel. Windows whose rows are contiguous (channels-last, dilation 1) merge
+Each result is a dot product of the window with the kernel. Windows whose rows are contiguous (channels-last, dilation
+1) merge
 their innermost taps into one run, which should fill a vector.
 """
 
@@ -54,7 +56,8 @@ def lower_narrow(
     taps: Sequence[Axis],
     epilogue: Epilogue,
 ) -> None:
-    """Append the kernel. `x` and `out` are channels-last; `rows` are image and output positions; `epilogue` reads `acc`."""
+    """Append the kernel. `x` and `out` are channels-last; `rows` are image and output positions; `epilogue` reads
+    `acc`."""
     w_value = g.anchor.inputs[1]
     assert w_value is not None and w_value.data is not None
     groups, oc = g.anchor.attrs["group"], w_value.data.shape[0]

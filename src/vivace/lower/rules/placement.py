@@ -1,4 +1,5 @@
-"""concat and pad: most operands were written in place by their producers; here the rest is copied and borders are filled."""
+"""concat and pad: most operands were written in place by their producers; here the rest is copied and borders are
+filled."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from vivace.lower.rules.elementwise import Params, Tree
 
 
 def lower_pool(ctx: Lowering, g: Group) -> None:
-    """max_pool and avg_pool. Cells outside the input are never read: they are -inf for the maximum and 0 for the sum."""
+    """max_pool and avg_pool. Cells outside the input are never read: they are -inf for the maximum and 0 for the
+    sum."""
     node = g.anchor
     attrs = node.attrs
     x_value, y = node.inputs[0], node.outputs[0]

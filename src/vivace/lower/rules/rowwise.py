@@ -1,6 +1,7 @@
 """Ops that look at a whole row before they write it: softmax, normalizations, reductions.
 
-The normalized axis is made the last and contiguous. Each row passes through the result's own row as staging when the operand is
+The normalized axis is made the last and contiguous. Each row passes through the result's own row as staging when the
+operand is
 an expression, so no scratch is needed. Statistics are kept in f32, those of f64 in f64.
 """
 
@@ -147,7 +148,8 @@ def _trailing(v: View, n: int) -> View:
 
 
 def _can_stage(rows: Rows) -> bool:
-    """The result's row can hold intermediate values: it has their dtype and no epilogue operand lies in the same memory."""
+    """The result's row can hold intermediate values: it has their dtype and no epilogue operand lies in the same
+    memory."""
     return rows.out.dtype is rows.y.dtype and all(v.storage is not rows.out.storage for v in rows.leaves.values())
 
 
@@ -255,7 +257,8 @@ _REDUCE = {"reduce_sum": "add", "reduce_mean": "add", "reduce_max": "max", "redu
 
 
 def lower_reduce(ctx: Lowering, g: Group) -> None:
-    """Reductions over any axes. Rows are reduced along the vector where the reduced axis is the contiguous one; otherwise
+    """Reductions over any axes. Rows are reduced along the vector where the reduced axis is the contiguous one;
+    otherwise
     neighbouring results share a vector."""
     node = g.anchor
     x_value, y = node.inputs[0], node.outputs[0]

@@ -1,4 +1,5 @@
-"""From specs of the plan to machine code: one kernel per distinct spec, compiled once per machine and kept in the disk cache."""
+"""From specs of the plan to machine code: one kernel per distinct spec, compiled once per machine and kept in the
+disk cache."""
 
 from __future__ import annotations
 
@@ -41,7 +42,8 @@ def generate(
 ) -> tuple[list[KernelCode], list[int], list[bytes], int]:
     """Compile the distinct specs.
 
-    Returns the kernels, for each spec the number of its kernel, the object of each kernel, and how many were compiled anew.
+    Returns the kernels, for each spec the number of its kernel, the object of each kernel, and how many were compiled
+    anew.
     """
     numbers: list[int] = []
     seen: dict[str, int] = {}
