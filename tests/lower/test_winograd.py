@@ -11,7 +11,7 @@ from tests.lower.harness import HERE, build, check, run_plan
 
 from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
-from vivace.base.machine import ISAS
+from vivace.base.machine import ISAS, Isa
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Node, Type, Value
 from vivace.loops.blocked import Blocked
@@ -26,21 +26,17 @@ TOLERANCE = 1e-5
 
 
 def conv(
-    b: Builder, x: Value, n_out: int, pad: int = 1, bias: bool = True, layout: str = "NHWC", **attrs: object
-) -> Value:
+    b: Builder, x: Value, n_out: int, pad: int = 1, bias: bool = True, layout: str = "NHWC",
+    kernel: tuple[int, ...] = (3, 3), **attrs: object
+) -> Value:  # fmt: skip
     rng = np.random.default_rng(3)
     channels = x.shape[-1 if layout == "NHWC" else 1]
     assert isinstance(channels, int)
-    w = b.const((rng.standard_normal((n_out, channels, 3, 3)) / np.sqrt(9 * channels)).astype(np.float32))
-    base: dict[str, object] = {
-        "strides": (1, 1),
-        "dilations": (1, 1),
-        "before": (pad, pad),
-        "after": (pad, pad),
-        "group": 1,
-    }
+    w = b.const((rng.standard_normal((n_out, channels, *kernel)) / np.sqrt(9 * channels)).astype(np.float32))
+    pads, ones = tuple(pad if k > 1 else 0 for k in kernel), (1,) * len(kernel)
+    base: dict[str, object] = {"strides": ones, "dilations": ones, "before": pads, "after": pads, "group": 1}
     ins = (x, w, b.const(rng.standard_normal(n_out).astype(np.float32))) if bias else (x, w)
-    return b.conv(*ins, layout=layout, **{**base, **attrs})  # type: ignore[no-any-return]
+    return b.conv(*ins, layout=layout, **{**base, **attrs})
 
 
 def random(*shape: int) -> np.ndarray:
@@ -51,12 +47,21 @@ def blocked(plan: Plan) -> int:
     return sum(isinstance(s.spec, Blocked) for s in steps_of(plan.body))
 
 
-@pytest.fixture(params=sorted(PAIRS))
-def m(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Every convolution that can is lowered with this m."""
-    size: int = request.param
-    monkeypatch.setattr(winograd, "choose", lambda node, isa: size if winograd.is_possible(node) else 0)
+@pytest.fixture(params=[(2, 2), (4, 4), (4, 2)], ids=str)
+def m(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[int, int]:
+    """Every convolution that can is lowered with this m for rows and columns."""
+    size: tuple[int, int] = request.param
+    use(monkeypatch, size)
     return size
+
+
+def use(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int] | None) -> None:
+    def choose(node: Node, isa: Isa) -> tuple[int, int] | None:
+        if size is None or not winograd.is_possible(node):
+            return None
+        return size if size in winograd.sizes(node) else winograd.sizes(node)[-1]
+
+    monkeypatch.setattr(winograd, "choose", choose)
 
 
 @pytest.mark.parametrize("size", sorted(PAIRS))
@@ -89,12 +94,12 @@ def test_coefficients_are_exact_in_f32(size: int) -> None:
         ((1, 13, 30, 40), 50),
     ],
 )
-def test_shapes(m: int, isa: str, shape: tuple[int, ...], n_out: int) -> None:
+def test_shapes(m: tuple[int, int], isa: str, shape: tuple[int, ...], n_out: int) -> None:
     plan = check(build(lambda b, x: conv(b, x, n_out), Type(F32, shape)), random(*shape), isas=(isa,), tol=TOLERANCE)
     assert blocked(plan) == 1
 
 
-def test_random_shapes(m: int) -> None:
+def test_random_shapes(m: tuple[int, int]) -> None:
     rng = np.random.default_rng(17)
     for _ in range(6):
         n, h, w, c, k = (int(rng.integers(1, most)) for most in (3, 20, 20, 50, 70))
@@ -104,7 +109,7 @@ def test_random_shapes(m: int) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (2, 9, 7), (1, 0, 5), (0, 4, 4), (1, 30, 31), (1, 2, 40)])
-def test_symbolic_dims(m: int, size: tuple[int, int, int]) -> None:
+def test_symbolic_dims(m: tuple[int, int], size: tuple[int, int, int]) -> None:
     shape: tuple[Dim, ...] = (symbol("N", 0), symbol("H", 0), symbol("W", 0), 24)
     check(
         build(lambda b, x: b.relu(conv(b, x, 40)), Type(F32, shape)), random(*size, 24), isas=(HERE[-1],), tol=TOLERANCE
@@ -113,31 +118,54 @@ def test_symbolic_dims(m: int, size: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("isa", HERE)
 @pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
-def test_bias_residual_and_activation_are_the_epilogue(m: int, isa: str, layout: str) -> None:
+def test_bias_residual_and_activation_are_the_epilogue(m: tuple[int, int], isa: str, layout: str) -> None:
     shape, out = ((1, 10, 9, 18), (1, 10, 9, 36)) if layout == "NHWC" else ((1, 18, 10, 9), (1, 36, 10, 9))
 
     def make(b: Builder, x: Value, r: Value) -> Value:
-        return b.relu(b.add(conv(b, x, 36, layout=layout), b.mul(r, b.sigmoid(r))))  # type: ignore[no-any-return]
+        return b.relu(b.add(conv(b, x, 36, layout=layout), b.mul(r, b.sigmoid(r))))
 
     check(build(make, Type(F32, shape), Type(F32, out)), random(*shape), random(*out), isas=(isa,), tol=TOLERANCE)
 
 
-@pytest.mark.parametrize("axis", [1, 3])
-def test_results_are_written_into_their_part_of_a_concatenation(m: int, axis: int) -> None:
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize(
+    ("shape", "kernel", "layout"),
+    [
+        ((1, 37, 24), (3,), "NHWC"),
+        ((2, 24, 30), (3,), "NCHW"),
+        ((1, 9, 10, 17), (1, 3), "NHWC"),
+        ((2, 13, 6, 17), (3, 1), "NHWC"),
+    ],
+)
+def test_lines(
+    monkeypatch: pytest.MonkeyPatch, isa: str, shape: tuple[int, ...], kernel: tuple[int, ...], layout: str
+) -> None:
     def make(b: Builder, x: Value) -> Value:
-        return b.concat(conv(b, x, 16), b.relu(conv(b, x, 16, bias=False)), x, axis=axis)  # type: ignore[no-any-return]
+        y = conv(b, x, 40, layout=layout, kernel=kernel)
+        return b.add(b.relu(y), y)
+
+    for k in PAIRS:
+        use(monkeypatch, (k if kernel[0] > 1 and len(kernel) > 1 else 1, k if kernel[-1] > 1 else 1))
+        plan = check(build(make, Type(F32, shape)), random(*shape), isas=(isa,), tol=TOLERANCE)
+        assert blocked(plan) == 1
+
+
+@pytest.mark.parametrize("axis", [1, 3])
+def test_results_are_written_into_their_part_of_a_concatenation(m: tuple[int, int], axis: int) -> None:
+    def make(b: Builder, x: Value) -> Value:
+        return b.concat(conv(b, x, 16), b.relu(conv(b, x, 16, bias=False)), x, axis=axis)
 
     g = build(make, Type(F32, (1, 7, 6, 16)))
     plan = check(g, random(1, 7, 6, 16), isas=(HERE[-1],), tol=TOLERANCE)
     assert blocked(plan) == 2
 
 
-def test_a_chain_writes_into_padded_buffers(m: int) -> None:
+def test_a_chain_writes_into_padded_buffers(m: tuple[int, int]) -> None:
     g = build(lambda b, x: conv(b, b.relu(conv(b, x, 20)), 12, pad=2), Type(F32, (2, 6, 11, 8)))
     check(g, random(2, 6, 11, 8), isas=(HERE[-1],), tol=TOLERANCE)
 
 
-def test_memory_outside_the_input_is_not_read(m: int) -> None:
+def test_memory_outside_the_input_is_not_read(m: tuple[int, int]) -> None:
     """Guard zones around every storage hold huge numbers: one of them in a tile would show."""
     g = build(lambda b, x: conv(b, x, 16, pad=0), Type(F32, (1, 9, 8, 16)))
     plan = lower(g, ISAS[HERE[-1]])
@@ -148,7 +176,7 @@ def test_memory_outside_the_input_is_not_read(m: int) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_engines_with_threads(m: int, threads: int) -> None:
+def test_engines_with_threads(m: tuple[int, int], threads: int) -> None:
     from vivace.compiler import build_image
     from vivace.runtime.engine import Engine
 
@@ -191,7 +219,7 @@ def test_errors_stay_within_the_bounds_that_the_rule_states(
     largest: dict[int, float] = {}
     typical: dict[int, float] = {}
     for size in (0, *PAIRS):
-        monkeypatch.setattr(winograd, "choose", lambda node, isa, size=size: size)
+        use(monkeypatch, (size, size) if size else None)
         got = run_plan(lower(g, ISAS[HERE[-1]]), [x], {}, HERE[-1])[0]
         largest[size] = float(np.abs(got - want).max() / np.abs(want).max())
         typical[size] = float(np.sqrt(np.mean((got - want) ** 2)) / np.abs(want).max())
@@ -200,37 +228,45 @@ def test_errors_stay_within_the_bounds_that_the_rule_states(
         assert typical[size] < 4 * typical[0], (typical, size)
 
 
-def anchor(x: tuple[Dim, ...], n_out: int, **attrs: object) -> Node:
-    return build(lambda b, v: conv(b, v, n_out, pad=0, **attrs), Type(F32, x)).nodes[-1]
+def anchor(x: tuple[Dim, ...], n_out: int, kernel: tuple[int, ...] = (3, 3), **attrs: object) -> Node:
+    return build(lambda b, v: conv(b, v, n_out, pad=0, kernel=kernel, **attrs), Type(F32, x)).nodes[-1]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("make", "m"),
     [
-        (lambda: anchor((1, 58, 58, 64), 64), 4),
-        (lambda: anchor((1, 16, 16, 256), 256), 4),
-        (lambda: anchor((1, 9, 9, 512), 512), 2),  # at m = 4 weights would weigh more than products
-        (lambda: anchor((1, symbol("H", 2), symbol("W", 2), 64), 64), 4),
-        (lambda: anchor((1, 4, 4, 64), 64), 0),
-        (lambda: anchor((1, 34, 34, 4), 4), 0),
-        (lambda: anchor((1, 58, 58, 64), 64, strides=(2, 2)), 0),
-        (lambda: anchor((1, 58, 58, 64), 64, dilations=(2, 2)), 0),
+        (lambda: anchor((1, 58, 58, 64), 64), (4, 4)),
+        (lambda: anchor((1, 16, 16, 256), 256), (4, 4)),
+        (lambda: anchor((1, 4, 4, 64), 64), None),
+        (lambda: anchor((1, 34, 34, 4), 4), None),
+        (lambda: anchor((1, symbol("H", 2), symbol("W", 2), 64), 64), (4, 4)),
+        (lambda: anchor((1, 3002, 384), 384, (3,)), (1, 4)),
+        (lambda: anchor((1, 58, 58, 64), 64, (1, 3)), (1, 4)),
+        (lambda: anchor((1, 58, 58, 64), 64, (3, 1)), (4, 1)),
+        (lambda: anchor((1, 58, 58, 64), 64, (5, 5)), None),
+        (lambda: anchor((1, 58, 58, 64), 64, strides=(2, 2)), None),
+        (lambda: anchor((1, 58, 58, 64), 64, dilations=(2, 2)), None),
     ],
 )
-def test_choice(make: Callable[[], Node], m: int) -> None:
+def test_choice(make: Callable[[], Node], m: tuple[int, int] | None) -> None:
     assert winograd.choose(make(), ISAS["avx512"]) == m
+
+
+def test_few_pixels_with_many_channels_get_smaller_weights() -> None:
+    found = winograd.choose(anchor((1, 9, 9, 512), 512), ISAS["avx512"])
+    assert found in ((2, 2), (2, 4), (4, 2))
 
 
 def test_the_largest_m_bounds_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     node = anchor((1, 58, 58, 64), 64)
-    for largest, m in ((2, 2), (0, 0)):
+    for largest, m in ((2, (2, 2)), (0, None)):
         monkeypatch.setattr(winograd, "LARGEST_M", largest)
         assert winograd.choose(node, ISAS["avx512"]) == m
 
 
 def test_weights_of_a_run_time_input_are_left_to_the_direct_way() -> None:
     def make(b: Builder, x: Value, w: Value) -> Value:
-        return b.conv(x, w, strides=(1, 1), dilations=(1, 1), before=(1, 1), after=(1, 1), group=1, layout="NHWC")  # type: ignore[no-any-return]
+        return b.conv(x, w, strides=(1, 1), dilations=(1, 1), before=(1, 1), after=(1, 1), group=1, layout="NHWC")
 
     g: Graph = build(make, Type(F32, (1, 12, 12, 32)), Type(F32, (32, 32, 3, 3)))
     plan = check(g, random(1, 12, 12, 32), random(32, 32, 3, 3), isas=(HERE[-1],), tol=2e-4)

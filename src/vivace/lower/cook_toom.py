@@ -76,17 +76,24 @@ def _with_roots(roots: Sequence[Fraction]) -> list[Fraction]:
     return poly
 
 
-def transform_weights(w: np.ndarray, m: int) -> np.ndarray:
+def n_inputs(m: int) -> int:
+    """Products for m results: m + 2, or 1 for m = 1, which stands for an axis with a single tap."""
+    return m + N_TAPS - 1 if m > 1 else 1
+
+
+def transform_weights(w: np.ndarray, m: tuple[int, int]) -> np.ndarray:
     """G w G' of every filter, in f64, rounded once.
 
-    Shapes: `w: f32[oc, c, 3, 3]` -> `f32[n, n, c, oc]`
+    Shapes: `w: f32[oc, c, taps, taps]` -> `f32[n, n, c, oc]`
     """
-    g = np.array([[float(x) for x in row] for row in cook_toom(m).g])
-    return np.einsum("ai,bj,ocij->abco", g, g, np.asarray(w, np.float64), optimize=True).astype(np.float32)
+    rows, columns = (np.array([[float(x) for x in row] for row in cook_toom(k).g]) if k > 1 else np.eye(1) for k in m)
+    return np.einsum("ai,bj,ocij->abco", rows, columns, np.asarray(w, np.float64), optimize=True).astype(np.float32)
 
 
 def transform_input(m: int, d: Sequence[Expr]) -> list[Expr]:
     """Bt d."""
+    if m == 1:
+        return list(d)
     bt = cook_toom(m).bt
     found = [_sum(bt[0], d)]
     for k in range(1, len(bt) - 1, 2):
@@ -99,6 +106,8 @@ def transform_input(m: int, d: Sequence[Expr]) -> list[Expr]:
 
 def transform_output(m: int, v: Sequence[Expr], keep: Callable[[Expr], Expr]) -> list[Expr]:
     """At v. `keep` names a value that is used several times."""
+    if m == 1:
+        return list(v)
     pairs = [
         (keep(Binary("add", v[k], v[k + 1])), keep(Binary("sub", v[k], v[k + 1]))) for k in range(1, len(v) - 1, 2)
     ]

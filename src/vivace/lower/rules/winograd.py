@@ -1,8 +1,10 @@
-"""3x3 convolutions with fewer products: m x m results from (m+2) x (m+2) products per channel pair (see `cook_toom`).
+"""Convolutions of 3 taps an axis with fewer products: m x m results from (m+2) x (m+2) (see `cook_toom`).
 
     V[t, tile, c] = (Bt d B)[t]                            d: the (m+2) x (m+2) inputs of a tile, t: a position in it
     M[t, tile, k] = sum over c of V[t, tile, c] * U[t, c, k]     U = G w G', made at compile time
     y[tile, k]    = At M A, then bias and epilogue
+
+m is chosen for each axis; an axis with a single tap, or one that a 1-D convolution lacks, has m = 1 and no transform.
 
 One `Blocked` kernel: a block is some tiles, V of a block and M of one part of the output channels stay in the
 second-level cache.
@@ -15,10 +17,13 @@ channels, normal and ReLU inputs; `tests/lower/test_winograd.py`), relative to t
 1.7e-6, m = 2 3e-7 to 1.1e-6, m = 4 1.0e-6 to 4e-6; root mean square 1 : 0.7 : 2.2. A NaN or infinity in the input
 reaches every result of the tiles that read it, not only those of its own windows.
 
-Not handled: strides, dilations, groups, other kernels, weights that are not constant.
+Not handled: strides, dilations, groups, more taps, three dimensions, weights that are not constant.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 from vivace.base.dims import Dim, ceildiv, minimum, symbol
 from vivace.base.dtypes import DType
@@ -27,15 +32,16 @@ from vivace.graph.graph import Node, Value
 from vivace.loops.blocked import BLOCK, PART, Blocked, Stage
 from vivace.loops.contraction import Axis, Contraction, Packing
 from vivace.loops.kernel import Binary, Buffer, Expr, For, Guard, Index, Kernel, Let, Load, Read, Stmt, Store
-from vivace.lower.cook_toom import N_TAPS, PAIRS, transform_input, transform_output, transform_weights
+from vivace.lower.cook_toom import N_TAPS, PAIRS, n_inputs, transform_input, transform_output, transform_weights
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.pack import aligned_zeros, pack_panels
 from vivace.lower.rules.elementwise import Params, Tree
-from vivace.lower.tile import max_rows, panel_lanes, staged_stride
+from vivace.lower.tile import panel_lanes, staged_stride
 from vivace.lower.views import View
 
 F32 = DType.f32
+Size = tuple[int, int]  # m for rows and for columns
 
 # Larger tiles save more products and err more. 4 keeps within the bounds in the head of this file; 0 turns it off.
 LARGEST_M = 4
@@ -50,65 +56,90 @@ _TRANSFORM_FLOPS = 11  # per position and channel, for C and for K
 _WEIGHT_FLOPS = 15  # per element of U or of the weights
 _LEAST_GAIN = 1.15  # below it the direct way is as good, and simpler in memory and rounding
 _GUESS = 64  # for symbolic dims
+_LEAST_TILES = 6  # rows of a micro-kernel that hide the latency of its sums
 
 
-def choose(node: Node, isa: Isa) -> int:
-    """The m to use for a convolution, or 0 for the direct way: the least by counted flops and bytes of weights."""
+def choose(node: Node, isa: Isa) -> Size | None:
+    """The m to use for each axis, or None for the direct way: the least by counted flops and bytes of weights."""
     if not is_possible(node):
-        return 0
+        return None
     w, y = node.inputs[1], node.outputs[0]
     assert w is not None
-    n_out, channels = int(w.shape[0]), int(w.shape[1])  # type: ignore[arg-type]
-    spatial = y.shape[1:3] if node.attrs["layout"] == "NHWC" else y.shape[2:4]
-    images, height, width = (d if isinstance(d, int) else _GUESS for d in (y.shape[0], *spatial))
+    n_out, channels = _known(w.shape[0]), _known(w.shape[1])
+    spatial = y.shape[1:-1] if node.attrs["layout"] == "NHWC" else y.shape[2:]
+    images, height, width = (_known(d) for d in (y.shape[0], *(1,) * (2 - len(spatial)), *spatial))
     lanes = isa.n_f32_lanes
     padded = sum(-(-c // lanes) * lanes for c in (channels, n_out))
-    costs = {0: 2 * 9 * images * height * width * channels * n_out + _WEIGHT_FLOPS * 9 * channels * n_out}
-    for m in (m for m in PAIRS if m <= LARGEST_M):
-        positions = (m + 2) ** 2
-        tiles = images * -(-height // m) * -(-width // m)
-        products = 2 * tiles * channels * n_out + _TRANSFORM_FLOPS * tiles * padded
-        costs[m] = int(_LEAST_GAIN * positions * (products + _WEIGHT_FLOPS * channels * n_out))
-    return min(costs, key=lambda m: costs[m])
+    n_taps = math.prod(_taps(w))
+    best = n_taps * channels * n_out * (2 * images * height * width + _WEIGHT_FLOPS) / _LEAST_GAIN
+    found = None
+    for m in sizes(node):
+        tiles = images * -(-height // m[0]) * -(-width // m[1])
+        products = channels * n_out * (2 * tiles + _WEIGHT_FLOPS) + _TRANSFORM_FLOPS * tiles * padded
+        if (cost := n_inputs(m[0]) * n_inputs(m[1]) * products) < best:
+            best, found = cost, m
+    return found
+
+
+def sizes(node: Node) -> list[Size]:
+    """What `choose` chooses from."""
+    w = node.inputs[1]
+    assert w is not None
+    rows, columns = ([m for m in PAIRS if m <= LARGEST_M] if taps > 1 else [1] for taps in _taps(w))
+    return [(i, j) for i in rows for j in columns]
 
 
 def is_possible(node: Node) -> bool:
     x, w = node.inputs[0], node.inputs[1]
     assert x is not None and w is not None
-    a = node.attrs
+    a, kernel = node.attrs, w.shape[2:]
     return (
-        w.data is not None and tuple(w.shape[2:]) == (N_TAPS, N_TAPS) and a["group"] == 1 and x.dtype is F32
+        w.data is not None and a["group"] == 1 and x.dtype is F32
+        and len(kernel) <= 2 and set(kernel) <= {1, N_TAPS} and N_TAPS in kernel
         and all(s == 1 for s in (*a["strides"], *a["dilations"]))
         and not any((*a["before"], *a["after"]))
     )  # fmt: skip
 
 
-def block_tiles(n_tiles: Dim, m: int, channels: int, columns: int, isa: Isa, machine: Machine) -> int:
-    """Tiles per block: V and M in half of the second-level cache, whole row tiles, little waste."""
-    rows = max_rows(2, isa)
-    room = machine.cache_bytes(2) // 2
-    most = max(rows, room // ((m + 2) ** 2 * (channels + columns) * 4))
+def _taps(w: Value) -> tuple[int, int]:
+    """Of rows and columns."""
+    kernel = (1, *w.shape[2:])[-2:]
+    return _known(kernel[0]), _known(kernel[1])
+
+
+def _known(d: Dim) -> int:
+    return d if isinstance(d, int) else _GUESS
+
+
+def block_tiles(n_tiles: Dim, tile_bytes: int, machine: Machine) -> int:
+    """Tiles per block: V and M take about a quarter of the second-level cache, and the last block is full.
+
+    Small blocks make enough units for the threads and leave room for weights, which then come from that cache or are
+    fetched ahead: on 56x56x64 to 14x14x256 7 to 14 tiles were as fast as any on one thread and the best on two.
+    """
+    most = max(_LEAST_TILES + 2, machine.cache_bytes(2) // 4 // tile_bytes)
     if not isinstance(n_tiles, int):
-        return most // rows * rows
-    blocks = -(-n_tiles // most)
-    return max(1, -(-n_tiles // blocks))
+        return most
+    if n_tiles <= _LEAST_TILES:
+        return max(1, n_tiles)
+    return min(range(_LEAST_TILES, most * 3 // 2 + 1), key=lambda t: (-(-n_tiles // t) * t, abs(t - most)))
 
 
-def lower_winograd(ctx: Lowering, g: Group, m: int, x: View, out: View, bias: View | None, last: bool) -> None:
+def lower_winograd(ctx: Lowering, g: Group, m: Size, x: View, out: View, bias: View | None, last: bool) -> None:
     """Append the step. `x` and `out` are channels-last views; `bias` is aligned with the anchor's shape, which is
     channels-last if `last`."""
     w = g.anchor.inputs[1]
     assert w is not None
-    n_positions = (m + 2) ** 2
+    n_positions = n_inputs(m[0]) * n_inputs(m[1])
     channels, n_out = w.shape[1], w.shape[0]
     assert isinstance(channels, int) and isinstance(n_out, int)
     lanes = panel_lanes(n_out, ctx.isa)
     parts = -(-n_out // lanes)
-    n_images, height, width, _ = out.shape
-    down, across = ceildiv(height, m), ceildiv(width, m)
-    n_tiles = n_images * down * across
-    tiles = block_tiles(n_tiles, m, channels, lanes, ctx.isa, host())
-    grid = _Grid(m, tiles, n_tiles, down, across)
+    is_line = len(out.shape) == 3
+    x, out = (_as_image(v) if is_line else v for v in (x, out))
+    n_tiles = out.shape[0] * ceildiv(out.shape[1], m[0]) * ceildiv(out.shape[2], m[1])
+    tiles = block_tiles(n_tiles, n_positions * (channels + lanes) * 4, host())
+    grid = _Grid(m, tiles, n_tiles, out.shape)
 
     u = _packed_weights(ctx, w, m, lanes)
     row = _apart(channels)
@@ -123,7 +154,7 @@ def lower_winograd(ctx: Lowering, g: Group, m: int, x: View, out: View, bias: Vi
         (Axis("c", channels, 1),), lanes, v_buf, u_buf, m_buf, Packing("panels", lanes),
     )  # fmt: skip
     params = Params()
-    loop = _output_loop(ctx, g, grid, m_buf, params, out, bias, last, lanes)
+    loop = _output_loop(ctx, g, grid, m_buf, params, out, bias, _axes(last, is_line), lanes)
     final = Kernel("k", (m_buf, *params.buffers), (loop,))
     spec = Blocked(
         "k", ceildiv(n_tiles, tiles), parts, (Stage(first),),
@@ -133,23 +164,34 @@ def lower_winograd(ctx: Lowering, g: Group, m: int, x: View, out: View, bias: Vi
     ordered = [views[b] for b in spec.params]
     written = [i for i, b in enumerate(spec.params) if b.writable]
     flops = 2 * n_positions * n_tiles * channels * n_out
-    ctx.emit(f"winograd{m}", spec, ordered, written, g.nodes, flops)
+    ctx.emit(f"winograd{m[0]}x{m[1]}", spec, ordered, written, g.nodes, flops)
 
 
-def _packed_weights(ctx: Lowering, w: Value, m: int, lanes: int) -> View:
+def _packed_weights(ctx: Lowering, w: Value, m: Size, lanes: int) -> View:
     """U as [part][t][c][lanes]."""
     key = ("winograd", m, id(w.data), lanes)
     if key in ctx.packed:
         data = ctx.packed[key].data
     else:
         assert w.data is not None
-        u = transform_weights(w.data, m)
-        n = u.shape[0]
-        panels = pack_panels(u.reshape(n * n, *u.shape[2:]), lanes)  # [t][part][c][lanes]
-        data = aligned_zeros((panels.shape[1], n * n, *panels.shape[2:]))
+        u = transform_weights(w.data.reshape(*w.data.shape[:2], *_taps(w)), m)
+        panels = pack_panels(u.reshape(-1, *u.shape[2:]), lanes)  # [t][part][c][lanes]
+        data = aligned_zeros((panels.shape[1], panels.shape[0], *panels.shape[2:]))
         data[...] = panels.transpose(1, 0, 2, 3)
     assert data is not None
-    return ctx.constant(data, f"{w.name}_winograd{m}", key)
+    return ctx.constant(data, f"{w.name}_winograd{m[0]}x{m[1]}", key)
+
+
+def _as_image(v: View) -> View:
+    """A line of pixels as an image of one row."""
+    shape, strides = v.shape, v.strides
+    return replace(v, shape=(shape[0], 1, *shape[1:]), strides=(strides[0], 0, *strides[1:]))
+
+
+def _axes(last: bool, is_line: bool) -> tuple[int, ...]:
+    """For each axis of the convolution's result which one of (image, row, column, channel) it is."""
+    spatial = (2,) if is_line else (1, 2)
+    return (0, *spatial, 3) if last else (0, 3, *spatial)
 
 
 def _apart(n: int) -> int:
@@ -162,8 +204,9 @@ def _apart(n: int) -> int:
 class _Grid:
     """Where a block's tiles lie: the loop over them, and what the statements of a tile need."""
 
-    def __init__(self, m: int, tiles: int, n_tiles: Dim, down: Dim, across: Dim) -> None:
-        self.m, self.tiles, self.down, self.across = m, tiles, down, across
+    def __init__(self, m: Size, tiles: int, n_tiles: Dim, shape: tuple[Dim, ...]) -> None:
+        self.m, self.tiles, self.shape = m, tiles, shape
+        down, across = ceildiv(shape[1], m[0]), ceildiv(shape[2], m[1])
         start = symbol(BLOCK, 0) * tiles
         self.count = tiles if isinstance(n_tiles, int) and n_tiles % tiles == 0 else minimum(tiles, n_tiles - start)
         self.tile = symbol("tile", 0, tiles - 1)
@@ -171,8 +214,8 @@ class _Grid:
         self.image, self.y, self.x = symbol("image", 0), symbol("y", 0), symbol("x", 0)
         self.lets: list[Stmt] = [
             Let("image", Index(number // (down * across))),
-            Let("y", Index(number // across % down * m)),
-            Let("x", Index(number % across * m)),
+            Let("y", Index(number // across % down * m[0])),
+            Let("x", Index(number % across * m[1])),
         ]
 
     def loop(self, body: list[Stmt]) -> For:
@@ -181,34 +224,35 @@ class _Grid:
 
 def _input_loop(g: _Grid, x: Buffer, v: Buffer, channels: int) -> For:
     """V of a block. For what lies beyond the input stands its last row or column: no result that is stored sees it."""
-    n = g.m + 2
+    n_rows, n_columns = (n_inputs(m) for m in g.m)
     c = symbol("c", 0, channels - 1)
     clamps: list[Stmt] = []
     at: list[list[Dim]] = []
-    for name, start, extent in (("row", g.y, x.shape[1]), ("col", g.x, x.shape[2])):
-        if _divides(g.m, extent - N_TAPS + 1):
-            at.append([start + i for i in range(n)])
-            continue
-        clamps += [Let(f"{name}{i}", Index(minimum(start + i, extent - 1))) for i in range(N_TAPS, n)]
-        at.append([start + i if i < N_TAPS else symbol(f"{name}{i}", 0) for i in range(n)])
+    for axis, (name, start) in enumerate((("row", g.y), ("col", g.x))):
+        m, n = g.m[axis], n_inputs(g.m[axis])
+        first = n if _divides(m, g.shape[axis + 1]) else n - m + 1  # those up to it lie inside for every tile
+        for i in range(first, n):
+            clamps.append(Let(f"{name}{i}", Index(minimum(start + i, x.shape[axis + 1] - 1))))
+        at.append([start + i if i < first else symbol(f"{name}{i}", 0) for i in range(n)])
     body: list[Stmt] = []
-    for j in range(n):
-        for i in range(n):
+    for j in range(n_columns):
+        for i in range(n_rows):
             body.append(Let(f"d{i}_{j}", Load(x, (g.image, at[0][i], at[1][j], c))))
-        column = transform_input(g.m, [Read(f"d{i}_{j}", F32) for i in range(n)])
+        column = transform_input(g.m[0], [Read(f"d{i}_{j}", F32) for i in range(n_rows)])
         body += [Let(f"h{i}_{j}", e) for i, e in enumerate(column)]
-    for i in range(n):
-        line = transform_input(g.m, [Read(f"h{i}_{j}", F32) for j in range(n)])
-        body += [Store(v, (i * n + j, g.tile, c), e) for j, e in enumerate(line)]
+    for i in range(n_rows):
+        line = transform_input(g.m[1], [Read(f"h{i}_{j}", F32) for j in range(n_columns)])
+        body += [Store(v, (i * n_columns + j, g.tile, c), e) for j, e in enumerate(line)]
     return g.loop([*clamps, For("c", channels, tuple(body), "vector")])
 
 
 def _output_loop(
-    ctx: Lowering, group: Group, g: _Grid, products: Buffer, params: Params, out: View, bias: View | None, last: bool,
-    lanes: int
+    ctx: Lowering, group: Group, g: _Grid, products: Buffer, params: Params, out: View, bias: View | None,
+    axes: tuple[int, ...], lanes: int
 ) -> For:  # fmt: skip
     """Results of a block for one part of the channels, each finished by bias and epilogue and stored."""
-    n, anchor = g.m + 2, group.anchor.outputs[0]
+    anchor = group.anchor.outputs[0]
+    n_rows, n_columns = (n_inputs(m) for m in g.m)
     n_out = out.shape[-1]
     assert isinstance(n_out, int)
     c = symbol("c", 0, lanes - 1)
@@ -223,22 +267,22 @@ def _output_loop(
         return Read(name, F32)
 
     half: list[list[Expr]] = []
-    for j in range(n):
-        column = [keep(Load(products, (i * n + j, g.tile, c))) for i in range(n)]
-        half.append([keep(e) for e in transform_output(g.m, column, keep)])
-    for i in range(g.m):
-        line = transform_output(g.m, [half[j][i] for j in range(n)], keep)
+    for j in range(n_columns):
+        column = [keep(Load(products, (i * n_columns + j, g.tile, c))) for i in range(n_rows)]
+        half.append([keep(e) for e in transform_output(g.m[0], column, keep)])
+    for i in range(g.m[0]):
+        line = transform_output(g.m[1], [half[j][i] for j in range(n_columns)], keep)
         stores: list[Stmt] = []
         for j, y in enumerate(line):
             index = (g.image, g.y + i, g.x + j, k)
-            at = index if last else (index[0], index[3], index[1], index[2])
+            at = tuple(index[a] for a in axes)
             if bias is not None:
                 y = Binary("add", y, params.load(bias.expand(anchor.shape), at))
             if tree is not None:
                 y = tree.expr(lambda v, at=at: params.load(tree.leaves[v], at), {anchor: y})  # type: ignore[misc]
             store = Store(params.buffer(out, writable=True), index, y)
-            stores.append(_guarded(store, g.m, g.x + j, out.shape[2], j))
-        body += [_guarded(s, g.m, g.y + i, out.shape[1], i) for s in stores]
+            stores.append(_guarded(store, g.m[1], g.x + j, out.shape[2], j))
+        body += [_guarded(s, g.m[0], g.y + i, out.shape[1], i) for s in stores]
     extent = lanes if n_out % lanes == 0 else minimum(lanes, n_out - symbol(PART, 0) * lanes)
     return g.loop([For("c", extent, tuple(body), "vector")])
 
