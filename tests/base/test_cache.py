@@ -229,3 +229,11 @@ def test_many_processes_at_once(tmp_path: Path) -> None:
     cache.trim()
     assert 0 < cache.size_bytes() <= 6000
     assert all(path.suffix == ".entry" for path in entries(cache))
+
+
+def test_a_device_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="not a regular file"):
+        write_atomic(pipe, [b"x"])
+    assert pipe.is_fifo()

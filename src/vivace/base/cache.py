@@ -14,6 +14,7 @@ Not handled: secrecy (entries have the permissions of the user's umask), file sy
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -43,8 +44,10 @@ def write_atomic(path: Path, chunks: Iterable[Chunk], *, mode: int | None = None
     for files that carry a checksum and can be made again. On any failure, an interrupt included, the old file stays
     and nothing is left beside it.
 
-    Raises: OSError as the file system gives it; whatever `chunks` raises.
+    Raises: OSError as the file system gives it, also for a device, a pipe or a folder; whatever `chunks` raises.
     """
+    if path.exists() and not path.is_file():  # a rename would replace the device itself
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}{_TEMPORARY}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     n_bytes = 0
