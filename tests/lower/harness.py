@@ -104,7 +104,7 @@ def _body(body: Sequence[Instruction], memory: Memory, isa: str | None, parts: i
 def _step(step: Step, memory: Memory, isa: str | None, parts: int) -> None:
     if isa is None and isinstance(step.spec, Kernel) and not _walks_back(step.spec):
         arrays = [
-            memory.array(o.storage, o.offset).view(p.dtype.numpy)
+            _as_type(memory.array(o.storage, o.offset), p.dtype.numpy)
             for o, p in zip(step.operands, step.spec.params, strict=True)
         ]
         loops_reference.run(step.spec, arrays, memory.dims)
@@ -119,6 +119,12 @@ def _step(step: Step, memory: Memory, isa: str | None, parts: int) -> None:
     edges = [units * k // parts for k in range(parts + 1)]
     for begin, end in itertools.pairwise(edges):
         call(args.ctypes.data, begin, end, aligned)
+
+
+def _as_type(array: Array, dtype: np.dtype) -> Array:
+    """The same memory as elements of another type, as many as fit."""
+    raw = array.view(np.uint8)
+    return raw[: len(raw) // dtype.itemsize * dtype.itemsize].view(dtype)
 
 
 def _walks_back(kernel: Kernel) -> bool:

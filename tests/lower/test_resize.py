@@ -151,3 +151,31 @@ def test_empty_and_identity() -> None:
     run((0, 3, 4, 4), (0, 3, 8, 8), "nearest")
     run((0, 3, 4, 4), (0, 3, 7, 8), "linear")
     run((1, 3, 4, 4), (1, 3, 4, 4), "linear")
+
+
+@pytest.mark.parametrize("dtype", [DType.f32, DType.f16, DType.u8, DType.i64, DType.bool])
+@pytest.mark.parametrize("factors", [(2, 2), (1, 2), (4, 4), (3, 2), (2, 3), (1, 8), (2, 1)])
+def test_repeated_rows(dtype: DType, factors: tuple[int, int]) -> None:
+    n, w = symbol("N", 0), symbol("W", 1)
+    fh, fw = factors
+    over = {"coordinate": "asymmetric", "nearest_mode": "floor"}
+    graph = build(lambda b, x: resized(b, x, (n, 3, 5 * fh, w * fw), "nearest", **over), Type(dtype, (n, 3, 5, w)))
+    for size in ((2, 3, 5, 19), (1, 3, 5, 1), (0, 3, 5, 7)):
+        check(graph, (RNG.standard_normal(size) * 9).astype(dtype.numpy))
+    if not dtype.is_float:
+        return
+
+    def with_tail(b: Builder, x: Value, y: Value) -> Value:
+        result: Value = b.concat(y, b.add(resized(b, x, (n, 3, 5 * fh, w * fw), "nearest", **over), y), axis=3)
+        return result
+
+    types = Type(dtype, (n, 3, 5, w)), Type(dtype, (n, 3, 5 * fh, w * fw))
+    x, y = RNG.standard_normal((2, 3, 5, 9)), RNG.standard_normal((2, 3, 5 * fh, 9 * fw))
+    check(build(with_tail, *types), x.astype(dtype.numpy), y.astype(dtype.numpy))
+
+
+@pytest.mark.parametrize("isa", HERE)
+def test_rows_of_images(isa: str) -> None:
+    for mode in ("linear", "cubic"):
+        for (h, w), (oh, ow) in [((9, 40), (5, 33)), ((4, 100), (9, 7)), ((6, 3), (11, 64))]:
+            run((2, 3, h, w), (2, 3, oh, ow), mode, isas=(isa,))
