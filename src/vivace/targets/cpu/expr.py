@@ -39,10 +39,21 @@ def emit(env: Env, e: Expr) -> Value:
             return binary(env.b, fn, emit(env, x), emit(env, y), dtype_of(x))
         case Select(cond=c, a=x, b=y):
             return env.b.select(emit(env, c), emit(env, x), emit(env, y))
+        case Cast(dtype=DType.i32, x=Unary(fn="round", x=x)) if dtype_of(x) is DType.f32 and env.lanes >= 4:
+            return _rounded(env, emit(env, x))
         case Cast(dtype=t, x=x):
             return cast(env.b, emit(env, x), dtype_of(x), t)
         case Reduce():
             return reduce(env, e, emit)
+
+
+def _rounded(env: Env, v: Value) -> Value:
+    """Rounding to nearest even and conversion to i32 as one instruction; out of range as the conversion alone."""
+    b = env.b
+    v = b.widen(v, env.lanes)
+    name = f"llvm.lrint.v{v.lanes}i32.v{v.lanes}f32"
+    b.declare(f"<{v.lanes} x i32> @{name}({v.full})", name)
+    return b.inst(f"call <{v.lanes} x i32> @{name}({v})", "i32", v.lanes, v)
 
 
 def _index_type(t: DType) -> str:
