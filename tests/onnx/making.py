@@ -41,5 +41,8 @@ def model(
     **domains: int,
 ) -> ModelProto:
     """`domains` imports others, dots written as underscores: com_microsoft=1."""
-    opsets = [helper.make_opsetid("", opset), *(helper.make_opsetid(d.replace("_", "."), v) for d, v in domains.items())]
+    opsets = [
+        helper.make_opsetid("", opset),
+        *(helper.make_opsetid(d.replace("_", "."), v) for d, v in domains.items()),
+    ]
     return helper.make_model(graph(nodes, inputs, outputs, constants), opset_imports=opsets, ir_version=10)

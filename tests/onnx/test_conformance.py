@@ -1,7 +1,7 @@
 """Every node case of the ONNX back end suite: imported, verified, evaluated in NumPy and compared.
 
-A case is tried as it is; where it becomes an `onnx` node, also with its arguments as constants (axes, shapes, sizes), as models have them.
-The tables below list what is left to a provider or refused, exactly, so that they change knowingly.
+A case is tried as it is; where it becomes an `onnx` node, also with its arguments (axes, sizes) as constants, as
+models have them. The tables below list what is left to a provider or refused, exactly, so that they change knowingly.
 """
 
 from __future__ import annotations
@@ -209,6 +209,8 @@ def _compare(case: Any, graph: Graph) -> None:
             if got.dtype.kind not in "fV":
                 np.testing.assert_array_equal(got, want)
                 continue
-            half = got.dtype.itemsize < 4  # intermediate results of the suite are rounded to half precision, ours are not
+            half = (
+                got.dtype.itemsize < 4
+            )  # intermediate results of the suite are rounded to half precision, ours are not
             rtol, atol = (2e-2, 1e-3) if half else (case.rtol, max(case.atol, 1e-7))
             np.testing.assert_allclose(got.astype(np.float64), want.astype(np.float64), rtol=rtol, atol=atol)

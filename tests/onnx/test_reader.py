@@ -114,12 +114,14 @@ def test_inconsistent_types_name_the_node() -> None:
 def test_unknown_operators_and_domains_are_named() -> None:
     with pytest.raises(UnsupportedError, match="'Frobnicate' of opset 18 is unknown"):
         read(model([node("Frobnicate", "x", "y")], [X], [Y]))
-    with pytest.raises(UnsupportedError, match="domain 'org.acme'.*'Relu'"):
+    with pytest.raises(UnsupportedError, match=r"domain 'org.acme'.*'Relu'"):
         read(model([node("Relu", "x", "y", domain="org.acme")], [X], [Y], org_acme=1))
     with pytest.raises(ModelError, match="without importing"):
         read(model([node("Scaler", "x", "y", domain="ai.onnx.ml")], [X], [Y]))
     with pytest.raises(UnsupportedError, match="NoSuchOp"):
-        import_model(model([node("NoSuchOp", "x", "y", domain="com.microsoft")], [X], [value("y", None)], com_microsoft=1))
+        import_model(
+            model([node("NoSuchOp", "x", "y", domain="com.microsoft")], [X], [value("y", None)], com_microsoft=1)
+        )
 
 
 @pytest.mark.parametrize("opset", [1, 6, 999])
@@ -150,18 +152,18 @@ def test_absurd_sizes_are_refused_before_memory_is_taken() -> None:
     huge = TensorProto(name="w", data_type=F32, dims=[1 << 40, 1 << 40])
     m = model([node("Add", "x w", "y")], [X], [Y])
     m.graph.initializer.append(huge)
-    with pytest.raises(ModelError, match="make .* bytes"):
+    with pytest.raises(ModelError, match=r"make .* bytes"):
         import_model(m)
     m.graph.initializer[0].CopyFrom(TensorProto(name="w", data_type=F32, dims=[-1, 3]))
     with pytest.raises(ModelError, match="negative"):
         import_model(m)
     m.graph.initializer[0].CopyFrom(TensorProto(name="w", data_type=F32, dims=[2, 3], raw_data=bytes(23)))
-    with pytest.raises(ModelError, match="23 bytes. Expected 24"):
+    with pytest.raises(ModelError, match=r"23 bytes. Expected 24"):
         import_model(m)
     m.graph.initializer[0].CopyFrom(TensorProto(name="w", data_type=F32, dims=[2, 3], float_data=[1.0]))
     with pytest.raises(ModelError, match="'w'"):
         import_model(m)
-    with pytest.raises(ModelError, match="make .* bytes"):
+    with pytest.raises(ModelError, match=r"make .* bytes"):
         import_model(model([node("Relu", "v", "y")], [value("v", [1 << 62, 1 << 62])], [value("y", None)]))
     for op in (node("ConstantOfShape", "s", "y"), node("Expand", "one s", "y")):
         constants = {"s": np.array([1 << 30, 1 << 30]), "one": np.float32(1)}

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from onnx import ModelProto, helper, numpy_helper
-
 from tests.onnx.making import model, node, value
+
 from vivace.base.errors import VivaceError
 from vivace.onnx.importer import import_model
 from vivace.onnx.wire import OWN_FILE, skeleton
