@@ -125,7 +125,8 @@ def product(a: np.ndarray, b: np.ndarray, out: type, target: Isa, offset: int = 
         acc_dtype=DType.f32 if exact(b).dtype == np.float64 else DType.i32,
     )
     c, arrays = _with_panels(c, b, target)
-    total = (exact(a) + offset) @ exact(b)
+    with np.errstate(invalid="ignore"):
+        total = (exact(a) + offset) @ exact(b)
     return Case(c, {**arrays, c.a: a, c.out: result}, total, {"M": m} if symbolic else {})
 
 
