@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx import ModelProto, helper, numpy_helper
-from tests.onnx.making import model, node, value
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from tests.onnx.making import I64, model, node, value
 
 from vivace.base.errors import VivaceError
 from vivace.onnx.importer import import_model
-from vivace.onnx.wire import OWN_FILE, skeleton
+from vivace.onnx.wire import OWN_FILE, _prefix, skeleton
 
 
 def _with_weights(*sizes: int) -> ModelProto:
@@ -84,3 +84,21 @@ def test_strings_and_other_fields_survive() -> None:
     assert parsed.producer_name == "maker"
     assert parsed.metadata_props == proto.metadata_props
     assert parsed.graph.initializer[2] == proto.graph.initializer[2]
+
+
+def test_a_file_that_protobuf_cannot_parse(tmp_path: Path) -> None:
+    """3 GiB of zeros in a second `graph` field, which protobuf merges with the first; the file has a hole."""
+    size = 3 << 30
+    nodes = [node("Gather", "w i", "row", axis=0), node("Add", "x row", "y")]
+    proto = model(nodes, [value("x", [4]), value("i", [], I64)], [value("y", [4])])
+    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[size >> 4, 4]).SerializeToString()
+    tensor += _prefix(9, size)
+    graph = _prefix(5, len(tensor) + size) + tensor
+    path = tmp_path / "large.onnx"
+    with path.open("wb") as f:
+        f.write(proto.SerializeToString() + _prefix(7, len(graph) + size) + graph)
+        f.seek(size - 4, 1)
+        f.write(np.float32(5).tobytes())
+    (weight,) = import_model(path).constants()
+    assert weight.data is not None
+    np.testing.assert_array_equal(weight.data[-1], [0, 0, 0, 5])

@@ -78,7 +78,7 @@ def _import(model: Model, assume: Assumptions, overrides: Mapping[str, Shape]) -
     session = Session(model, assume)
     scope = Scope(session)
     proto = model.proto.graph
-    fixed = _initializers(scope, proto, "model")
+    fixed = initializers(scope, proto, "model")
     inputs = [v for v in proto.input if v.name not in fixed]
     unknown = set(overrides) - {v.name for v in inputs}
     if unknown:
@@ -109,7 +109,7 @@ def _identifier(text: str) -> str:
     return "".join(c if c.isalnum() or c == "_" else "_" for c in text) or "main"
 
 
-def _initializers(scope: Scope, proto: GraphProto, where: str) -> set[str]:
+def initializers(scope: Scope, proto: GraphProto, where: str) -> set[str]:
     tensors = scope.session.model.tensors
     for t in proto.initializer:
         scope.names[t.name] = constant(tensors.array(t, where), t.name)
@@ -247,7 +247,7 @@ def import_inline(scope: Scope, proto: GraphProto) -> tuple[Any, ...]:
     outer = scope.names
     scope.names = dict(outer)
     try:
-        _initializers(scope, proto, "branch")
+        initializers(scope, proto, "branch")
         import_nodes(scope, proto)
         return tuple(scope.lookup(v.name) for v in proto.output)
     finally:
@@ -259,7 +259,7 @@ def import_subgraph(
 ) -> tuple[Scope, list[Value]]:
     """Import a nested graph whose own inputs have the given types; returns its scope and outputs, not yet finished."""
     inner = Scope(scope.session, scope, path)
-    _initializers(inner, proto, where)
+    initializers(inner, proto, where)
     for v, t in zip(proto.input, types, strict=True):
         inner.names[v.name] = inner.builder.input(v.name, substitute_type(t, inner.refined))
     import_nodes(inner, proto)

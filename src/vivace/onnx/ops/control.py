@@ -13,7 +13,6 @@ from onnx import GraphProto
 
 from vivace.base.dims import Dim, maximum
 from vivace.base.dtypes import DType
-from vivace.base.errors import GraphError
 from vivace.graph.graph import Graph, Type, Value
 from vivace.graph.ops.shapes import DimMismatch
 from vivace.onnx.call import Call, Result, onnx_op
@@ -88,31 +87,31 @@ def loop(c: Call, trip: Value | None, cond: Value | None = None, *state: Value) 
         raise c.error(f"its body has {len(body.input)} inputs", f"{2 + n}")
     inner, outputs = import_subgraph(c.scope, body, types, c.site, f"{c.site}/body")
     carried = outputs[1 : 1 + n]
-    _check_state(state, carried)
+    _check_state(c, state, carried)
     captures = list(inner.captures)
-    graph = _close(c.scope, inner, body, [c_scalar(inner, outputs[0]), *outputs[1:]], captures)
+    graph = _close(c.scope, inner, body, [_as_scalar(inner, outputs[0]), *outputs[1:]], captures)
     length = _length(c, trip, cond, body, outputs[0])
     first = None if cond is None or _known_condition(c, cond) is True else c.reshaped(cond, ())
     limit = None if trip is None else c.reshaped(trip, ())
-    if n + len(outputs) - 1 - n == 0:
-        raise c.error("it gives nothing")
     result = c.loop(limit, first, *state, *captures, body=graph, n_state=n, n_scan=len(outputs) - 1 - n, length=length)
     return result if isinstance(result, tuple) else (result,)
 
 
-def c_scalar(scope: Scope, cond: Value) -> Value:
+def _as_scalar(scope: Scope, cond: Value) -> Value:
     """The loop's condition as a scalar."""
     from vivace.graph.ops import OPS
 
     return cond if cond.rank == 0 else scope.emit(OPS["reshape"], [cond], {"shape": ()})[0]
 
 
-def _check_state(state: Sequence[Value], carried: Sequence[Value]) -> None:
+def _check_state(c: Call, state: Sequence[Value], carried: Sequence[Value]) -> None:
+    """A loop keeps the types of its state. Raises: Fallback."""
+    apply = c.scope.session.assume.apply  # without what the body assumes for itself
     for before, after in zip(state, carried, strict=True):
         if before.dtype is not after.dtype or before.rank != after.rank:
             raise Fallback(f"its state changes from {before.type} to {after.type}")
         for a, b in zip(before.shape, after.shape):
-            if a != b:
+            if apply(a) != apply(b):
                 raise Fallback(f"its state grows from {before.type} to {after.type}")
 
 
@@ -130,9 +129,6 @@ def _length(c: Call, trip: Value | None, cond: Value | None, body: GraphProto, l
 @onnx_op("Scan", since=9)
 def scan(c: Call, *inputs: Value) -> Result:
     """Scan as a loop: each step takes one slice of every scan input."""
-    from vivace.graph.build import constant  # noqa: F401
-    from vivace.onnx.importer import import_subgraph
-
     body, n_scan = c.attr("body"), c.attr("num_scan_inputs")
     n_state = len(inputs) - n_scan
     states, sequences = inputs[:n_state], inputs[n_state:]
@@ -153,9 +149,8 @@ def scan(c: Call, *inputs: Value) -> Result:
         at = step.sub(step.dims([length - 1], ()), i) if back else i
         slices.append(step.gather(wrapper.capture(x), at, axis=a))
     wrapper.names |= {v.name: x for v, x in zip(body.input, [*carried, *slices])}
-    outputs = import_inline_into(wrapper, body)
-    del import_subgraph
-    _check_state(states, outputs[:n_state])
+    outputs = _import_body(wrapper, body)
+    _check_state(c, states, outputs[:n_state])
     captures = list(wrapper.captures)
     for v in captures:
         wrapper.builder.inputs.append(wrapper.captures[v])
@@ -173,16 +168,13 @@ def scan(c: Call, *inputs: Value) -> Result:
     return tuple(outs)
 
 
-def import_inline_into(scope: Scope, proto: GraphProto) -> list[Value]:
+def _import_body(scope: Scope, proto: GraphProto) -> list[Value]:
     """Import the nodes of a body into a scope whose names already hold the body's inputs."""
-    from vivace.onnx.importer import _initializers, import_nodes
+    from vivace.onnx.importer import import_nodes, initializers
 
-    _initializers(scope, proto, "body")
+    initializers(scope, proto, "body")
     import_nodes(scope, proto)
     outputs = [scope.lookup(v.name) for v in proto.output]
     if not all(isinstance(v, Value) for v in outputs):
         raise Fallback("its body gives values that are no tensors")
     return outputs
-
-
-__all__ = ["GraphError", "if_", "loop", "scan"]
