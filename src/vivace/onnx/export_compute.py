@@ -229,7 +229,7 @@ def _pool(w: Writer, n: Node, outs: list[str]) -> None:
     window: dict[str, Any] = {
         "kernel_shape": list(a["kernel"]),
         "strides": list(a["strides"]),
-        "dilations": list(a["dilations"]),
+        "dilations": list(a["dilations"]) if any(d != 1 for d in a["dilations"]) else None,
         "pads": pads,
     }
     w.emit({"max_pool": "MaxPool", "avg_pool": "AveragePool"}[n.op.name], [w.ref(n.inputs[0])], outs, **window, **more)

@@ -127,6 +127,21 @@ fuse_leaky_relu = pattern(
     doc="max(x, a * x) = leaky_relu(x, a) for 0 < a < 1",
 )
 
+fuse_log1p = pattern(
+    "fuse_log1p",
+    before=lambda op, x: op.log(op.add(x, 1)),
+    after=lambda op, x: op.log1p(x),
+    doc="log(x + 1) = log1p(x), which keeps the digits of a small x",
+    sample=("f32[2,8]",),
+)
+
+fuse_expm1 = pattern(
+    "fuse_expm1",
+    before=lambda op, x: op.add(op.exp(x), -1),
+    after=lambda op, x: op.expm1(x),
+    doc="exp(x) - 1 = expm1(x), which keeps the digits of a small x",
+)
+
 RULES: tuple[Rule, ...] = (
     fuse_gelu,
     fuse_gelu_halves,
@@ -137,4 +152,6 @@ RULES: tuple[Rule, ...] = (
     fuse_hard_sigmoid,
     fuse_affine_hard_sigmoid,
     fuse_leaky_relu,
+    fuse_log1p,
+    fuse_expm1,
 )

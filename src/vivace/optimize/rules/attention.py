@@ -191,7 +191,12 @@ def _lost_rows(e: Example) -> Value:
     return e.matmul(e.where(e.isnan(p), e.const(np.float32(0)), p), v)
 
 
-@rule("matmul", examples=(_sdpa, _eager, _three_axes, _capped, _lost_rows))
+def _by_groups(e: Example) -> Value:
+    q, k, v = e.x("f32[2,2,3,4,8]"), e.x("f32[2,2,1,8,5]"), e.x("f32[2,2,1,5,8]")
+    return e.matmul(e.softmax(e.add(e.matmul(q, k), e.x("f32[2,1,1,4,5]")), axis=4), v)
+
+
+@rule("matmul", examples=(_sdpa, _eager, _three_axes, _capped, _lost_rows, _by_groups))
 def fuse_attention(n: Node, at: At) -> Outcome:
     """softmax(q @ k^T * scale + mask) @ v = attention(q, k, v, mask), for every place of the scale and every guard"""
     p, v = n.inputs
@@ -218,7 +223,7 @@ def fuse_attention(n: Node, at: At) -> Outcome:
         return scores.reason
     q, q_scale = _factor(scores.root.inputs[0], at)
     kt, k_scale = _factor(scores.root.inputs[1], at)
-    if q is None or kt is None or not q.rank == kt.rank == v.rank == rank or not 2 <= rank <= 4:
+    if q is None or kt is None or not q.rank == kt.rank == v.rank == rank or not 2 <= rank <= 5:
         return "query, key and value have different ranks"
     if len(scores.masks) > 1 and any(m.dtype is DType.bool for m in scores.masks):
         return "it has several masks"
@@ -243,13 +248,18 @@ def _batches_agree(q: Value, k: Value, v: Value) -> bool:
         return False
     if q.rank < 4:
         return q.shape[:-2] == k.shape[:-2]
+    if q.rank == 5:  # [B,G,R,S,D] and [B,G,1,T,D]: R queries share the keys of their group
+        fixed = all(isinstance(d, int) for d in q.shape[1:3])
+        return fixed and q.shape[:2] == k.shape[:2] and k.shape[2] == 1
     heads, groups = q.shape[1], k.shape[1]
     return isinstance(heads, int) and isinstance(groups, int) and q.shape[0] == k.shape[0] and groups in (1, heads)
 
 
 def _emit(at: At, qkv: tuple[Value, Value, Value], mask: Value | None, attrs: dict[str, object]) -> Value | str:
-    """attention on operands of rank 4; lower ranks get the missing axes and lose them again."""
+    """attention on operands of rank 4; lower ranks get the missing axes and lose them again, groups join the heads."""
     rank = qkv[0].rank
+    if rank == 5:
+        return _emit_grouped(at, qkv, mask, attrs)
     if rank == 4:
         if mask is not None and mask.rank > 4:
             return "the mask has more axes than the scores"
@@ -264,6 +274,20 @@ def _emit(at: At, qkv: tuple[Value, Value, Value], mask: Value | None, attrs: di
     out: Value = at.op.attention(*map(wide, qkv), mask, **attrs)
     shape = (out.shape[0], *out.shape[2:]) if rank == 3 else out.shape[2:]
     return at.op.reshape(out, shape=shape)
+
+
+def _emit_grouped(at: At, qkv: tuple[Value, Value, Value], mask: Value | None, attrs: dict[str, object]) -> Value | str:
+    """[B,G,R,S,D] as [B,G*R,S,D]; a mask must not tell groups from queries inside them."""
+    (b, g, r, s, d), e = qkv[0].shape, qkv[2].shape[4]
+    q = at.op.reshape(qkv[0], shape=(b, g * r, s, d))
+    k, v = (at.op.reshape(x, shape=(b, g, *x.shape[3:])) for x in qkv[1:])
+    if mask is not None and mask.rank > 2:
+        lead = (1,) * (5 - mask.rank) + mask.shape[:-2]
+        if lead[1:] not in ((1, 1), (g, r)):
+            return f"the mask is {mask.type}"
+        mask = at.op.reshape(mask, shape=(lead[0], lead[1] * lead[2], *mask.shape[-2:]))
+    out = at.op.attention(q, k, v, mask, **attrs)
+    return at.op.reshape(out, shape=(b, g, r, s, e))
 
 
 def _unrepeated(v: Value | None, at: At) -> Value | None:
