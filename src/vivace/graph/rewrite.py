@@ -316,8 +316,9 @@ def _rewrite(graph: Graph, by_root: dict[str, list[Rule]], log: Log) -> Graph:
             node = editor.made.get(v)
             if node is None:
                 continue
+            at = At(Emit(prefix=f"{v.name}."), editor.made, editor.readers, editor.output_set)
             for r in (*by_root.get(node.op.name, ()), *anywhere):
-                again = _try(editor, r, node, log)
+                again = _try(editor, r, node, at, log)
                 if again is None:
                     continue
                 for u in again:
@@ -331,15 +332,15 @@ def _rewrite(graph: Graph, by_root: dict[str, list[Rule]], log: Log) -> Graph:
     return editor.finish() if log.fired.total() > before else graph
 
 
-def _try(editor: _Editor, rule: Rule, node: Node, log: Log) -> list[Value] | None:
-    emit = Emit(prefix=f"{node.outputs[0].name}.", count=0)
-    explaining = bool(log.explain) and rule.name in log.explain
-    at = At(emit, editor.made, editor.readers, editor.output_set, explaining)
+def _try(editor: _Editor, rule: Rule, node: Node, at: At, log: Log) -> list[Value] | None:
+    at.explaining = explaining = rule.name in log.explain
+    if at.op.nodes or at.misses:  # what an earlier rule left when it thought better of it
+        at.op, at.misses = Emit(prefix=at.op.prefix), []
     outcome = rule.apply(node, at)
     again: list[Value] | None = None
     if outcome is not None and not isinstance(outcome, str):
         new = outcome if isinstance(outcome, tuple) else (outcome,)
-        again = editor.replace(rule.name, node, new, emit.nodes)
+        again = editor.replace(rule.name, node, new, at.op.nodes)
         if again is not None:
             log.fired[rule.name] += 1
         else:

@@ -82,10 +82,15 @@ class _Sides:
 
     def find(self, x: Value | Node) -> tuple[Value | Node, int]:
         """The representative of a region and the parity of `x` in it."""
-        odd = 0
+        path: list[tuple[Value | Node, int]] = []
         while x in self.parent:
-            x, p = self.parent[x]
+            up, p = self.parent[x]
+            path.append((x, p))
+            x = up
+        odd = 0
+        for y, p in reversed(path):  # what was passed on the way now points to the representative
             odd ^= p
+            self.parent[y] = (x, odd)
         return x, odd
 
     def _join(self, a: Value | Node, b: Value | Node, odd: int) -> bool:

@@ -26,7 +26,7 @@ def render_rules() -> str:
         "",
         f"The passes in their order. Levels are those of ONNX Runtime: {LEVELS};",
         "each includes those before it. `--disable` takes the names of passes and rules, `--explain` and",
-        "`VIVACE_EXPLAIN` those of rules, and tell where one nearly fired. [Add a rule](add_a_rule.md) says how to write one.",
+        "`VIVACE_EXPLAIN` those of rules, and tell where one nearly fired. [Add a rule](add_a_rule.md) says how.",
         "",
         "| pass | level | what it does |",
         "|---|---|---|",
