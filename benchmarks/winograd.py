@@ -1,10 +1,10 @@
-"""Convolutions of 3x3 taps: the direct way against tiles of every size, in time, in error, and in what the choice makes of it.
+"""Convolutions of 3 taps an axis: the direct way against tiles of every size, in time and in error, and what is chosen.
 
     python benchmarks/winograd.py [56x56x64 14x14x256x512 3000x384 ..] [--threads 1] [--rounds 60]
 
 A layer is `height x width x channels [x output channels]`, or `length x channels`; its input is padded already, and it
-has a bias and a ReLU. The ways take turns; the best of the rounds counts. `cold`: the median after a sweep through 64 MiB. `error`:
-largest against f64, over the largest result.
+has a bias and a ReLU. The ways take turns; the best of the rounds counts. `cold`: the median after a sweep through
+64 MiB. `error`: largest against f64, over the largest result.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def layer(text: str) -> tuple[Graph, np.ndarray, np.ndarray]:
     b = Builder()
     ones, zeros = (1,) * n_axes, (0,) * n_axes
     y = b.conv(
-        b.input("x", Type(DType.f32, x.shape)), b.const(w), b.const(bias), strides=ones, dilations=ones, before=zeros, after=zeros,
-        group=1, layout="NHWC",
+        b.input("x", Type(DType.f32, x.shape)), b.const(w), b.const(bias), strides=ones, dilations=ones,
+        before=zeros, after=zeros, group=1, layout="NHWC",
     )  # fmt: skip
     exact = np.zeros((1, *spatial, n_out))
     for tap in np.ndindex(*(3,) * n_axes):
@@ -86,9 +86,11 @@ def measure(text: str, threads: int, rounds: int) -> None:
     for way, run in engines.items():
         error = np.abs(run(x) - exact).max() / np.abs(exact).max()
         best = min(warm[way])
+        name = "direct" if way is None else "{}x{}".format(*way)
+        swept = statistics.median(cold[way])
         print(
-            f"  {'direct' if way is None else '{}x{}'.format(*way):7s} {best * 1e6:8.0f} us   x{min(warm[None]) / best:4.2f}   "
-            f"cold {statistics.median(cold[way]) * 1e6:8.0f} us   error {error:.1e}{'   chosen' if way == choice else ''}"
+            f"  {name:7s} {best * 1e6:8.0f} us   x{min(warm[None]) / best:4.2f}   cold {swept * 1e6:8.0f} us   "
+            f"error {error:.1e}{'   chosen' if way == choice else ''}"
         )
 
 

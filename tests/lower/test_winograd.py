@@ -15,7 +15,7 @@ from vivace.base.machine import ISAS, Isa
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Node, Type, Value
 from vivace.loops.blocked import Blocked
-from vivace.lower.cook_toom import PAIRS, cook_toom
+from vivace.lower.cook_toom import PAIRS, amplification, cook_toom
 from vivace.lower.lowering import lower
 from vivace.lower.plan import Plan, steps_of
 from vivace.lower.rules import winograd
@@ -82,15 +82,17 @@ def test_coefficients_are_exact_in_f32(size: int) -> None:
         assert Fraction(float(np.float32(float(x)))) == x
 
 
+def test_amplification_is_what_the_rule_states() -> None:
+    assert [round(amplification(m), 1) for m in (1, 2, 4)] == [1, 8, 27.4]
+
+
 @pytest.mark.parametrize("isa", HERE)
 @pytest.mark.parametrize(
     ("shape", "n_out"),
     [
-        ((1, 8, 8, 16), 16),
         ((2, 9, 7, 20), 24),
         ((1, 5, 3, 3), 70),
         ((3, 4, 4, 33), 1),
-        ((1, 1, 1, 5), 7),
         ((1, 13, 30, 40), 50),
     ],
 )
@@ -223,7 +225,12 @@ def test_errors_stay_within_the_bounds_that_the_rule_states(
         got = run_plan(lower(g, ISAS[HERE[-1]]), [x], {}, HERE[-1])[0]
         largest[size] = float(np.abs(got - want).max() / np.abs(want).max())
         typical[size] = float(np.sqrt(np.mean((got - want) ** 2)) / np.abs(want).max())
+    w = g.nodes[0].inputs[1]
+    assert w is not None and w.data is not None
     for size in PAIRS:
+        rounded = (channels + 20) * 2.0**-24
+        bound = rounded * channels * np.abs(w.data).max() * np.abs(x).max() * amplification(size) ** 2
+        assert largest[size] * np.abs(want).max() < bound
         assert largest[size] < winograd.LARGEST_ERROR
         assert typical[size] < 4 * typical[0], (typical, size)
 

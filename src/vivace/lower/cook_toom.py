@@ -76,6 +76,15 @@ def _with_roots(roots: Sequence[Fraction]) -> list[Fraction]:
     return poly
 
 
+def amplification(m: int) -> float:
+    """How far sums of magnitudes exceed inputs times weights: the largest of |At| (|G| 1 * |Bt| 1)."""
+    if m == 1:
+        return 1.0
+    t = cook_toom(m)
+    sizes = [sum(map(abs, g)) * sum(map(abs, b)) for g, b in zip(t.g, t.bt, strict=True)]
+    return float(max(sum(abs(a) * s for a, s in zip(row, sizes, strict=True)) for row in t.at))
+
+
 def n_inputs(m: int) -> int:
     """Products for m results: m + 2, or 1 for m = 1, which stands for an axis with a single tap."""
     return m + N_TAPS - 1 if m > 1 else 1

@@ -9,13 +9,16 @@ m is chosen for each axis; an axis with a single tap, or one that a 1-D convolut
 One `Blocked` kernel: a block is some tiles, V of a block and M of one part of the output channels stay in the
 second-level cache.
 
-Error: a result is a sum over positions of f32 sums over C, weighted by At on both sides of values weighted by Bt and G.
-By the bound of Barabasz et al. 2018 (theorem for two dimensions) it is off by at most `||At||_1^2 ||Bt||_F^2 ||G||_F^2
-(C + small) 2^-24 ||x|| ||w||`, which grows like the direct sum's `9C 2^-24 ||x|| ||w||`, with a constant that the
-points decide; in practice errors are random and grow with the root of C. Measured against f64 (16x16 images, 64 to 512
-channels, normal and ReLU inputs; `tests/lower/test_winograd.py`), relative to the largest result: direct 6e-7 to
-1.7e-6, m = 2 3e-7 to 1.1e-6, m = 4 1.0e-6 to 4e-6; root mean square 1 : 0.7 : 2.2. A NaN or infinity in the input
-reaches every result of the tiles that read it, not only those of its own windows.
+Error: every result is a sum of products `at * (g w) * (bt d)`, each rounded at most C + 20 times on its way (4 times
+per axis in Bt, once in U, C times in the sum, 5 times per axis in At), so that with u = 2**-24
+
+    |error| <= (C + 20) u * C max|w| max|d| * amplification(m rows) * amplification(m columns)
+
+where `amplification` (in `cook_toom`) is 3 for a direct sum of 3 taps, 8 for m = 2, 27.5 for m = 4; a direct sum is rounded
+9C times. Errors in practice are random and far smaller. Measured against f64, largest over the largest result, for
+16x16 images of 64 to 512 channels, normal and ReLU inputs: direct 6e-7 to 2.7e-6, m = 2 3e-7 to 1e-6, m = 4 1e-6 to
+5e-6; root mean square 1 : 0.7 : 2. Source of the method and of the choice of points: see `cook_toom`.
+A NaN or infinity in the input reaches every result of the tiles that read it, not only those of its own windows.
 
 Not handled: strides, dilations, groups, more taps, three dimensions, weights that are not constant.
 """
@@ -54,7 +57,7 @@ _TRANSFORM_FLOPS = 11  # per position and channel, for C and for K
 # Weights come from memory at about 30 GB/s, by all threads together. They are counted in full, as if nothing hid their
 # way: the larger ones must also be worth the memory that they take.
 _WEIGHT_FLOPS = 15  # per element of U or of the weights
-_LEAST_GAIN = 1.15  # below it the direct way is as good, and simpler in memory and rounding
+_LEAST_GAIN = 1.25  # below it the direct way is as good where caches are cold (112x112, 3 to 64 channels)
 _GUESS = 64  # for symbolic dims
 _LEAST_TILES = 6  # rows of a micro-kernel that hide the latency of its sums
 
