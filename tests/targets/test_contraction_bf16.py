@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.targets.low_precision import Case, buffer, convolution, isas, product
+from tests.targets.low_precision import Case, buffer, convolution, depthwise, isas, product
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import ISAS, Isa, isa
@@ -95,3 +95,10 @@ def test_the_arithmetic_follows_the_instruction_set() -> None:
     names = ("avx2", "avx512", "avx512+avx512_bf16", "avx512+amx_bf16+amx_tile+avx512_bf16")
     kinds = [choose_arithmetic(DType.bf16, DType.bf16, isa(name)).kind for name in names]
     assert kinds == ["split16", "split16", "dot16", "tile16"]
+
+
+@each_isa
+@pytest.mark.parametrize("size, channels, k, stride", [(9, 32, 3, 1), (10, 33, 3, 2), (14, 20, 9, 1)])
+def test_depthwise(target: Isa, size: int, channels: int, k: int, stride: int) -> None:
+    case = depthwise(numbers(3, 2, size, size, channels), numbers(4, k, k, channels), stride, np.float32)
+    check(case, target, k * k)

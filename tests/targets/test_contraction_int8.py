@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.targets.low_precision import Case, buffer, convolution, isas, product
+from tests.targets.low_precision import Case, buffer, convolution, depthwise, isas, product
 
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
@@ -176,3 +176,25 @@ def test_what_has_no_kernel_is_refused() -> None:
         replace(case, c=replace(case.c, a_offset=128)).code(isa("avx2"))
     with pytest.raises(UnsupportedError, match="products of i16"):
         choose_arithmetic(DType.i16, DType.i8, isa("avx2"))
+
+
+@each_isa
+@pytest.mark.parametrize("a_dtype, b_dtype", [(UNSIGNED, SIGNED), (SIGNED, SIGNED), (UNSIGNED, UNSIGNED)])
+@pytest.mark.parametrize("size, channels, k, stride", [(9, 32, 3, 1), (10, 33, 3, 2), (12, 7, 5, 1), (14, 20, 9, 1)])
+def test_depthwise(
+    target: Isa, a_dtype: type, b_dtype: type, size: int, channels: int, k: int, stride: int
+) -> None:
+    x, w = numbers(7, a_dtype, 2, size, size, channels), numbers(8, b_dtype, k, k, channels)
+    check(depthwise(x, w, stride, np.int32), target)
+
+
+@each_isa
+def test_depthwise_requantizes(target: Isa) -> None:
+    case = depthwise(numbers(7, UNSIGNED, 1, 9, 9, 45), numbers(8, SIGNED, 3, 3, 45), 1, np.uint8)
+    scale = np.random.default_rng(0).random(45).astype(np.float32) / 100
+    scale_buffer = buffer("scale", scale)
+    case.arrays[scale_buffer] = scale
+    e = requantize(ACC, Load(scale_buffer, (symbol("c"),)), 99, DType.u8)
+    case.c = replace(case.c, epilogue=e, extra=(scale_buffer,))
+    expected = np.clip(np.round(case.expected.astype(np.float32) * scale) + 99, 0, 255).astype(UNSIGNED)
+    np.testing.assert_array_equal(case.run(target), expected)

@@ -1,4 +1,4 @@
-"""Depthwise convolutions in f32: every channel by itself, so vectors run along channels.
+"""Depthwise convolutions: every channel by itself, so vectors run along channels.
 
 A tile is a few neighbouring output columns of one vector of channels. Each input column is loaded once per tile row
 and serves all taps that touch it; the weights of one kernel row stay in registers. A unit is a block of output rows
@@ -19,9 +19,9 @@ from vivace.lower.tile import Segment, split_axis
 from vivace.targets.cpu.builder import Value
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.contraction_epilogue import Epilogue
-from vivace.targets.cpu.contraction_step import multiply_add
 from vivace.targets.cpu.contraction_text import Int, Text
-from vivace.targets.cpu.contraction_vector import F32_BYTES, load, mask_text, vector_type
+from vivace.targets.cpu.contraction_vector import mask_text
+from vivace.targets.cpu.depthwise_step import ChannelStep
 from vivace.targets.cpu.isa import kernel_attributes
 
 _COLUMNS = 7  # widths of images are mostly multiples of 7; with 5 weights and the input it fits 16 registers
@@ -40,6 +40,22 @@ class _Plan:
     columns: tuple[Segment, ...]
     rows_per_unit: int
     vectors_per_unit: int
+
+    @property
+    def step(self) -> ChannelStep:
+        return ChannelStep(self.d, self.isa)
+
+    @property
+    def a_bytes(self) -> int:
+        return self.d.a.dtype.size_bytes
+
+    @property
+    def b_bytes(self) -> int:
+        return self.d.b.dtype.size_bytes
+
+    @property
+    def out_bytes(self) -> int:
+        return self.d.out.dtype.size_bytes
 
     @property
     def inner(self) -> Axis:
@@ -117,17 +133,17 @@ def _columns(p: _Plan, size: int, tail: bool) -> tuple[str, dict[str, str]]:
     mask = mask_text(t, isa, _left(t, p, dims)) if tail else None
     buffers = {x: p.base(t, x) for x in dict.fromkeys(d.extra)}
     with t.loop(0, "%count") as piece:
-        steps = [t.mul(t.dim(x, dims), F32_BYTES * size) for x in (p.inner.a, p.inner.out)]
+        steps = [t.mul(t.dim(x, dims), n * size) for x, n in ((p.inner.a, p.a_bytes), (p.inner.out, p.out_bytes))]
         a, out = (t.at(f"%{x}", t.mul(piece, step)) for x, step in zip(("a", "out"), steps))
         acc = _taps(t, p, dims, size, a, mask)
         symbols: dict[str, Int] = {name: f"%x{i}" for i, name in enumerate(names)} | dims | {"c": "%c"}
         if p.inner.name:
             symbols[p.inner.name] = t.add(symbols[p.inner.name], t.mul(piece, size))
-        step = t.mul(t.dim(p.inner.out, dims), F32_BYTES)
+        step = t.mul(t.dim(p.inner.out, dims), p.out_bytes)
         offsets = [t.mul(step, j) for j in range(size)]
         epilogue = Epilogue(t, isa, "c", symbols, buffers)
         for j, (value, offset) in enumerate(zip(acc, offsets)):
-            total = Value(value, "float", isa.n_f32_lanes)
+            total = Value(value, p.step.acc_element, isa.n_f32_lanes)
             epilogue.store(d.epilogue, total, {p.inner.name: j} if p.inner.name else {}, d.out, out, offset, mask)
         epilogue.close()
     t.put("ret void")
@@ -147,7 +163,7 @@ def _left(t: Text, p: _Plan, dims: Mapping[str, Int]) -> Int:
 
 def _taps(t: Text, p: _Plan, dims: Mapping[str, Int], size: int, a: str, mask: str | None) -> list[str]:
     """Accumulators of `size` columns, summed over all taps."""
-    kind = vector_type(p.isa)
+    kind = p.step.acc_type
     zero = ["zeroinitializer"] * size
     if any(x.extent == 0 for x in p.d.taps):
         return zero
@@ -160,8 +176,8 @@ def _taps(t: Text, p: _Plan, dims: Mapping[str, Int], size: int, a: str, mask: s
         in_b: Int = 0
         for axis in reversed(outer):
             i, at = t.divmod(i, t.dim(axis.extent, dims)) if axis is not outer[0] else (0, i)
-            in_a = t.add(in_a, t.mul(at, t.mul(t.dim(axis.a, dims), F32_BYTES)))
-            in_b = t.add(in_b, t.mul(at, t.mul(t.dim(axis.b, dims), F32_BYTES)))
+            in_a = t.add(in_a, t.mul(at, t.mul(t.dim(axis.a, dims), p.a_bytes)))
+            in_b = t.add(in_b, t.mul(at, t.mul(t.dim(axis.b, dims), p.b_bytes)))
         return in_a, in_b
 
     def kernel_row(i: Int, acc: list[str]) -> list[str]:
@@ -180,19 +196,18 @@ def _kernel_row(
     t: Text, p: _Plan, dims: Mapping[str, Int], tap: Axis, a: str, b: str, acc: list[str], mask: str | None
 ) -> list[str]:
     """Adds one row of the kernel."""
-    isa = p.isa
+    s, b_bytes = p.step, p.b_bytes
     if not isinstance(tap.extent, int) or tap.extent * len(acc) > 64:
-        kind = vector_type(isa)
 
         def step(i: str, carried: list[str]) -> list[str]:
-            x = t.at(a, t.mul(i, t.mul(t.dim(tap.a, dims), F32_BYTES)))
-            w = load(t, isa, t.at(b, t.mul(i, t.mul(t.dim(tap.b, dims), F32_BYTES))), mask)
-            column = t.mul(t.dim(p.inner.a, dims), F32_BYTES)
-            values = [load(t, isa, t.at(x, t.mul(column, j)), mask) for j in range(len(acc))]
-            return [multiply_add(t, isa, v, w, s) for v, s in zip(values, carried)]
+            x = t.at(a, t.mul(i, t.mul(t.dim(tap.a, dims), p.a_bytes)))
+            w = s.weights(t, t.at(b, t.mul(i, t.mul(t.dim(tap.b, dims), b_bytes))), mask)
+            column = t.mul(t.dim(p.inner.a, dims), p.a_bytes)
+            values = [s.values(t, t.at(x, t.mul(column, j)), mask) for j in range(len(acc))]
+            return [s.multiply_add(t, v, w, total) for v, total in zip(values, carried)]
 
-        return t.reduce_loop(t.dim(tap.extent, dims), [(kind, x) for x in acc], step)
-    weights = [load(t, isa, t.at(b, t.mul(t.dim(tap.b * k, dims), F32_BYTES)), mask) for k in range(tap.extent)]
+        return t.reduce_loop(t.dim(tap.extent, dims), [(s.acc_type, x) for x in acc], step)
+    weights = [s.weights(t, t.at(b, t.mul(t.dim(tap.b * k, dims), b_bytes)), mask) for k in range(tap.extent)]
     users: dict[Dim, list[tuple[int, int]]] = {}
     for j in range(len(acc)):
         for k in range(tap.extent):
@@ -200,9 +215,9 @@ def _kernel_row(
     order = sorted(users, key=lambda x: x if isinstance(x, int) else 0)
     acc = list(acc)
     for where in order:
-        x = load(t, isa, t.at(a, t.mul(t.dim(where, dims), F32_BYTES)), mask)
+        x = s.values(t, t.at(a, t.mul(t.dim(where, dims), p.a_bytes)), mask)
         for j, k in users[where]:
-            acc[j] = multiply_add(t, isa, x, weights[k], acc[j])
+            acc[j] = s.multiply_add(t, x, weights[k], acc[j])
     return acc
 
 
@@ -220,15 +235,16 @@ def _driver(p: _Plan) -> tuple[str, dict[str, str]]:
         at: dict[str, Int] = {}
         for axis in reversed(p.above):
             rest, at[axis.name] = t.divmod(rest, t.dim(axis.extent, dims)) if axis is not p.above[0] else (0, rest)
-        a_image, out_image = _move(t, p.above, at, dims, a, out)
+        a_image, out_image = _move(t, p, p.above, at, dims, a, out)
         first_vector, first_row = t.mul(vector_block, p.vectors_per_unit), t.mul(row_block, p.rows_per_unit)
         vector_end = t.minimum(t.add(first_vector, p.vectors_per_unit), n_vectors)
         row_end = t.minimum(t.add(first_row, p.rows_per_unit), n_rows)
         with t.loop(first_vector, vector_end) as vector, t.loop(first_row, row_end) as row:
             c = t.mul(vector, width)
             at[p.outer.name] = row
-            a_row, out_row = _move(t, (p.outer,), at, dims, a_image, out_image)
-            a_row, b_row, out_row = (t.at(x, t.mul(c, F32_BYTES)) for x in (a_row, b, out_row))
+            a_row, out_row = _move(t, p, (p.outer,), at, dims, a_image, out_image)
+            sized = ((a_row, p.a_bytes), (b, p.b_bytes), (out_row, p.out_bytes))
+            a_row, b_row, out_row = (t.at(x, t.mul(c, size)) for x, size in sized)
             _row(t, p, dims, at, c, a_row, b_row, out_row)
     t.put("ret void")
     head = f"define void @{d.name}(ptr %args, i64 %begin, i64 %end, ptr %scratch) #0 {{"
@@ -236,11 +252,11 @@ def _driver(p: _Plan) -> tuple[str, dict[str, str]]:
 
 
 def _move(
-    t: Text, axes: tuple[Axis, ...], at: Mapping[str, Int], dims: Mapping[str, Int], a: str, out: str
+    t: Text, p: _Plan, axes: tuple[Axis, ...], at: Mapping[str, Int], dims: Mapping[str, Int], a: str, out: str
 ) -> tuple[str, str]:
     for axis in axes:
-        a = t.at(a, t.mul(at[axis.name], t.mul(t.dim(axis.a, dims), F32_BYTES)))
-        out = t.at(out, t.mul(at[axis.name], t.mul(t.dim(axis.out, dims), F32_BYTES)))
+        a = t.at(a, t.mul(at[axis.name], t.mul(t.dim(axis.a, dims), p.a_bytes)))
+        out = t.at(out, t.mul(at[axis.name], t.mul(t.dim(axis.out, dims), p.out_bytes)))
     return a, out
 
 
@@ -252,7 +268,7 @@ def _row(t: Text, p: _Plan, dims: Mapping[str, Int], at: Mapping[str, Int], c: I
             continue
         n = t.dim(count, dims)
         place = {**at, p.inner.name: start}
-        a_part, out_part = _move(t, (p.inner,), place, dims, a, out)
+        a_part, out_part = _move(t, p, (p.inner,), place, dims, a, out)
         axes = "".join(f", i64 {place[x.name]}" for x in p.d.rows)
         arguments = f"ptr %args, ptr {a_part}, ptr {b}, ptr {out_part}, i64 {n}, i64 {c}{axes}"
         if p.has_full and p.has_tail:
