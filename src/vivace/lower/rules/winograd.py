@@ -14,9 +14,9 @@ per axis in Bt, once in U, C times in the sum, 5 times per axis in At), so that 
 
     |error| <= (C + 20) u * C max|w| max|d| * amplification(m rows) * amplification(m columns)
 
-where `amplification` (in `cook_toom`) is 3 for a direct sum of 3 taps, 8 for m = 2, 27.5 for m = 4; a direct sum is rounded
-9C times. Errors in practice are random and far smaller. Measured against f64, largest over the largest result, for
-16x16 images of 64 to 512 channels, normal and ReLU inputs: direct 6e-7 to 2.7e-6, m = 2 3e-7 to 1e-6, m = 4 1e-6 to
+where `amplification` (in `cook_toom`) is 3 for a direct sum of 3 taps, 8 for m = 2 and 27.4 for m = 4; a direct sum is
+rounded 9C times. Errors in practice are random and far smaller. Measured against f64, largest over the largest result,
+for 16x16 images of 64 to 512 channels, normal and ReLU inputs: direct 6e-7 to 2.7e-6, m = 2 3e-7 to 1e-6, m = 4 1e-6 to
 5e-6; root mean square 1 : 0.7 : 2. Source of the method and of the choice of points: see `cook_toom`.
 A NaN or infinity in the input reaches every result of the tiles that read it, not only those of its own windows.
 
