@@ -20,7 +20,8 @@ from vivace.graph.graph import Node, Value
 from vivace.loops.kernel import Binary, Cast, Const, Expr, For, Index, Kernel, Let, Load, Select, Stmt, Store, dtype_of
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
-from vivace.lower.rules.contraction import finish, tail_flops
+from vivace.lower.rules.contraction import finish
+from vivace.lower.rules.epilogue import tail_flops
 from vivace.lower.rules.elementwise import Params, Tree
 from vivace.lower.views import View, collapse
 
