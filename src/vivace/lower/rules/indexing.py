@@ -21,8 +21,8 @@ from vivace.loops.kernel import Binary, Cast, Const, Expr, For, Index, Kernel, L
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.rules.contraction import finish
-from vivace.lower.rules.epilogue import tail_flops
 from vivace.lower.rules.elementwise import Params, Tree
+from vivace.lower.rules.epilogue import tail_flops
 from vivace.lower.views import View, collapse
 
 I64 = DType.i64

@@ -31,8 +31,8 @@ from vivace.loops.kernel import (
 )
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
-from vivace.lower.rules.epilogue import tail_flops
 from vivace.lower.rules.elementwise import Params, loop_order, loop_var
+from vivace.lower.rules.epilogue import tail_flops
 from vivace.lower.rules.repeat import Tail, repeat, repeats
 from vivace.lower.rules.taps import Taps, taps_of
 from vivace.lower.views import View
