@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vivace.base.dims import Dim, maximum, minimum, symbol
+from vivace.base.dims import Dim, maximum, minimum, prod, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Value
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
@@ -261,6 +261,7 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
             lanes = panel_lanes(n, ctx.isa)
             w = _packed(ctx, w_value, lanes, f"conv{groups}", lambda: _conv_weights(w_value, groups))
             packing, taps_b = Packing("panels", lanes), (*spatial_taps, channel_tap)
+            batch = tuple(replace(b, b=prod(w.shape[1:])) for b in batch)
         else:
             perm = (*range(2, rank), 1, 0)  # [oc, c, k..] -> [k.., c, oc]: groups lie side by side in oc
             w = ctx.contiguous(ctx.view(w_value).transpose(perm), f"{w_value.name}_kn")
