@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from vivace.base.dims import Dim, ceildiv, minimum, prod, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Node, Value
-from vivace.loops.kernel import Buffer, Expr, For, Index, Kernel, Load, LoopKind, Stmt, Store
+from vivace.loops.kernel import Buffer, Expr, For, Index, Kernel, Load, Stmt, Store
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.scalar import literal, scalar
 from vivace.lower.views import View, collapse
 
-BLOCK = 4096  # elements of a flat loop that one unit of parallel work computes: 16 KiB of f32, half of the smallest L1 in use
-NARROW = 6  # below this an innermost axis is copied element by element: a masked vector costs more (measured on 3-channel images)
+# Elements of a flat loop that one unit of parallel work computes: 16 KiB of f32, half of the smallest L1 in use.
+BLOCK = 4096
+# Below this an innermost axis is copied element by element: a masked vector costs more (measured on 3-channel images).
+NARROW = 6
+SIDE = 32  # rows of a block that is transposed on the way: a few squares, and whole cache lines
 Build = Callable[[list[Expr]], Expr]
 
 
@@ -73,8 +76,7 @@ class Tree:
                 self.leaves[v] = self.ctx.view(v).expand(self.root.shape)
 
     def expr(self, leaf: Callable[[Value], Expr], given: dict[Value, Expr] | None = None) -> Expr:
-        """The root as an expression. Shared nodes share one expression object, which the code generator computes
-        once."""
+        """The root as an expression. Shared nodes share one object, which the code generator computes once."""
         made: dict[Value, Expr] = dict(given or {})
 
         def visit(v: Value) -> Expr:
@@ -128,28 +130,30 @@ def emit_pointwise(
     flat = len(shape) == 1
     if flat:
         index[0] = symbol("b", 0) * BLOCK + symbol("i0", 0, BLOCK - 1)
+    turned = None if flat else _turned_axis(shape, inner, out_view, leaf_views)
+    narrow = None if flat else _narrow_axis(shape, inner, out_view, leaf_views)
+    if turned is not None:
+        index[turned] = symbol("b", 0) * SIDE + index[turned]
+    elif narrow is not None:
+        if not _fits(shape[inner]):
+            index[inner] = symbol("b", 0) * BLOCK + index[inner]
     at = tuple(index)
     value = build([params.load(v, at) for v in leaf_views])
     store = Store(params.buffer(out_view, writable=True), at, value)
     loops: Stmt
     if flat:
-        n = shape[0]
-        if isinstance(n, int) and n <= BLOCK:
-            loops = For("b", 1, (For("i0", n, (store,), "vector"),), "parallel")
+        length = shape[0]
+        if _fits(length):
+            loops = For("b", 1, (For("i0", length, (store,), "vector"),), "parallel")
         else:
             loops = For(
                 "b",
-                ceildiv(n, BLOCK),
-                (For("i0", minimum(BLOCK, n - symbol("b", 0) * BLOCK), (store,), "vector"),),
+                ceildiv(length, BLOCK),
+                (For("i0", minimum(BLOCK, length - symbol("b", 0) * BLOCK), (store,), "vector"),),
                 "parallel",
             )
     else:
-        n_inner = shape[inner]
-        narrow = isinstance(n_inner, int) and n_inner < NARROW and len(shape) > 2
-        loops = For(f"i{inner}", n_inner, (store,), "unroll" if narrow else "vector")
-        for axis in reversed(order[:-1]):
-            kind: LoopKind = "serial" if narrow and axis == order[-2] else "parallel"
-            loops = For(f"i{axis}", shape[axis], (loops,), kind)
+        loops = _nest(shape, order, store, turned, narrow)
     moved: Dim = prod(out.shape) * out.dtype.size_bytes
     for v in leaves:
         if v.storage is not None:
@@ -161,6 +165,73 @@ def emit_pointwise(
     ctx.emit(label, spec, params.views, len(params.views) - 1, nodes, flops, moved)
 
 
+def _nest(shape: tuple[Dim, ...], order: list[int], store: Stmt, turned: int | None, narrow: int | None) -> Stmt:
+    """The loops around a store: parallel ones, the innermost axis as a vector.
+
+    `turned`: an axis along which operands lie, next to the vector, in blocks (the code generator transposes squares).
+    `narrow`: an axis of a few elements, contiguous in the result, written out inside the vector.
+    """
+    inner = order[-1]
+    n_inner = shape[inner]
+    outer = [a for a in order[:-1] if a not in (turned, narrow)]
+    loops: Stmt
+    if turned is not None:
+        n = shape[turned]
+        loops = For(f"i{inner}", n_inner, (store,), "vector")
+        loops = For(f"i{turned}", minimum(SIDE, n - symbol("b", 0) * SIDE), (loops,), "serial")
+        loops = For("b", ceildiv(n, SIDE), (loops,), "parallel")
+    elif narrow is not None:
+        loops = For(f"i{narrow}", shape[narrow], (store,), "unroll")
+        if _fits(n_inner):
+            loops = For(f"i{inner}", n_inner, (loops,), "vector")
+        else:
+            loops = For(f"i{inner}", minimum(BLOCK, n_inner - symbol("b", 0) * BLOCK), (loops,), "vector")
+            loops = For("b", ceildiv(n_inner, BLOCK), (loops,), "parallel")
+        if not outer and _fits(n_inner):
+            loops = For("b", 1, (loops,), "parallel")
+    else:
+        small = isinstance(n_inner, int) and n_inner < NARROW and len(shape) > 2
+        loops = For(f"i{inner}", n_inner, (store,), "unroll" if small else "vector")
+        if small:
+            loops = For(f"i{outer[-1]}", shape[outer[-1]], (loops,), "serial")
+            outer = outer[:-1]
+    for axis in reversed(outer):
+        loops = For(f"i{axis}", shape[axis], (loops,), "parallel")
+    return loops
+
+
+def _turned_axis(shape: tuple[Dim, ...], inner: int, out: View, leaves: Sequence[View]) -> int | None:
+    """An axis other than the result's contiguous one along which an operand is contiguous."""
+    if out.strides[inner] != 1 or not _at_least(shape[inner], NARROW):
+        return None
+    for v in leaves:
+        if v.storage is None or v.strides[inner] in (0, 1) or v.dtype.size_bytes != 4:
+            continue
+        for axis, stride in enumerate(v.strides):
+            if stride == 1 and axis != inner and _at_least(shape[axis], NARROW):
+                return axis
+    return None
+
+
+def _narrow_axis(shape: tuple[Dim, ...], inner: int, out: View, leaves: Sequence[View]) -> int | None:
+    """An axis of a few elements that is contiguous in the result, of which the innermost loop steps over whole runs."""
+    if any(v.strides[inner] not in (0, 1) for v in leaves) or out.dtype.size_bytes != 4:
+        return None
+    for axis, n in enumerate(shape):
+        if axis != inner and out.strides[axis] == 1 and isinstance(n, int) and 2 <= n <= 8 and out.strides[inner] == n:
+            return axis
+    return None
+
+
+def _fits(n: Dim) -> bool:
+    """Whether one unit of parallel work may walk the whole axis."""
+    return isinstance(n, int) and n <= BLOCK
+
+
+def _at_least(n: Dim, least: int) -> bool:
+    return not isinstance(n, int) or n >= least
+
+
 def loop_order(shape: tuple[Dim, ...], out: View, leaves: Sequence[View]) -> list[int]:
     """Loop axes, outermost first. The innermost is the one along which most operands are contiguous or constant."""
     last = len(shape) - 1
@@ -169,7 +240,7 @@ def loop_order(shape: tuple[Dim, ...], out: View, leaves: Sequence[View]) -> lis
 
     def score(axis: int) -> float:
         total = 0.0
-        for v, weight in [(out, 2.0)] + [(x, 1.0) for x in leaves if x.storage is not None]:
+        for v, weight in [(out, 4.0)] + [(x, 1.0) for x in leaves if x.storage is not None]:
             total += weight * (1.0 if v.strides[axis] == 1 else 0.75 if v.strides[axis] == 0 else 0.0)
         n = shape[axis]
         return total * (min(n, 16) / 16 if isinstance(n, int) else 1.0)

@@ -9,8 +9,8 @@ from vivace.base.dtypes import DType
 from vivace.loops.kernel import Binary, Cast, Const, Expr, For, Index, Inside, Kernel, Load, Reduce, Select, Stmt, Store
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
-from vivace.lower.rules.contraction import tail_flops
 from vivace.lower.rules.elementwise import Params, Tree
+from vivace.lower.rules.epilogue import tail_flops
 
 
 def lower_pool(ctx: Lowering, g: Group) -> None:

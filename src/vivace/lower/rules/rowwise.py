@@ -1,8 +1,7 @@
 """Ops that look at a whole row before they write it: softmax, normalizations, reductions.
 
 The normalized axis is made the last and contiguous. Each row passes through the result's own row as staging when the
-operand is
-an expression, so no scratch is needed. Statistics are kept in f32, those of f64 in f64.
+operand is an expression, so no scratch is needed. Statistics are kept in f32, those of f64 in f64.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from vivace.base.dims import ceildiv, minimum, prod, symbol
 from vivace.base.dtypes import DType
 from vivace.loops.kernel import (
     Binary,
+    Buffer,
     Cast,
     Const,
     Expr,
@@ -30,11 +30,13 @@ from vivace.loops.kernel import (
 )
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
-from vivace.lower.rules.contraction import finish, tail_flops
+from vivace.lower.rules.contraction import finish
 from vivace.lower.rules.elementwise import Params, Tree, loop_var
+from vivace.lower.rules.epilogue import tail_flops
 from vivace.lower.views import View, collapse
 
 F32 = DType.f32
+FEW = 4  # contiguous elements per result, up to which results share a vector
 LANES = 64  # channels that one unit of a column reduction computes: four 512-bit vectors hide the latency of an add
 
 
@@ -118,8 +120,8 @@ class Rows:
             value = self.tree.expr(lambda v: self.params.load(self.leaves[v], self.at), {self.y: value})
         return Store(self._out(), self.at, value)
 
-    def _out(self):  # type: ignore[no-untyped-def]
-        for v, b in zip(self.params.views, self.params.buffers, strict=True):
+    def _out(self) -> Buffer:
+        for b in self.params.buffers:
             if b.writable:
                 return b
         return self.params.buffer(self.out, writable=True)
@@ -257,9 +259,8 @@ _REDUCE = {"reduce_sum": "add", "reduce_mean": "add", "reduce_max": "max", "redu
 
 
 def lower_reduce(ctx: Lowering, g: Group) -> None:
-    """Reductions over any axes. Rows are reduced along the vector where the reduced axis is the contiguous one;
-    otherwise
-    neighbouring results share a vector."""
+    """Reductions over any axes. Rows are reduced along the vector where the reduced axis is contiguous and long;
+    otherwise neighbouring results share a vector."""
     node = g.anchor
     x_value, y = node.inputs[0], node.outputs[0]
     assert x_value is not None
@@ -285,7 +286,9 @@ def lower_reduce(ctx: Lowering, g: Group) -> None:
     params = Params()
     taps = tuple(symbol(f"r{i}", 0) for i in range(len(red_shape)))
     rank = len(shape)
-    along_rows = not shape or (bool(red_shape) and red[0].strides[-1] == 1)
+    n_reduced = prod(red_shape)
+    few = isinstance(n_reduced, int) and n_reduced <= FEW  # a vector over the results reads every second, third ..
+    along_rows = not shape or (bool(red_shape) and red[0].strides[-1] == 1 and not few)
     index = [symbol(f"i{i}", 0) for i in range(rank)]
     block = not along_rows
     if block:

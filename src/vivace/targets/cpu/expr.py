@@ -32,7 +32,7 @@ def emit(env: Env, e: Expr) -> Value:
             value = scalar(env, d) if is_uniform(env, d) else as_vector(env, per_lane(env, d), _index_type(t))
             return cast(env.b, value, DType.i64 if value.type == "i64" else DType.i32, t)
         case Load():
-            return load(env, e)
+            return env.given[e] if env.given and e in env.given else load(env, e)
         case Unary(fn=fn, x=x):
             return unary(env.b, fn, emit(env, x), dtype_of(x))
         case Binary(fn=fn, a=x, b=y):

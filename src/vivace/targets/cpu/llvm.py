@@ -4,6 +4,8 @@
 * a vector loop computes several iterations at once: a main loop over full vectors, then what is left, as one masked
   vector where the instruction set has masks and else in narrower vectors down to single elements;
 * vector loops inside vector loops are serial; loops of kind `unroll` are written out;
+* a serial loop around a vector loop that reads along the serial axis is done in transposed squares (`tiles`);
+* scattered stores of cheap values are scalar; an unrolled loop whose stores fill a gapless run is interleaved;
 * buffers of Alloc lie in the thread's scratch memory.
 
 `meta["alias"]` of a kernel lists groups of parameter names that may share memory (in-place operations); all other
@@ -41,10 +43,12 @@ from vivace.targets.cpu.builder import Builder, Value, literal
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.env import Env, scalar
 from vivace.targets.cpu.expr import emit
+from vivace.targets.cpu.interleaved import store_interleaved
 from vivace.targets.cpu.isa import has_masks
 from vivace.targets.cpu.lanes import tail_mask
-from vivace.targets.cpu.memory import memory_type, store
+from vivace.targets.cpu.memory import flat_index, memory_type, store
 from vivace.targets.cpu.reduce import reduce_together
+from vivace.targets.cpu.tiles import Tiles, linear_in, transposed_loads
 
 _CHUNK = 4096  # iterations of a lone vector loop that make a unit: about a microsecond of streaming
 _UNIT_WORK = 16384  # operations that are worth handing to a thread: a few microseconds
@@ -186,11 +190,31 @@ class _Generator:
             raise InternalError(f"parallel loop {loop.var} is not at the top", where=self.kernel.name)
         if loop.kind == "vector" and env.lane is None and not env.plain:
             self._vector_range(env, loop, zero, n)
+        elif loop.kind == "serial" and (tiled := self._tiled(env, loop)):
+            tiled.emit(env)
+        elif loop.kind == "unroll" and store_interleaved(env, loop, emit):
+            pass
         elif loop.kind == "unroll" and isinstance(loop.extent, int):
             for k in range(loop.extent):
                 self._block(env.at({loop.var: literal(k, "i64")}), loop.body)
         else:
             self.b.loop(zero, n, 1, lambda i, _: self._block(env.at({loop.var: i}), loop.body))
+
+    def _tiled(self, env: Env, loop: For) -> Tiles | None:
+        """The tiles for a loop around a vector loop whose operands lie the other way round; None where none does."""
+        inner = loop.body[0]
+        if len(loop.body) != 1 or not isinstance(inner, For) or inner.kind != "vector" or env.lane or env.plain:
+            return None
+        if not (loads := transposed_loads(loop, inner)):
+            return None
+        side = self.isa.vector_bits // 32
+        squares = [Buffer("square", DType.f32, (side, side), (side, 1), writable=True) for _ in loads]
+        stage = {e: self._allocate(x) for e, x in zip(loads, squares, strict=True)}
+
+        def ordinary(at: Env, start: Value, stop: Value) -> None:
+            self._vector_range(at, inner, start, stop)
+
+        return Tiles(self.b, loop, inner, loads, stage, lambda at: self._block(at, inner.body), ordinary)
 
     # --- vector loops ---------------------------------------------------------------------------------------------
 
@@ -199,17 +223,19 @@ class _Generator:
         lanes = max(1, self.isa.vector_bits // max(widest_bits(loop.body, {loop.var}), 8))
         static = isinstance(start.const, int) and isinstance(stop.const, int)
         hi = bounds(loop.extent)[1]
+        if _scatters_cheaply(loop):
+            lanes = 1
         while hi is not None and lanes > 1 and lanes // 2 >= hi:
             lanes //= 2
         unroll = _unroll(loop, lanes, hi)
         widths = [lanes * unroll] if unroll > 1 else []
         done = start
-        if has_masks(self.isa):
-            if widths and lanes > 1:
+        if lanes == 1:
+            self._one_by_one(env, loop, start, stop)
+        elif has_masks(self.isa):
+            if widths:
                 done = self._vectors(env, loop, done, stop, widths[0])
-            if lanes == 1:
-                self._vectors(env, loop, done, stop, 1)
-            elif static or _is_small(loop):
+            if static or _is_small(loop):
                 done = self._vectors(env, loop, done, stop, lanes)
                 self._masked(env, loop, done, stop, lanes)
             else:  # a body of its own for full vectors would cost compile time and gain little
@@ -245,6 +271,22 @@ class _Generator:
 
         b.loop(start, stop, width, body)
         return stop
+
+    def _one_by_one(self, env: Env, loop: For, start: Value, stop: Value) -> None:
+        """Scalar iterations, four at a time."""
+        b = self.b
+
+        def some(i: Value, n: int) -> list[Value]:
+            for k in range(n):
+                self._block(env.at({loop.var: b.iadd(i, literal(k, "i64"))}, plain=True), loop.body)
+            return []
+
+        gap = b.call("llvm.smax", b.op("sub nsw", stop, start), literal(0, "i64"))
+        most = b.iadd(start, b.op("and", gap, literal(-4, "i64")))
+        if isinstance(start.const, int) and isinstance(stop.const, int):
+            most = literal(start.const + max(stop.const - start.const, 0) // 4 * 4, "i64")
+        b.loop(start, most, 4, lambda i, _: some(i, 4))
+        b.loop(most, stop, 1, lambda i, _: some(i, 1))
 
     def _masked(self, env: Env, loop: For, start: Value, stop: Value, width: int) -> None:
         """All iterations that are left, in masked vectors."""
@@ -286,6 +328,13 @@ def _parallel_axes(body: tuple[Stmt, ...]) -> tuple[list[tuple[str, Dim]], tuple
         axes.append((body[0].var, body[0].extent))
         body = body[0].body
     return axes, body
+
+
+def _scatters_cheaply(loop: For) -> bool:
+    """Whether the body stores far apart and computes little: a scatter would cost more than scalar code."""
+    stores = [s for s in loop.body if isinstance(s, Store)]
+    apart = any(linear_in(flat_index(s.buffer, s.index), loop.var) not in (1, -1) for s in stores)
+    return len(stores) == len(loop.body) and apart and _cost(loop.body) <= 8
 
 
 def _is_small(loop: For) -> bool:

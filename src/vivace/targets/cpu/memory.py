@@ -2,8 +2,9 @@
 buffer.
 
 A vector access is planned from what one lane adds to the address: 0 is one scalar access, 1 a vector access, -1 a
-reversed one, everything else a gather or scatter. Conditions that are equal in all lanes redirect a load to a block of
-fill values, which needs no branch and no mask; conditions that vary become the mask of the access.
+reversed one, 2 to 4 whole vectors and shuffles, everything else a gather or scatter. Conditions that are equal in all
+lanes redirect a load to a block of fill values, which needs no branch and no mask; conditions that vary become the mask
+of the access.
 
 Elements in memory and in registers: f16 and bf16 are computed in f32; bool is a byte in memory and i1 in registers.
 """
@@ -18,6 +19,7 @@ from vivace.base.errors import UnsupportedError
 from vivace.loops.kernel import Buffer, Inside, Load
 from vivace.targets.cpu.builder import Builder, Value, literal, type_bits, type_text
 from vivace.targets.cpu.env import Env, as_vector, is_uniform, lane_stride, per_lane, scalar, sorted_terms
+from vivace.targets.cpu.shuffles import every_nth
 
 _MEMORY = {
     DType.f32: "float", DType.f64: "double", DType.f16: "i16", DType.bf16: "i16", DType.bool: "i8",
@@ -26,6 +28,7 @@ _MEMORY = {
 }  # fmt: skip
 _REGISTER = _MEMORY | {DType.f16: "float", DType.bf16: "float", DType.bool: "i1"}
 _FILL_BYTES = 1024
+_NEAR = 4  # strides up to this are read as whole vectors: a gather costs more than so many loads and shuffles
 
 
 def memory_type(t: DType) -> str:
@@ -215,11 +218,23 @@ def load(env: Env, e: Load) -> Value:
             p = b.select(uniform, p, _fill_block(env, fill))
         v = _read(env, buffer, p, t, env.lanes, mask if stride == 1 or mask is None else _reverse(env, mask), fill)
         v = v if stride == 1 else _reverse(env, v)
+    elif isinstance(stride, int) and 1 < stride <= _NEAR and mask is None and uniform is None and fill.bits == 32:
+        v = _read_strided(env, buffer, flat, t, stride)
     else:
         if uniform is not None:
             mask = b.widen(uniform, env.lanes) if mask is None else b.op("and", mask, uniform)
         v = _gather(env, buffer, flat, t, mask, fill)
     return from_memory(b, v, buffer.dtype)
+
+
+def _read_strided(env: Env, buffer: Buffer, flat: Dim, t: str, stride: int) -> Value:
+    """Every second, third or fourth element: whole vectors, the last ending with the last element that is wanted."""
+    n = env.lanes
+    vectors = [_read(env, buffer, pointer(env, buffer, flat + k * n), t, n) for k in range(stride - 1)]
+    vectors.append(_read(env, buffer, pointer(env, buffer, flat + (stride - 1) * (n - 1)), t, n))
+    late = (stride - 1) * n  # from here on elements stand in the last vector, which is `stride - 1` early
+    positions = [k * stride + (stride - 1 if k * stride >= late else 0) for k in range(n)]
+    return every_nth(env.b, vectors, positions)
 
 
 def _load_scalar(
@@ -292,6 +307,22 @@ def _gather(env: Env, buffer: Buffer, flat: Dim, t: str, mask: Value | None, fil
     return b.effect(text, t, n)
 
 
+def _write(env: Env, p: Value, value: Value, mask: Value | None, align: int) -> None:
+    b, n = env.b, value.lanes
+    if mask is None:
+        b.effect(f"store {value}, {p}, align {align}")
+        return
+    name = f"llvm.masked.store.v{n}{ {'float': 'f32', 'double': 'f64'}.get(value.type, value.type) }.p0"
+    b.declare(f"void @{name}({value.full}, ptr, <{n} x i1>)", name)
+    b.effect(f"call void @{name}({value}, ptr align {align} {p.text}, {mask})")
+
+
+def write_vector(env: Env, buffer: Buffer, flat: Dim, value: Value, mask: Value | None) -> None:
+    """Write consecutive elements from address `flat` on, whose lanes need not be those of the context."""
+    value = to_memory(env.b, value, buffer.dtype)
+    _write(env, pointer(env, buffer, flat), value, mask, value.bits // 8)
+
+
 def store(env: Env, buffer: Buffer, index: tuple[Dim, ...], value: Value) -> None:
     """Write the element, in all lanes of the mask."""
     b, t = env.b, memory_type(buffer.dtype)
@@ -307,12 +338,7 @@ def store(env: Env, buffer: Buffer, index: tuple[Dim, ...], value: Value) -> Non
         p = pointer(env, buffer, flat if stride == 1 else flat - (n - 1))
         if stride == -1:
             value, mask = _reverse(env, value), None if mask is None else _reverse(env, mask)
-        if mask is None:
-            b.effect(f"store {value}, {p}, align {align}")
-            return
-        name = f"llvm.masked.store.v{n}{ {'float': 'f32', 'double': 'f64'}.get(t, t) }.p0"
-        b.declare(f"void @{name}({value.full}, ptr, <{n} x i1>)", name)
-        b.effect(f"call void @{name}({value}, ptr align {align} {p.text}, {mask})")
+        _write(env, p, value, mask, align)
         return
     if stride == 0:
         raise UnsupportedError(f"all lanes of {env.lane} store to one element of {buffer}", where=b.name)

@@ -1,0 +1,41 @@
+"""Stores of neighbouring elements in turn, such as the channels of a pixel, as whole vectors.
+
+    vector i in N: unroll c in 3:  y[i, c] = f(i, c)       y dense
+
+computes a vector of each c, interleaves them and stores three full vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from vivace.loops.kernel import Expr, For, Store
+from vivace.targets.cpu.builder import Value, literal
+from vivace.targets.cpu.env import Env, lane_stride
+from vivace.targets.cpu.memory import flat_index, memory_type, register_type, write_vector
+from vivace.targets.cpu.shuffles import interleave, shuffle
+from vivace.targets.cpu.tiles import linear_in
+
+_MOST = 8  # parts; more would not stay in registers
+
+
+def store_interleaved(env: Env, loop: For, emit: Callable[[Env, Expr], Value]) -> bool:
+    """Emit an unrolled loop around one store as interleaved vectors; False where its stores leave gaps."""
+    s, n = loop.extent, env.lanes
+    if env.lane is None or not isinstance(s, int) or not 2 <= s <= _MOST or len(loop.body) != 1 or n < 4:
+        return False
+    body = loop.body[0]
+    if not isinstance(body, Store) or memory_type(body.buffer.dtype) not in ("float", "i32"):
+        return False
+    flat = flat_index(body.buffer, body.index)
+    at = env.at({loop.var: literal(0, "i64")})
+    if lane_stride(at, flat) != s or linear_in(flat, loop.var) != 1 or register_type(body.buffer.dtype) == "i1":
+        return False
+    b = env.b
+    values = [b.widen(emit(env.at({loop.var: literal(k, "i64")}), body.value), n) for k in range(s)]
+    for k, vector in enumerate(interleave(b, values)):
+        mask = None
+        if env.mask is not None:
+            mask = shuffle(b, env.mask, env.mask, [(k * n + i) // s for i in range(n)])
+        write_vector(at, body.buffer, flat + k * n, vector, mask)
+    return True
