@@ -51,6 +51,7 @@ def test_levels_include_one_another() -> None:
     assert ops(optimize(graph, Level.EXTENDED)) == ["conv", "silu"]
     assert ops(optimize(graph, Level.LAYOUT)) == ["transpose", "conv", "silu", "transpose"]
     assert ops(optimize(graph, Level.ALL)) == ops(optimize(graph, Level.LAYOUT))
+    assert ops(optimize(graph, "extended")) == ops(optimize(graph, 2))
 
 
 def test_levels_and_names_that_do_not_exist_are_refused() -> None:
@@ -96,6 +97,14 @@ def test_explain_tells_near_misses() -> None:
     report = Report(explain=("fuse_silu",))
     optimize(Example().graph(shared), report=report)
     assert any(n.startswith("fuse_silu did not fire: %t1 is used elsewhere too") for n in report.notes)
+
+
+def test_explain_knob_prints_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with knobs.scope(explain="fuse_silu"):
+        optimize(small())
+    assert "fuse_silu fired at " in capsys.readouterr().err
+    with knobs.scope(explain="fuse_silly"), pytest.raises(InputError, match="nothing is called 'fuse_silly'"):
+        optimize(small())
 
 
 def test_dump_writes_every_stage_and_it_can_be_read_back(tmp_path: Path) -> None:

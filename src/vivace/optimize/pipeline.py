@@ -7,6 +7,7 @@ is for our own code generator.
 
 from __future__ import annotations
 
+import sys
 from enum import IntEnum
 
 from vivace.base.errors import InputError
@@ -92,28 +93,38 @@ def rule_names() -> list[str]:
     return list(dict.fromkeys([*(p.name for p in PIPELINE), *(r.name for p in PIPELINE for r in p.rules)]))
 
 
-def optimize(
-    graph: Graph, level: int = Level.ALL, disable: tuple[str, ...] = (), report: Report | None = None
-) -> Graph:
-    """The graph, rewritten by every pass of `level` and below, except the passes and rules in `disable`.
-
-    `report` is filled with counts, times and near misses. Raises: InputError for an unknown name or level; GraphError
-    naming a broken pass.
-    """
-    if level not in list(Level):
+def level_of(level: int | str) -> Level:
+    """A level by number or name. Raises: InputError."""
+    known = {x.name.lower(): x for x in Level} | {x.value: x for x in Level}
+    if level not in known:
         raise InputError(
             f"unknown level {level}",
             where="optimize",
             expected=", ".join(f"{x.name.lower()} ({x.value})" for x in Level),
         )
-    if unknown := sorted(set(disable) - set(rule_names())):
-        raise InputError(
-            f"nothing is called {unknown[0]!r}", where="disable", expected="a pass or a rule of docs/rules.md"
-        )
+    return known[level]
+
+
+def optimize(
+    graph: Graph, level: int | str = Level.ALL, disable: tuple[str, ...] = (), report: Report | None = None
+) -> Graph:
+    """The graph, rewritten by every pass of `level` and below, except the passes and rules in `disable`.
+
+    `report` is filled with counts, times and near misses; those that VIVACE_EXPLAIN asks for go to stderr.
+    Raises: InputError for an unknown name or level; GraphError naming a broken pass.
+    """
+    level = level_of(level)
     explain = tuple(dict.fromkeys((*knobs.explain, *(report.explain if report else ()))))
+    for where, names in (("disable", disable), ("explain", explain)):
+        if unknown := sorted(set(names) - set(rule_names())):
+            raise InputError(
+                f"nothing is called {unknown[0]!r}", where=where, expected="a pass or a rule of docs/rules.md"
+            )
     record = Run()
     chosen = [p for p in PIPELINE if p.level <= level]
     result = run_passes(graph, chosen, disabled=frozenset(disable), dump=knobs.dump, explain=explain, record=record)
+    if knobs.explain:
+        print(*record.notes, sep="\n", file=sys.stderr)
     if report is not None:
         report.stages, report.notes = record.stages, record.notes
         report.ops_before, report.ops_after = count_ops(graph), count_ops(result)

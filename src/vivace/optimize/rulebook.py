@@ -11,7 +11,7 @@ from vivace.optimize.pipeline import PIPELINE, Level
 LEVELS = ", ".join(f"{x.name.lower()} ({x.value})" for x in Level)
 
 
-def level_of(rule: Rule) -> Level:
+def lowest_level(rule: Rule) -> Level:
     """The lowest level that runs a rule."""
     return Level(min(p.level for p in PIPELINE if rule in p.rules))
 
@@ -33,7 +33,7 @@ def render_rules() -> str:
         *(_pass_row(p) for p in PIPELINE),
     ]
     for rule in rules:
-        lines += ["", f"## {rule.name}", "", f"Level {level_of(rule).name.lower()}. {_sentence(rule.doc)}", ""]
+        lines += ["", f"## {rule.name}", "", f"Level {lowest_level(rule).name.lower()}. {_sentence(rule.doc)}", ""]
         lines += _example(rule)
     return "\n".join([*lines, ""])
 

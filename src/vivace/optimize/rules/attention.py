@@ -1,11 +1,13 @@
-"""Attention from the spellings of eager exports, `scaled_dot_product_attention`, and grouped queries with repeated
-keys.
+"""Attention, from eager exports, from `scaled_dot_product_attention`, and with keys repeated for groups of queries.
 
-softmax(q @ k^T * scale + mask) @ v      in any order of scaling (q, k, both, the scores; by product or quotient)
-where(isnan(p), 0, p) around the softmax  torch's guard for rows that see no key
-where(keep, scores, -huge)                a boolean mask
-c * tanh(scores / c)                      a soft cap
-reshape(expand(reshape(k)))               keys and values repeated for groups of queries
+    softmax(q @ k^T * scale + mask) @ v       in any order of scaling (q, k, both, the scores; by product or quotient)
+    where(isnan(p), 0, p) around the softmax  torch's guard for rows that see no key
+    where(keep, scores, -huge)                a boolean mask
+    c * tanh(scores / c)                      a soft cap
+    reshape(expand(reshape(k)))               keys and values repeated for groups of queries
+
+A guard is kept, on the result, where the mask can hide a whole row (a boolean mask, or one that holds -inf). Where it
+cannot, the guard goes: it would only turn a NaN that came with the inputs into 0.
 """
 
 from __future__ import annotations
