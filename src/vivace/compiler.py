@@ -43,6 +43,7 @@ def compile(
     symbolic. `target` is `host` or an instruction set (`sse`, `avx2`, `avx512`).
     `providers` lists who may compute, the first choice first: with `native` alone a node that we have no kernel for is
     an error; without `native` the first provider runs the whole model; `auto` measures all and keeps the fastest.
+    `disable` names passes and rules of the optimizer (docs/rules.md) to leave out, and `winograd`.
     `tune` has no effect yet: tiles come from a model of the machine. `progress(stage, done, total)` is called as work
     goes on.
     Raises: ModelError, UnsupportedError (a node has no provider), InputError (a bad option).
@@ -107,8 +108,11 @@ def _compile_native(
     tell("import", 0, 1)
     graph = load_graph(source, shapes)
     tell("optimize", 0, 1)
-    graph = optimize_for_native(graph, level, disable)
-    image = build_image(graph, target, cache, providers, progress)
+    from vivace.lower.lowering import OPTIONS
+
+    without = frozenset(disable) & OPTIONS.keys()
+    graph = optimize_for_native(graph, level, [name for name in disable if name not in without])
+    image = build_image(graph, target, cache, providers, progress, without)
     image.facts["compile_seconds"] = time.perf_counter() - started
     return Engine(image, threads, placements(image), make_foreign(threads), lambda: portable_model(source, shapes))
 
@@ -183,7 +187,14 @@ def optimize_for_native(graph: Graph, level: int | str = 99, disable: Sequence[s
     return optimize(graph, level=level, disable=tuple(disable))
 
 
-def build_image(graph: Graph, chosen: Isa, cache: bool, providers: Sequence[str], progress: Progress | None) -> Image:
+def build_image(
+    graph: Graph,
+    chosen: Isa,
+    cache: bool,
+    providers: Sequence[str],
+    progress: Progress | None,
+    without: frozenset[str] = frozenset(),
+) -> Image:
     """Lower, generate and link."""
     from vivace.lower.link import Compiled, KernelEntry, link
     from vivace.lower.lowering import lower
@@ -191,7 +202,7 @@ def build_image(graph: Graph, chosen: Isa, cache: bool, providers: Sequence[str]
     from vivace.targets.cpu.codegen import generate
 
     refuse_unhosted(graph, providers)
-    plan = lower(graph, chosen)
+    plan = lower(graph, chosen, without)
     specs = [s.spec for s in steps_of(plan.body)]
     report = (lambda done, total: progress("compile", done, total)) if progress else None
     codes, numbers, objects, n_new = generate(specs, chosen, default_cache() if cache else None, report)

@@ -34,8 +34,11 @@ class Lowering:
     """The state of one lowering: where each value lies, and the steps so far. `parent` is the lowering around a
     branch."""
 
-    def __init__(self, graph: Graph, isa: Isa, parent: Lowering | None = None) -> None:
+    def __init__(
+        self, graph: Graph, isa: Isa, parent: Lowering | None = None, without: frozenset[str] = frozenset()
+    ) -> None:
         self.graph, self.isa = graph, isa
+        self.without = without if parent is None else parent.without
         self.storages: list[Storage] = [] if parent is None else parent.storages
         self.packed: dict[object, Storage] = {} if parent is None else parent.packed
         self.body: list[Instruction] = []
@@ -231,12 +234,17 @@ class Lowering:
         return tuple(self.body)
 
 
-def lower(graph: Graph, isa: Isa) -> Plan:
-    """Lower a graph whose convolutions may be in either layout. Shapes may be symbolic."""
+# Choices of the lowering that a user may switch off by name, as the optimizer's passes.
+OPTIONS = {"winograd": "3x3 convolutions with fewer products: other rounding, NaN reaches its whole tile"}
+
+
+def lower(graph: Graph, isa: Isa, without: frozenset[str] = frozenset()) -> Plan:
+    """Lower a graph whose convolutions may be in either layout. Shapes may be symbolic. `without` are names of
+    `OPTIONS`."""
     from vivace.lower.prepare import prepare
 
     graph = prepare(_without_loop_names(graph))
-    state = Lowering(graph, isa)
+    state = Lowering(graph, isa, without=without)
     for i, v in enumerate(graph.inputs):
         s = Storage(v.name, v.dtype, v.type.size, "input", None, i)
         state.storages.append(s)

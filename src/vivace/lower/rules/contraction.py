@@ -225,7 +225,7 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
     bias = None if bias_value is None else ctx.view(bias_value)
     if bias is not None and not last:
         bias = replace(bias, shape=(*bias.shape, *(1,) * n_spatial), strides=(*bias.strides, *(0,) * n_spatial))
-    if m := winograd.choose(node, ctx.isa):
+    if "winograd" not in ctx.without and (m := winograd.choose(node, ctx.isa)):
         winograd.lower_winograd(ctx, g, m, x, out, bias, last)
         if out.storage is not target.storage:
             ctx.copy(out, target.transpose(to_last))
