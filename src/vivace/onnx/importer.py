@@ -21,7 +21,7 @@ from typing import Any
 
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
-from vivace.base.dims import Dim, Expr, parse, symbols
+from vivace.base.dims import Dim, Expr, as_symbol, parse, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError, ModelError, UnsupportedError, VivaceError
 from vivace.graph.build import constant
@@ -167,6 +167,9 @@ def _overridden(session: Session, given: int | str | None, declared: Dim | None,
     if declared is not None and declared != wanted:
         if not isinstance(declared, Expr) and not isinstance(wanted, Expr):
             raise ModelError(f"is given the size {wanted}", where=where, expected=f"{declared}, as the model declares")
+        name = as_symbol(declared)
+        if name is not None and isinstance(wanted, int) and session.assume.fix(name, wanted):
+            raise Learnt  # every other use of the symbol has this size too
         raise DimMismatch(wanted, declared, where)
     return wanted
 

@@ -84,6 +84,10 @@ class Assumptions:
     def apply(self, d: Dim) -> Dim:
         return substitute(d, {s.name: self.symbol(s.name) for s in symbols(d)})
 
+    def fix(self, s: Symbol, size: int) -> bool:
+        """Give a symbol one size everywhere. False when that contradicts what is known of it."""
+        return self._replace(s, size)
+
     def learn_equal(self, a: Dim, b: Dim) -> bool:
         """Assume a == b. False when nothing new that makes them equal can be assumed."""
         a, b = self.apply(a), self.apply(b)
