@@ -16,7 +16,7 @@ from vivace.base.dtypes import DType
 from vivace.base.machine import Isa, host, isa, missing_flags
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing
 from vivace.loops.kernel import Buffer
-from vivace.lower.arithmetic import choose_arithmetic
+from vivace.lower.arithmetic import arithmetic_of
 from vivace.lower.pack import contiguous_run, pack_groups
 from vivace.lower.tile import Tile, panel_lanes
 from vivace.targets.cpu import jit
@@ -93,9 +93,9 @@ class Case:
 
 
 def _with_panels(c: Contraction, b: np.ndarray, target: Isa) -> tuple[Contraction, dict[Buffer, np.ndarray]]:
-    lanes = panel_lanes(c.n, target)
-    group = choose_arithmetic(c.a.dtype, DType.of(b.dtype), target, c.a_offset).group
-    panels = pack_groups(b, lanes, group, contiguous_run(c))
+    ar = arithmetic_of(c, target)
+    lanes = panel_lanes(c.n, target, ar)
+    panels = pack_groups(b, lanes, ar.group, contiguous_run(c))
     c = replace(c, b=buffer("b", panels), packing=Packing("panels", lanes))
     return c, {c.b: panels}
 

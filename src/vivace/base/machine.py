@@ -197,6 +197,14 @@ def with_extras(level: Isa, flags: Collection[str]) -> Isa:
     )
 
 
+def without_amx(wide: Isa) -> Isa:
+    """The instruction set without tiles."""
+    if not wide.flags & AMX_FLAGS.keys():
+        return wide
+    extras = wide.flags - ISAS[wide.level].flags - AMX_FLAGS.keys()
+    return with_extras(ISAS[wide.level], extras)
+
+
 def isa(name: str) -> Isa:
     """The instruction set of a name: a level, or a level with extras as `Isa.name` spells it.
 

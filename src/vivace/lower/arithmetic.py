@@ -18,13 +18,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vivace.base.dims import prod
 from vivace.base.dtypes import DType
 from vivace.base.errors import UnsupportedError
-from vivace.base.machine import Isa
-from vivace.loops.contraction import Contraction, Depthwise
+from vivace.base.machine import Isa, without_amx
+from vivace.loops.contraction import Contraction, Depthwise, merge_axes
 
 # What turns i8 into u8 of the same order; `Contraction.a_offset` may only be this or 0.
 SIGN_OFFSET = 128
+_TILE_BYTES = 64  # a row of a tile register
+_LEAST_TILE_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +80,32 @@ def choose_arithmetic(a: DType, b: DType, isa: Isa, a_offset: int = 0) -> Arithm
 
 
 def arithmetic_of(c: Contraction | Depthwise, isa: Isa) -> Arithmetic:
-    """The arithmetic of a contraction."""
-    return choose_arithmetic(c.a.dtype, c.b.dtype, isa, c.a_offset if isinstance(c, Contraction) else 0)
+    """The arithmetic of a contraction: that of its element types, but tiles only where they pay and fit."""
+    if isinstance(c, Depthwise):
+        return choose_arithmetic(c.a.dtype, c.b.dtype, isa)
+    found = choose_arithmetic(c.a.dtype, c.b.dtype, isa, c.a_offset)
+    if found.is_tile and not _tiles_fit(merge_axes(c), found):
+        return choose_arithmetic(c.a.dtype, c.b.dtype, without_amx(isa), c.a_offset)
+    return found
+
+
+def _tiles_fit(c: Contraction, ar: Arithmetic) -> bool:
+    """Rows enough to fill tile registers, and a run of A that chunks divide."""
+    rows = [r.extent for r in c.rows]
+    if all(isinstance(r, int) for r in rows) and prod(rows) < _LEAST_TILE_ROWS:  # type: ignore[operator]
+        return False
+    if not c.taps:
+        return ar.group == 1
+    run, step = c.taps[-1].extent, c.taps[-1].a
+    return isinstance(run, int) and step == 1 and chunk_bytes(run * ar.a_bytes) > 0
+
+
+def chunk_bytes(run_bytes: int) -> int:
+    """Bytes of A per row that one tile register holds: a multiple of 4 that divides the run, at least half of a
+    cache line; 0 where there is none.
+    """
+    fits = [size for size in range(_TILE_BYTES, 0, -4) if run_bytes and run_bytes % size == 0]
+    return fits[0] if fits and (fits[0] >= _TILE_BYTES // 2 or run_bytes < _TILE_BYTES) else 0
 
 
 def activation_offset(a: DType, isa: Isa) -> int:

@@ -65,8 +65,10 @@ def max_rows(nv: int, isa: Isa, n_spare: int = 0) -> int:
     return max(1, min(spare // nv, 14))
 
 
-def panel_lanes(n: Dim, isa: Isa) -> int:
+def panel_lanes(n: Dim, isa: Isa, ar: Arithmetic = F32) -> int:
     """Columns per panel of packed B."""
+    if ar.is_tile:
+        return 16 if isinstance(n, int) and n <= 16 else 32
     width = isa.n_f32_lanes
     if not isinstance(n, int):
         return 2 * width
@@ -113,12 +115,12 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None) -> Til
     machine = machine or host()
     c = merge_axes(c)
     ar = arithmetic_of(c, isa)
-    lanes = c.packing.lanes or panel_lanes(c.n, isa)
+    lanes = c.packing.lanes or panel_lanes(c.n, isa, ar)
     nv = lanes // isa.n_f32_lanes
     most = max_rows(nv, isa, ar.n_spare)
-    outer, inner = _split_rows(c.rows, most)
+    outer, inner = _split_for_tiles(c.rows) if ar.is_tile else _split_rows(c.rows, most)
     n_panels = max(1, -(-_known([c.n]) // lanes))
-    colliding = collides(c.rows, outer, inner, machine, ar.a_bytes)
+    colliding = not ar.is_tile and collides(c.rows, outer, inner, machine, ar.a_bytes)
     stage_a = colliding and len(c.taps) == 1 and n_panels > 1
     if colliding and len(c.taps) > 1:
         outer, inner = _split_rows(c.rows, max(1, most // 2))
@@ -169,7 +171,9 @@ def _k_block(c: Contraction, ar: Arithmetic, machine: Machine) -> int:
     first = c.taps[0].extent if c.taps else 1
     rows, k, n = _known([r.extent for r in c.rows]), _k(c), _known([c.n])
     room, least = _half_l2(machine), _LEAST_K_BLOCK * ar.group
-    if not isinstance(first, int) or not isinstance(k, int) or k < 2 * least or n * k * ar.b_bytes <= room:
+    if ar.is_tile or not isinstance(first, int) or not isinstance(k, int):
+        return 0
+    if k < 2 * least or n * k * ar.b_bytes <= room:
         return 0
     if len(c.taps) > 1:  # whole kernel rows, where a panel leaves little room for A and the panel that comes next
         return 1 if first > 1 and k * c.packing.lanes * ar.b_bytes > room // 2 else 0
@@ -255,3 +259,15 @@ def _split_rows(rows: tuple[Axis, ...], most: int) -> tuple[tuple[Segment, ...],
     if isinstance(above.extent, int):
         return split_axis(above.extent, height), ((1, last.extent),)
     return ((above.extent // height, height), (above.extent % height, 1)), ((1, last.extent),)
+
+
+def _split_for_tiles(rows: tuple[Axis, ...]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+    """Two tile registers of at most 16 rows: halves of a piece of the last axis, or two steps of the one before."""
+    if not rows:
+        return ((1, 1),), ((1, 1),)
+    last = rows[-1].extent
+    if len(rows) == 1:
+        return ((1, 1),), split_axis(last, 32)
+    if isinstance(last, int) and 0 < last <= 16:
+        return split_axis(rows[-2].extent, 2), ((1, last),)
+    return ((rows[-2].extent, 1),), split_axis(last, 32)

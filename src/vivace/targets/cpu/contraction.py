@@ -20,6 +20,7 @@ from vivace.lower.pack import contiguous_run
 from vivace.lower.tile import Tile, choose_tile
 from vivace.targets.cpu.builder import Value
 from vivace.targets.cpu.code import KernelCode
+from vivace.targets.cpu.contraction_amx import tile_kernel
 from vivace.targets.cpu.contraction_body import Operands, Shape, Sum
 from vivace.targets.cpu.contraction_driver import driver
 from vivace.targets.cpu.contraction_epilogue import Epilogue, split_start
@@ -45,9 +46,10 @@ def emit_contraction(c: Contraction, isa: Isa, tile: Tile | None = None) -> Kern
         _require_packed(c)
     tile = tile or choose_tile(merged, isa)
     plan = Plan(c.name, merged, isa, ar, tile, contraction_params(c), contraction_dims(c))
+    make = tile_kernel if ar.is_tile else micro_kernel
     functions: list[str] = []
     declares: dict[str, str] = {}
-    for text, declared in (driver(plan), *(micro_kernel(plan, *v) for v in variants(plan))):
+    for text, declared in (driver(plan), *(make(plan, *v) for v in variants(plan))):
         functions.append(text)
         declares |= declared
     units = (

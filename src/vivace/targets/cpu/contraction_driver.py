@@ -15,6 +15,7 @@ from vivace.base.dims import ceildiv, prod
 from vivace.loops.contraction import Axis
 from vivace.lower.tile import Segment, pieces
 from vivace.targets.cpu.contraction_vector import F32_BYTES, LINE_BYTES
+from vivace.targets.cpu.contraction_amx import release
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol_of, variants
 from vivace.targets.cpu.contraction_stage import clear, copy_panel, copy_row, transpose_panel
 from vivace.targets.cpu.contraction_text import Int, Text
@@ -67,6 +68,9 @@ def driver(p: Plan) -> tuple[str, dict[str, str]]:
         if staged:
             t.put(f"%staged_{name} = alloca ptr, align 8")
             t.put(f"store ptr null, ptr %staged_{name}, align 8")
+    if p.ar.is_tile:
+        t.put("%tiles = alloca i64, align 8")
+        t.put("store i64 0, ptr %tiles, align 8")
     with t.loop("%begin", "%end") as number:
         unit = _decode(t, p, dims, number, bases)
         if p.tile.stage_a:
@@ -84,6 +88,8 @@ def driver(p: Plan) -> tuple[str, dict[str, str]]:
             else:
                 with t.loop(*panels) as panel, t.loop(*tiles) as tile:
                     _tile(t, p, dims, unit, passed, panel, tile)
+    if p.ar.is_tile:
+        release(t)
     t.put("ret void")
     head = f"define void @{p.name}(ptr %args, i64 %begin, i64 %end, ptr %scratch) #0 {{"
     return "\n".join([head, "entry:", *t.lines, "}"]), t.declares
@@ -169,7 +175,7 @@ def _tile(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit, passed: Int, p
     out = t.at(unit.out, t.mul(n, p.out_bytes))
     for axis in p.c.rows:
         out = t.at(out, t.mul(spot.at[axis.name], t.dim(axis.out * p.out_bytes, dims)))
-    more = ""
+    more = ", ptr %tiles" if p.ar.is_tile else ""
     if p.tile.k_block:
         slot = t.add(t.mul(nth_panel, t.sub(unit.tile_end, unit.first_tile)), nth_tile)
         last = t.op(f"icmp eq i64 {passed}, {p.n_passes - 1}")

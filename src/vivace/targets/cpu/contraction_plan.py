@@ -56,6 +56,13 @@ class Plan:
         return prod([x.extent for x in taps[:-1]]) * ceildiv(taps[-1].extent, self.ar.group) if taps else 1
 
     @property
+    def run_bytes(self) -> int:
+        """A contiguous run of A: the innermost tap. Low precision only, where it is known."""
+        extent = self.c.taps[-1].extent if self.c.taps else 1
+        assert isinstance(extent, int)
+        return extent * self.ar.a_bytes
+
+    @property
     def row_bytes(self) -> int:
         """One row of a panel."""
         return self.tile.lanes * self.ar.lane_bytes
@@ -130,7 +137,8 @@ class Plan:
         """Whether micro-kernels fetch what comes next in B while they work: constant panels, which may lie in
         memory.
         """
-        return self.c.packing.kind == "panels" and not self.tile.tiles_outside and self.tile.tiles_per_unit > 1
+        apart = not self.tile.tiles_outside and self.tile.tiles_per_unit > 1
+        return self.c.packing.kind == "panels" and apart and not self.ar.is_tile
 
     @property
     def ahead_lines(self) -> int:

@@ -1,0 +1,173 @@
+"""The micro-kernel of AMX: up to 32 rows by 32 columns of accumulators in four tile registers.
+
+    tiles 0 1    accumulators of the first rows, by columns        4    A, first rows        6 7    B, by columns
+    tiles 2 3    accumulators of the second rows                   5    A, second rows
+
+Rows of one tile register lie a fixed stride apart: they come from one row axis. A chunk is what one tile register holds
+of a run of A, at most 64 bytes; chunks divide the run evenly, so nothing is read beyond it and nothing is filled up.
+Sums go through memory to the epilogue, which works row by row.
+
+How many rows and columns the tile registers have is set per thread, before the first micro-kernel of a shape runs: the
+driver's `%tiles` remembers for which shape that was done, and the driver releases the registers at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from vivace.base.dtypes import DType
+from vivace.loops.contraction import Axis
+from vivace.lower.arithmetic import chunk_bytes
+from vivace.targets.cpu.builder import Value
+from vivace.targets.cpu.contraction_epilogue import Epilogue
+from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol_of, variants
+from vivace.targets.cpu.contraction_text import Int, Text
+from vivace.targets.cpu.contraction_vector import mask_text
+
+_TILE_ROWS = 16
+_LINE = 64
+_ACC_BYTES = 4
+_FIRST_A, _FIRST_B = 4, 6
+
+
+def tile_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[str, str]]:
+    """The text of the micro-kernel for one shape of tile, and what it declares."""
+    t, isa, width = Text(), p.isa, p.isa.n_f32_lanes
+    vectors = p.tail_vectors if tail else p.tile.nv
+    heights = _heights(outer, inner)
+    chunk = chunk_bytes(p.run_bytes)
+    t.put(f"%sums = alloca [{sum(heights) * p.tile.lanes * _ACC_BYTES} x i8], align {_LINE}")
+    dims = load_dims(t, p)
+    _configure(t, p, outer, inner, heights, chunk)
+    _sum(t, p, dims, outer, heights, vectors, chunk)
+    n = t.dim(p.c.n, dims)
+    left: Int = n % p.tile.lanes if isinstance(n, int) else t.sub(n, "%n")
+    masks = [mask_text(t, isa, t.sub(left, j * width)) if tail else None for j in range(vectors)]
+    element = "i32" if p.ar.acc.is_int else "float"
+    buffers = {x: base_of(t, p, x) for x in dict.fromkeys(p.c.extra)}
+    steps = [t.mul(t.dim(x.out, dims), p.out_bytes) for x in (p.outer, p.inner)]
+    with t.loop(0, sum(heights)) as row:
+        o, i = t.divmod(row, inner) if outer > 1 else (0, row)
+        symbols: dict[str, Int] = {**dims, **{x.name: f"%x{k}" for k, x in enumerate(p.axes())}, "n": "%n"}
+        for axis, by in ((p.outer, o), (p.inner, i)):
+            if axis.name:
+                symbols[axis.name] = t.add(symbols[axis.name], by)
+        out = t.at("%out", t.add(t.mul(o, steps[0]), t.mul(i, steps[1])))
+        sums = t.at("%sums", t.mul(row, p.tile.lanes * _ACC_BYTES))
+        loaded = [
+            t.op(f"load <{width} x {element}>, ptr {t.at(sums, j * width * _ACC_BYTES)}, align {_LINE}")
+            for j in range(vectors)
+        ]
+        epilogue = Epilogue(t, isa, "n", symbols, buffers)
+        for j, value in enumerate(loaded):
+            total = Value(value, element, width)
+            epilogue.store(p.c.epilogue, total, {"n": j * width}, p.c.out, out, j * width * p.out_bytes, masks[j])
+        epilogue.close()
+    t.put("ret void")
+    axes = "".join(f", i64 %x{i}" for i in range(len(p.axes())))
+    parameters = f"ptr %args, ptr %a, ptr %b, ptr %out, i64 %n{axes}, ptr %tiles"
+    head = f"define internal void @{symbol_of(p, outer, inner, tail)}({parameters})"
+    return "\n".join([f"{head} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
+
+
+def release(t: Text) -> None:
+    """Gives the tile registers back, so that a switch of threads need not save them."""
+    t.declare("llvm.x86.tilerelease", "void @llvm.x86.tilerelease()")
+    t.put("call void @llvm.x86.tilerelease()")
+
+
+def _heights(outer: int, inner: int) -> list[int]:
+    """Rows of each tile register of A."""
+    if outer > 1:
+        return [inner] * outer
+    return [inner] if inner <= _TILE_ROWS else [inner - inner // 2, inner // 2]
+
+
+def _configure(t: Text, p: Plan, outer: int, inner: int, heights: list[int], chunk: int) -> None:
+    """Sets the shapes of the tile registers, unless they are set."""
+    shapes = sorted({(o, i) for o, i, _ in variants(p)})
+    number = 1 + shapes.index((outer, inner))
+    first, second = heights[0], heights[-1]
+    rows = [first, first, second, second, first, second, chunk // 4, chunk // 4]
+    columns = [_LINE] * 4 + [chunk] * 2 + [_LINE] * 2
+    raw = bytearray(_LINE)
+    raw[0] = 1
+    for k in range(8):
+        raw[16 + 2 * k], raw[48 + k] = columns[k], rows[k]
+    name = f"{p.name}.shapes{outer}x{inner}"
+    text = "".join(f"\\{byte:02x}" for byte in raw)
+    t.declares[name] = f'@{name} = private constant [{_LINE} x i8] c"{text}", align {_LINE}'
+    known = t.op("load i64, ptr %tiles, align 8")
+    stale, ready = t.label(), t.label()
+    t.branch(t.op(f"icmp eq i64 {known}, {number}"), ready, stale)
+    t.start(stale)
+    t.declare("llvm.x86.ldtilecfg", "void @llvm.x86.ldtilecfg(ptr)")
+    t.put(f"call void @llvm.x86.ldtilecfg(ptr @{name})")
+    t.put(f"store i64 {number}, ptr %tiles, align 8")
+    t.jump(ready)
+    t.start(ready)
+
+
+def _sum(
+    t: Text, p: Plan, dims: Mapping[str, Int], outer: int, heights: list[int], vectors: int, chunk: int
+) -> None:
+    """Sums all taps in tile registers and stores them row by row in %sums."""
+    pairs = [(r, v) for r in range(len(heights)) for v in range(vectors)]
+    t.declare("llvm.x86.tilezero", "void @llvm.x86.tilezero(i8)")
+    for r, v in pairs:
+        t.put(f"call void @llvm.x86.tilezero(i8 {2 * r + v})")
+    a_stride = t.mul(t.dim(p.inner.a, dims), p.ar.a_bytes)
+    between = t.mul(t.dim(p.outer.a, dims), p.ar.a_bytes) if outer > 1 else t.mul(a_stride, heights[0])
+    if not any(x.extent == 0 for x in p.c.taps):
+        _taps(t, p, dims, lambda a, b: _chunk(t, p, a, b, a_stride, between, heights, vectors), chunk)
+    row_bytes = p.tile.lanes * _ACC_BYTES
+    t.declare("llvm.x86.tilestored64", "void @llvm.x86.tilestored64(i8, ptr, i64)")
+    for r, v in pairs:
+        place = t.at("%sums", r * heights[0] * row_bytes + v * _LINE)
+        t.put(f"call void @llvm.x86.tilestored64(i8 {2 * r + v}, ptr {place}, i64 {row_bytes})")
+
+
+def _taps(t: Text, p: Plan, dims: Mapping[str, Int], one: object, chunk: int) -> None:
+    """Calls `one` with the addresses of A and B for every chunk of every tap."""
+    assert callable(one)
+    *outer, channel = p.c.taps or (Axis("k", 1, 1),)
+    n_chunks = p.run_bytes // chunk
+    b_chunk = chunk // (p.ar.group * p.ar.a_bytes) * p.row_bytes
+    counts = [t.dim(x.extent, dims) for x in outer]
+    total: Int = 1
+    for count in counts:
+        total = t.mul(total, count)
+    with t.times(total) as tap:
+        rest: Int = tap
+        in_a: Int = 0
+        for depth, axis in reversed(list(enumerate(outer))):
+            rest, at = t.divmod(rest, counts[depth]) if depth else (0, rest)
+            in_a = t.add(in_a, t.mul(at, t.mul(t.dim(axis.a, dims), p.ar.a_bytes)))
+        a, b = t.at("%a", in_a), t.at("%b", t.mul(tap, n_chunks * b_chunk))
+        with t.times(n_chunks) as k:
+            one(t.at(a, t.mul(k, chunk)), t.at(b, t.mul(k, b_chunk)))
+
+
+def _chunk(
+    t: Text, p: Plan, a: str, b: str, a_stride: Int, between: Int, heights: list[int], vectors: int
+) -> None:
+    """Multiplies one chunk of every row with one of every column: loads stand just before their first use."""
+    name = f"llvm.x86.{_product(p)}"
+    t.declare(name, f"void @{name}(i8, i8, i8)")
+    t.declare("llvm.x86.tileloadd64", "void @llvm.x86.tileloadd64(i8, ptr, i64)")
+
+    def load(tile: int, pointer: str, stride: Int) -> None:
+        t.put(f"call void @llvm.x86.tileloadd64(i8 {tile}, ptr {pointer}, i64 {stride})")
+
+    for r in range(len(heights)):
+        load(_FIRST_A + r, t.at(a, t.mul(between, r)), a_stride)
+        for v in range(vectors):
+            if r == 0:
+                load(_FIRST_B + v, t.at(b, v * _LINE), p.row_bytes)
+            t.put(f"call void @{name}(i8 {2 * r + v}, i8 {_FIRST_A + r}, i8 {_FIRST_B + v})")
+
+
+def _product(p: Plan) -> str:
+    if p.ar.kind == "tile16":
+        return "tdpbf16ps"
+    return "tdpbssd" if p.c.a.dtype is DType.i8 else "tdpbusd"

@@ -1,0 +1,151 @@
+"""Tile kernels: on CPUs without AMX their tile instructions are replaced by calls of the model below, so that all but
+the instructions themselves is tested everywhere. Source: Intel's instruction set reference."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tests.targets.low_precision import Case, convolution, product
+from vivace.base.machine import host, isa, missing_flags
+from vivace.targets.cpu import jit
+from vivace.targets.cpu.amx import is_permitted
+
+TILES = isa("avx512+amx_bf16+amx_int8+amx_tile")
+PLAIN = isa("avx512")
+bf16 = ml_dtypes.bfloat16
+lacks_avx512 = pytest.mark.skipif(bool(missing_flags(host(), PLAIN)), reason="the CPU lacks AVX-512")
+lacks_amx = pytest.mark.skipif(
+    bool(missing_flags(host(), TILES)) or not is_permitted(), reason="the CPU lacks AMX, or Linux refuses it"
+)
+
+
+class Model:
+    """Eight tile registers and the instructions that kernels use, as functions that generated code calls."""
+
+    def __init__(self) -> None:
+        self.registers: list[np.ndarray] = []
+        self.n_configured = 0
+        operands = {"ldtilecfg": 1, "tilerelease": 0, "tilezero": 1, "tileloadd64": 3, "tilestored64": 3}
+        operands |= {"tdpbusd": 3, "tdpbssd": 3, "tdpbf16ps": 3}
+        self.calls = {}
+        for name, n in operands.items():
+            kinds = {
+                "ldtilecfg": (ctypes.c_void_p,), "tileloadd64": (ctypes.c_int8, ctypes.c_void_p, ctypes.c_int64),
+                "tilestored64": (ctypes.c_int8, ctypes.c_void_p, ctypes.c_int64),
+            }.get(name, (ctypes.c_int8,) * n)  # fmt: skip
+            self.calls[name] = ctypes.CFUNCTYPE(None, *kinds)(self._guarded(getattr(self, name)))
+        self.errors: list[BaseException] = []
+
+    def _guarded(self, f: Callable[..., None]) -> Callable[..., None]:
+        def call(*operands: int) -> None:
+            try:
+                f(*operands)
+            except BaseException as e:
+                self.errors.append(e)
+
+        return call
+
+    def ldtilecfg(self, at: int) -> None:
+        raw = np.frombuffer(ctypes.string_at(at, 64), np.uint8)
+        assert raw[0] == 1 and not raw[1:16].any() and not raw[32:48].any() and not raw[56:].any()
+        columns, rows = raw[16:32].view(np.uint16), raw[48:56]
+        assert (columns <= 64).all() and (rows <= 16).all() and (columns % 4 == 0).all()
+        self.registers = [np.zeros((r, c), np.uint8) for r, c in zip(rows, columns)]
+        self.n_configured += 1
+
+    def tilerelease(self) -> None:
+        self.registers = []
+
+    def tilezero(self, x: int) -> None:
+        self.registers[x][...] = 0
+
+    def tileloadd64(self, x: int, at: int, stride: int) -> None:
+        for i, row in enumerate(self.registers[x]):
+            row[...] = np.frombuffer(ctypes.string_at(at + i * stride, len(row)), np.uint8)
+
+    def tilestored64(self, x: int, at: int, stride: int) -> None:
+        for i, row in enumerate(self.registers[x]):
+            ctypes.memmove(at + i * stride, row.tobytes(), len(row))
+
+    def _multiply(self, c: int, a: int, b: int, left: type, right: type, group: int, acc: type) -> None:
+        total, x, y = self.registers[c].view(acc), self.registers[a].view(left), self.registers[b].view(right)
+        assert x.shape[0] == total.shape[0] and x.shape[1] == y.shape[0] * group and y.shape[1] == total.shape[1] * group
+        wide = np.int64 if acc is np.int32 else np.float64
+        flat = y.reshape(y.shape[0], -1, group).transpose(0, 2, 1).reshape(x.shape[1], -1)
+        total += (x.astype(wide) @ flat.astype(wide)).astype(acc)
+
+    def tdpbusd(self, c: int, a: int, b: int) -> None:
+        self._multiply(c, a, b, np.uint8, np.int8, 4, np.int32)
+
+    def tdpbssd(self, c: int, a: int, b: int) -> None:
+        self._multiply(c, a, b, np.int8, np.int8, 4, np.int32)
+
+    def tdpbf16ps(self, c: int, a: int, b: int) -> None:
+        self._multiply(c, a, b, bf16, bf16, 2, np.float32)
+
+    def run(self, case: Case) -> np.ndarray:
+        """The results of a case, its tile instructions being calls of this model."""
+        code = case.code(TILES)
+
+        def call(match: re.Match[str]) -> str:
+            address = ctypes.cast(self.calls[match[1]], ctypes.c_void_p).value
+            return f"call void inttoptr (i64 {address} to ptr)("
+
+        text = re.sub(r"call void @llvm\.x86\.(\w*tile\w*|tdp\w+)\(", call, code.llvm_text)
+        library = jit.load([jit.compile_text(text, PLAIN, "light")])
+        case.call(code, library.address(code.name), 3)
+        if self.errors:
+            raise self.errors[0]
+        assert not self.registers
+        out, n = case.arrays[case.c.out], case.expected.shape[-1]
+        assert (out[..., n:] == 77).all()
+        return out[..., :n]
+
+
+def cases() -> list[object]:
+    random = np.random.default_rng(0)
+
+    def numbers(dtype: type, *shape: int) -> np.ndarray:
+        if dtype is bf16:
+            return random.integers(-9, 10, shape).astype(bf16)
+        return random.integers(np.iinfo(dtype).min, np.iinfo(dtype).max + 1, shape).astype(dtype)
+
+    found = []
+    for dtype, weights, out in ((np.uint8, np.int8, np.int32), (np.int8, np.int8, np.int32), (bf16, bf16, np.float32)):
+        for m, k, n in ((8, 32, 16), (49, 64, 100), (33, 96, 70), (16, 256, 33), (100, 144, 7)):
+            for symbolic in (False, True):
+                case = product(numbers(dtype, 2, m, k), numbers(weights, 2, k, n), out, TILES, symbolic=symbolic)
+                found.append(pytest.param(case, id=f"{np.dtype(dtype)} {m}x{k}x{n}{' symbolic' if symbolic else ''}"))
+        for size, ci, co, k, stride in ((9, 32, 40, 3, 1), (20, 64, 33, 3, 1), (16, 32, 32, 1, 2)):
+            case = convolution(numbers(dtype, 2, size, size, ci), numbers(weights, k, k, ci, co), stride, out, TILES)
+            found.append(pytest.param(case, id=f"{np.dtype(dtype)} conv {size} {ci}->{co} {k}x{k}/{stride}"))
+    return found
+
+
+each_case = pytest.mark.parametrize("case", cases())
+
+
+@lacks_avx512
+@each_case
+def test_with_modelled_instructions(case: Case) -> None:
+    np.testing.assert_array_equal(Model().run(case), case.expected)
+
+
+@lacks_amx
+@each_case
+def test_with_tile_registers(case: Case) -> None:
+    np.testing.assert_array_equal(case.run(TILES), case.expected)
+
+
+@each_case
+def test_objects_are_made_of_tile_instructions(case: Case) -> None:
+    text = case.code(TILES).llvm_text
+    lines = jit.assembly(text, TILES, "light")
+    assert re.search(r"\btdpb(us|ss|f16p)", lines) and "tilerelease" in lines and "ldtilecfg" in lines
+    assert jit.compile_kernel(case.code(TILES), TILES).startswith(b"\x7fELF")
