@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from vivace.base.dims import Apply, Dim, Expr, Symbol, bounds, linear, symbols
 from vivace.base.errors import InternalError
-from vivace.loops.kernel import Buffer, Load
+from vivace.loops.kernel import Buffer
+from vivace.loops.kernel import Expr as LoopExpr
 from vivace.targets.cpu.builder import Builder, Value, literal
 
 _I32_LIMIT = 1 << 30
@@ -34,7 +35,7 @@ class Env:
     lanes). `names` maps lets, and what the context supplies such as `acc`, to values. When `lane` is a name, `lanes`
     consecutive values of it are computed at once, the first being `symbols[lane]`; `mask` says which of them count
     (None: all). `invariant` holds the buffers that nothing writes while the function runs. `plain` forbids to vectorize
-    over reduced axes. `given` holds loads whose values are known already.
+    over reduced axes. `given` holds loads and reductions whose values are known already.
     """
 
     b: Builder
@@ -46,7 +47,7 @@ class Env:
     lanes: int = 0
     mask: Value | None = None
     plain: bool = False
-    given: dict[Load, Value] = field(default_factory=dict)
+    given: dict[LoopExpr, Value] = field(default_factory=dict)
 
     def at(
         self,

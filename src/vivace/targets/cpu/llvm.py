@@ -16,6 +16,7 @@ iterations.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from vivace.base.dims import Dim, bounds, ceildiv, prod
 from vivace.base.dtypes import DType
@@ -30,6 +31,7 @@ from vivace.loops.kernel import (
     Guard,
     Kernel,
     Let,
+    Load,
     Reduce,
     Stmt,
     Store,
@@ -47,7 +49,7 @@ from vivace.targets.cpu.interleaved import store_interleaved
 from vivace.targets.cpu.isa import has_masks
 from vivace.targets.cpu.lanes import tail_mask
 from vivace.targets.cpu.memory import flat_index, memory_type, store
-from vivace.targets.cpu.reduce import reduce_together
+from vivace.targets.cpu.reduce import reduce_stored, reduce_together
 from vivace.targets.cpu.tiles import Tiles, linear_in, transposed_loads
 
 _CHUNK = 4096  # iterations of a lone vector loop that make a unit: about a microsecond of streaming
@@ -133,7 +135,11 @@ class _Generator:
     def _block(self, env: Env, stmts: tuple[Stmt, ...]) -> list[Value]:
         """Statements in a context of their own: lets and buffers end with the block."""
         env = env.at()
-        for run in _runs(stmts):
+        runs = _runs(stmts)
+        for run, following in zip(runs, [*runs[1:], []], strict=True):
+            if self._stored_reduce(env, run, following):
+                following.clear()
+                continue
             reduces = [s.expr for s in run if isinstance(s, Let) and isinstance(s.expr, Reduce)]
             values = reduce_together(env, reduces, emit) if len(run) > 1 else None
             if values is None:
@@ -144,6 +150,24 @@ class _Generator:
                 assert isinstance(s, Let)
                 self._name(env, s, value)
         return []
+
+    def _stored_reduce(self, env: Env, run: list[Stmt], following: list[Stmt]) -> bool:
+        """A loop that stores a row and a let that reduces what was stored, in one pass over the row."""
+        if len(run) != 1 or len(following) != 1 or env.lane is not None or env.plain:
+            return False
+        loop, let = run[0], following[0]
+        if not isinstance(loop, For) or not isinstance(let, Let) or loop.kind != "vector" or len(loop.body) != 1:
+            return False
+        s = loop.body[0]
+        if not isinstance(s, Store) or s.buffer.dtype not in (DType.f32, DType.f64):
+            return False
+        stored = Load(s.buffer, s.index)
+        for e in walk(let.expr):
+            if isinstance(e, Reduce) and (e.var, e.extent, e.x) == (loop.var, loop.extent, stored):
+                value = reduce_stored(env, s, e, emit)
+                self._name(env, let, emit(replace(env, given={**env.given, e: value}), let.expr))
+                return True
+        return False
 
     def _statement(self, env: Env, s: Stmt) -> None:
         match s:

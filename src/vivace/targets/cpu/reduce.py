@@ -1,7 +1,7 @@
 """Reductions: inside a vector loop as loops over vectors of accumulators, elsewhere vectorized over the reduced axis.
 
-Directly nested Reduces of one function share their accumulators; neighbouring lets over one axis share their loop inside a
-vector loop. Vectorizing over the reduced axis re-associates sums:
+Directly nested Reduces of one function share accumulators; neighbouring lets over one axis share their loop inside a
+vector loop; a row that is stored and then reduced is walked once. Vectorizing over the reduced axis re-associates sums:
 partial sums per lane, several vectors of them, then added pairwise; the result depends on the instruction set, but not
 on threads.
 """
@@ -13,13 +13,13 @@ from collections.abc import Callable, Sequence
 from vivace.base.dims import Dim, bounds
 from vivace.base.dtypes import DType
 from vivace.loops.analysis import varies, widest_bits
-from vivace.loops.kernel import Binary, Expr, Reduce, dtype_of
+from vivace.loops.kernel import Binary, Expr, Reduce, Store, dtype_of
 from vivace.targets.cpu.arithmetic import binary, extreme
 from vivace.targets.cpu.builder import Builder, Value, literal, type_bits
 from vivace.targets.cpu.env import Env, scalar
 from vivace.targets.cpu.isa import has_masks
 from vivace.targets.cpu.lanes import tail_mask
-from vivace.targets.cpu.memory import register_type
+from vivace.targets.cpu.memory import register_type, store
 
 Emit = Callable[[Env, Expr], Value]
 
@@ -76,6 +76,19 @@ def reduce(env: Env, e: Reduce, emit: Emit) -> Value:
         result = one if result is None else combine(env, e.fn, result, one, t)
     assert result is not None
     return result
+
+
+def reduce_stored(env: Env, s: Store, e: Reduce, emit: Emit) -> Value:
+    """Store the values of a row and reduce them on the way; `e` reduces what `s` stores."""
+
+    def through(at: Env, x: Expr) -> Value:
+        if x is not e.x:
+            return emit(at, x)
+        value = at.b.widen(emit(at, s.value), at.lanes)
+        store(at, s.buffer, s.index, value)
+        return value
+
+    return reduce(env, e, through)
 
 
 def reduce_together(env: Env, es: Sequence[Reduce], emit: Emit) -> list[Value] | None:

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 from vivace.base.dims import Dim, linear
 from vivace.loops.analysis import varies
-from vivace.loops.kernel import For, Let, Load, Reduce, Store, walk
+from vivace.loops.kernel import Expr, For, Let, Load, Reduce, Store, walk
 from vivace.targets.cpu.builder import Builder, Value, literal, type_bits
 from vivace.targets.cpu.env import Env, scalar
 from vivace.targets.cpu.isa import has_masks
@@ -145,7 +145,7 @@ class Tiles:
                 b.effect(f"store {row}, {self._slot(e, literal(k, 'i64'))}, align {4 * w}")
 
         def one(k: Value, _: list[Value]) -> list[Value]:
-            given = {}
+            given: dict[Expr, Value] = {}
             for e in self.loads:
                 t = register_type(e.buffer.dtype)
                 given[e] = b.effect(f"load <{w} x {t}>, {self._slot(e, k)}, align {4 * w}", t, w)

@@ -1,0 +1,53 @@
+"""Rows that are stored and reduced in one pass."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vivace.base.dims import symbol
+from vivace.base.dtypes import DType
+from vivace.loops.kernel import Binary, Buffer, Const, For, Kernel, Let, Load, Read, Reduce, Stmt, Store, Unary
+
+f32 = DType.f32
+R, C = symbol("R"), symbol("C")
+
+
+@pytest.mark.parametrize("fn", ["add", "max"])
+@pytest.mark.parametrize("columns", [0, 1, 5, 16, 70, 257])
+def test_a_stored_row_is_reduced(each_isa, compile_kernel, columns, fn) -> None:
+    """The row, the reduction of the row, and a second use of both."""
+    x = Buffer("x", f32, (R, C), (C, 1))
+    y, z = Buffer("y", f32, (R, C), (C, 1), True), Buffer("z", f32, (R,), (1,), True)
+    at = (symbol("r"), symbol("c"))
+    body: tuple[Stmt, ...] = (
+        For("c", C, (Store(y, at, Binary("mul", Load(x, at), Load(x, at))),), "vector"),
+        Let("s", Binary("add", Reduce(fn, "c", C, Load(y, at)), Const(1.0, f32))),
+        Store(z, at[:1], Read("s", f32)),
+        For("c", C, (Store(y, at, Binary("sub", Load(y, at), Read("s", f32))),), "vector"),
+    )
+    code = compile_kernel(Kernel("rows", (x, y, z), (For("r", R, body, "parallel"),)), each_isa)
+    xs = np.random.default_rng(3).standard_normal((3, columns), np.float32)
+    ys, zs = np.zeros_like(xs), np.zeros(3, np.float32)
+    code.run([xs, ys, zs], {"R": 3, "C": columns})
+    square = xs * xs
+    want = (square.sum(1) if fn == "add" else square.max(1, initial=-np.inf)) + 1
+    np.testing.assert_allclose(zs, want, rtol=1e-5)
+    np.testing.assert_allclose(ys, square - want[:, None], rtol=1e-4, atol=1e-5)
+
+
+def test_softmax_takes_three_passes(each_isa, compile_kernel) -> None:
+    """One pass less than there are loops: the sum is taken while the exponentials are stored."""
+    x, y = Buffer("x", f32, (R, 40), (40, 1)), Buffer("y", f32, (R, 40), (40, 1), True)
+    at = (symbol("r"), symbol("c"))
+    body: tuple[Stmt, ...] = (
+        Let("top", Reduce("max", "c", 40, Load(x, at))),
+        For("c", 40, (Store(y, at, Unary("exp", Binary("sub", Load(x, at), Read("top", f32)))),), "vector"),
+        Let("scale", Binary("div", Const(1.0, f32), Reduce("add", "c", 40, Load(y, at)))),
+        For("c", 40, (Store(y, at, Binary("mul", Load(y, at), Read("scale", f32))),), "vector"),
+    )
+    code = compile_kernel(Kernel("softmax", (x, y), (For("r", R, body, "parallel"),)), each_isa)
+    xs, ys = np.random.default_rng(4).standard_normal((5, 40), np.float32), np.zeros((5, 40), np.float32)
+    code.run([xs, ys], {"R": 5})
+    e = np.exp(xs - xs.max(1, keepdims=True))
+    np.testing.assert_allclose(ys, e / e.sum(1, keepdims=True), rtol=1e-6)
