@@ -224,7 +224,41 @@ def recurrent(e: Example) -> Any:
     return y, h, c, z, g
 
 
-GRAPHS = [windows, movement, divided, indexing, resized, norms, products, attentions, causal, recurrent]
+def integers(e: Example) -> Any:
+    """Products of bytes with zero points, as quantized models hold them."""
+    x, y = e.x("u8[1,3,6,6]"), e.x("i8[4,5]")
+    w = e.const(e.random.integers(-100, 100, (4, 3, 3, 3)).astype(np.int32))
+    bias = e.const(np.arange(4, dtype=np.int32))
+    wide = e.sub(e.cast(x, to=DType.i32), e.const(np.int32(7)))
+    window = {"strides": (1, 1), "dilations": (1, 1), "before": (0, 0), "after": (0, 0), "group": 1, "layout": "NCHW"}
+    m = e.const(e.random.integers(0, 200, (5, 2)).astype(np.int32))
+    return e.conv(wide, w, bias, **window), e.matmul(e.cast(y, to=DType.i32), m), e.matmul(e.x("i32[2,5]"), m)
+
+
+def cropped(e: Example) -> Any:
+    """Remainders of floats, and a transposed convolution whose crop is negative."""
+    x = e.x("f32[1,2,4,4]")
+    y = e.conv_transpose(
+        x, e.w("f32[2,3,3,3]"), e.w("f32[3]"), strides=(2, 2), dilations=(1, 1), before=(-1, 1), after=(0, -2),
+        output_padding=(0, 0), group=1, layout="NCHW",
+    )  # fmt: skip
+    return y, e.mod(x, e.const(np.float32(-0.75)), fmod=False), e.mod(x, e.const(np.float32(0.75)), fmod=True)
+
+
+GRAPHS = [
+    integers,
+    cropped,
+    windows,
+    movement,
+    divided,
+    indexing,
+    resized,
+    norms,
+    products,
+    attentions,
+    causal,
+    recurrent,
+]
 
 
 @pytest.mark.parametrize("opset", [18, 20, 23])

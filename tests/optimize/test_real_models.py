@@ -1,4 +1,4 @@
-"""The real models that are in the cache: what fuses, how many transposes stay, and equal outputs from the exported file."""
+"""The real models that are in the cache: what fuses, how many transposes stay, equal outputs from the exported file."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from vivace.base.dtypes import DType
 from vivace.base.errors import UnsupportedError
 from vivace.graph.graph import Node, Value
 from vivace.onnx.export_attention import key_transpose, write_attention
+from vivace.onnx.export_integer import absorbed_below, is_integer_product, write_integer_product
 from vivace.onnx.tensors import data_type_of
 from vivace.onnx.writer import Writer
 
@@ -59,10 +60,17 @@ def _div(w: Writer, n: Node, outs: list[str]) -> None:
 
 
 def _mod(w: Writer, n: Node, outs: list[str]) -> None:
+    x, y = n.inputs
+    if x is not None and x.dtype.is_float and not n.attrs.get("fmod", False):  # Mod takes floats with fmod only
+        whole = w.emit("Floor", [w.emit("Div", [w.ref(x), w.ref(y)])])
+        w.emit("Sub", [w.ref(x), w.emit("Mul", [whole, w.ref(y)])], outs)
+        return
     w.emit("Mod", [w.ref(v) for v in n.inputs], outs, fmod=int(n.attrs.get("fmod", False)))
 
 
 def _shift(w: Writer, n: Node, outs: list[str]) -> None:
+    if n.output.dtype.is_signed:
+        raise UnsupportedError(f"shifts of {n.output.dtype} are not in opset {w.opset}", where="export")
     w.emit("BitShift", [w.ref(v) for v in n.inputs], outs, direction="LEFT" if n.op.name == "shl" else "RIGHT")
 
 
@@ -172,6 +180,8 @@ def _gemm_below(w: Writer, n: Node) -> tuple[Node, Value] | None:
 
 def absorbed(w: Writer, n: Node) -> list[Node]:
     """The nodes that `n` is written together with."""
+    if is_integer_product(n):
+        return absorbed_below(w, n)
     if n.op.name == "attention":
         return [t for t in [key_transpose(w, n)] if t is not None]
     if n.op.name == "matmul" and _is_gemm(n):
@@ -188,7 +198,9 @@ def _write_gemm(w: Writer, m: Node, bias: Value | None, outs: list[str]) -> None
 
 
 def _matmul(w: Writer, n: Node, outs: list[str]) -> None:
-    if _is_gemm(n) and any(_turned(w, v) for v in n.inputs):
+    if is_integer_product(n):
+        write_integer_product(w, n, outs, {})
+    elif _is_gemm(n) and any(_turned(w, v) for v in n.inputs):
         _write_gemm(w, n, None, outs)
     else:
         w.emit("MatMul", [w.ref(v) for v in n.inputs], outs)
@@ -214,13 +226,29 @@ def _pads(n: Node) -> list[int]:
 
 
 def _conv(w: Writer, n: Node, outs: list[str]) -> None:
-    a = n.attrs
-    more: dict[str, Any] = {"output_padding": list(a["output_padding"])} if n.op.name == "conv_transpose" else {}
-    op = {"conv": "Conv", "conv_transpose": "ConvTranspose"}[n.op.name]
-    ins, pads = [w.ref(v) for v in n.inputs], _pads(n)
-    w.emit(
-        op, ins, outs, strides=list(a["strides"]), dilations=list(a["dilations"]), pads=pads, group=a["group"], **more
-    )
+    a, pads = n.attrs, _pads(n)
+    window: dict[str, Any] = {k: list(a[k]) for k in ("strides", "dilations")} | {"group": a["group"]}
+    if is_integer_product(n):
+        write_integer_product(w, n, outs, window | {"pads": pads})
+    elif n.op.name == "conv":
+        w.emit("Conv", [w.ref(v) for v in n.inputs], outs, pads=pads, **window)
+    else:
+        _conv_transpose(w, n, outs, pads, window | {"output_padding": list(a["output_padding"])})
+
+
+def _conv_transpose(w: Writer, n: Node, outs: list[str], pads: list[int], window: dict[str, Any]) -> None:
+    """A negative crop adds zeros (or the bias) around the result, which takes a Pad of its own."""
+    ins, grown = [w.ref(v) for v in n.inputs], [max(-p, 0) for p in pads]
+    if not any(grown):
+        w.emit("ConvTranspose", ins, outs, pads=pads, **window)
+        return
+    bias = ins.pop() if len(ins) > 2 else ""
+    half = len(pads) // 2
+    around = [0, 0, *grown[:half], 0, 0, *grown[half:]]
+    small = w.emit("ConvTranspose", ins, pads=[max(p, 0) for p in pads], **window)
+    wide = w.emit("Pad", [small, w.const(around, "pads")], "" if bias else outs)
+    if bias:
+        w.emit("Add", [wide, w.emit("Reshape", [bias, w.const([1, -1, *[1] * half], "shape")])], outs)
 
 
 def _pool(w: Writer, n: Node, outs: list[str]) -> None:
