@@ -151,10 +151,14 @@ def bounds(d: Dim) -> tuple[Bound, Bound]:
     lo: Bound = 0
     hi: Bound = 0
     for m, c in d.terms:
-        tlo, thi = reduce(_mul_bounds, (_atom_bounds(a) for a in m), (c, c))
+        tlo, thi = reduce(_mul_bounds, (_atom_bounds(a) for a in m), _exactly(c))
         lo = None if lo is None or tlo is None else lo + tlo
         hi = None if hi is None or thi is None else hi + thi
     return lo, hi
+
+
+def _exactly(c: int) -> tuple[Bound, Bound]:
+    return c, c
 
 
 def _mul_bounds(x: tuple[Bound, Bound], y: tuple[Bound, Bound]) -> tuple[Bound, Bound]:
@@ -203,7 +207,9 @@ def exact_div(a: Dim, b: Dim) -> Dim | None:
         if b == 0 or any(c % b for _, c in _terms(a)):
             return None
         return _make({m: c // b for m, c in _terms(a)})
-    (lead, lead_c), quotient, rest = b.terms[0], 0, a
+    lead, lead_c = b.terms[0]
+    quotient: Dim = 0
+    rest: Dim = a
     for _ in range(64):
         if not isinstance(rest, Expr):
             return quotient if rest == 0 else None

@@ -13,6 +13,8 @@ import numpy as np
 
 from vivace.base.errors import ModelError
 
+_Bool = bool  # inside the class the name is a member
+
 
 class DType(Enum):
     """Element type; the value is its spelling in the IR."""
@@ -53,16 +55,16 @@ class DType(Enum):
         return _NUMPY[self].itemsize
 
     @property
-    def is_float(self) -> bool:
+    def is_float(self) -> _Bool:
         return self in _FLOATS
 
     @property
-    def is_int(self) -> bool:
+    def is_int(self) -> _Bool:
         """True for signed and unsigned integers, not for bool."""
         return not self.is_float and self not in (DType.bool, DType.string)
 
     @property
-    def is_signed(self) -> bool:
+    def is_signed(self) -> _Bool:
         return self.is_float or self.value.startswith("i")
 
     @staticmethod

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+import math
 from fractions import Fraction
 from functools import cache
 
@@ -59,7 +60,7 @@ def cook_toom(m: int) -> CookToom:
     bt: list[Row] = []
     for k, p in enumerate(points):
         others = [q for j, q in enumerate(points) if j != k]
-        norm = np.prod([p - q for q in others])
+        norm = math.prod(p - q for q in others)
         g.append(tuple(p**i / norm for i in range(N_TAPS)))
         bt.append((*_with_roots(others), Fraction(0)))
     g.append((Fraction(0),) * (N_TAPS - 1) + (Fraction(1),))
@@ -72,7 +73,7 @@ def _with_roots(roots: Sequence[Fraction]) -> list[Fraction]:
     """The coefficients, constant first, of the monic polynomial with these roots."""
     poly = [Fraction(1)]
     for q in roots:
-        poly = [(poly[i - 1] if i else 0) - q * (poly[i] if i < len(poly) else 0) for i in range(len(poly) + 1)]  # type: ignore[misc]
+        poly = [(poly[i - 1] if i else 0) - q * (poly[i] if i < len(poly) else 0) for i in range(len(poly) + 1)]
     return poly
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -38,7 +39,7 @@ class Lowering:
         self, graph: Graph, isa: Isa, parent: Lowering | None = None, without: frozenset[str] = frozenset()
     ) -> None:
         self.graph, self.isa = graph, isa
-        self.without = without if parent is None else parent.without
+        self.without: frozenset[str] = without if parent is None else parent.without
         self.storages: list[Storage] = [] if parent is None else parent.storages
         self.packed: dict[object, Storage] = {} if parent is None else parent.packed
         self.body: list[Instruction] = []
@@ -168,7 +169,7 @@ class Lowering:
         transposed."""
         computed = {v for g in groups for v in (g.output, *g.anchor.outputs)}
         for value, out in outputs:
-            self._place(value, lambda o=out: o, computed)
+            self._place(value, _fixed(out), computed)
         for g in groups:
             node, y = g.anchor, g.anchor.outputs[0]
             if node.op.name == "concat":
@@ -176,23 +177,18 @@ class Lowering:
                 axis = node.attrs["axis"] % y.rank
                 for x in node.inputs:
                     assert x is not None
-                    self._place(x, lambda y=y, x=x, start=start, axis=axis: self._part(y, x, axis, start), computed)
+                    starts = tuple(start if i == axis else 0 for i in range(y.rank))
+                    self._place(x, self._inside(y, starts, x), computed)
                     start = start + x.shape[axis]
             elif node.op.name == "pad" and node.attrs["mode"] == "constant":
                 x = node.inputs[0]
                 assert x is not None
-                self._place(
-                    x,
-                    lambda y=y, x=x, at=node.attrs["before"]: self.target(y).slice(at, x.shape, (1,) * x.rank),
-                    computed,
-                )
+                self._place(x, self._inside(y, node.attrs["before"], x), computed)
         users = self.graph.users()
         for node in self.graph.nodes:
             x = node.inputs[0] if node.inputs else None
-            if node.op.name == "transpose" and x in computed and users[x] == [node] and _keeps_last(node):  # type: ignore[index]
-                self._place(
-                    node.outputs[0], lambda y=node.outputs[0]: self.temporary(y.name, y.dtype, y.shape), computed
-                )
+            if node.op.name == "transpose" and x in computed and users[x] == [node] and _keeps_last(node):
+                self._place(node.outputs[0], self._fresh(node.outputs[0]), computed)
 
     def _place(self, value: Value, make: Placement, computed: set[Value]) -> None:
         """Have `value` written into the view that `make` gives, through reshapes and transposes back to what computes
@@ -203,19 +199,21 @@ class Lowering:
             if x is None or x.data is not None:
                 return
             if node.op.name == "reshape":
-                make = lambda m=make, x=x: _and_then(m(), lambda v: v.reshape(x.shape))  # noqa: E731
+                make = _through(make, partial(View.reshape, shape=x.shape))
             elif node.op.name == "transpose" and _keeps_last(node):
                 back = tuple(node.attrs["perm"].index(i) for i in range(x.rank))
-                make = lambda m=make, back=back: _and_then(m(), lambda v: v.transpose(back))  # noqa: E731
+                make = _through(make, partial(View.transpose, perm=back))
             else:
                 return
             value = x
         if value in computed:
             self.placement.setdefault(value, make)
 
-    def _part(self, y: Value, x: Value, axis: int, start: Dim) -> View | None:
-        starts = tuple(start if i == axis else 0 for i in range(y.rank))
-        return self.target(y).slice(starts, x.shape, (1,) * y.rank)
+    def _inside(self, y: Value, starts: Sequence[Dim], x: Value) -> Placement:
+        return lambda: self.target(y).slice(starts, x.shape, (1,) * y.rank)
+
+    def _fresh(self, y: Value) -> Placement:
+        return lambda: self.temporary(y.name, y.dtype, y.shape)
 
     # ---- running the rules ------------------------------------------------------------------------------------------
 
@@ -282,8 +280,16 @@ def _refuse_unknown_sizes(graph: Graph, storages: Sequence[Storage]) -> None:
             )  # fmt: skip
 
 
-def _and_then(view: View | None, change: Callable[[View], View | None]) -> View | None:
-    return None if view is None else change(view)
+def _fixed(view: View) -> Placement:
+    return lambda: view
+
+
+def _through(make: Placement, change: Callable[[View], View | None]) -> Placement:
+    def changed() -> View | None:
+        view = make()
+        return None if view is None else change(view)
+
+    return changed
 
 
 def _keeps_last(transpose: Node) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from vivace.base.dims import Dim
 from vivace.base.dtypes import DType
 from vivace.graph.build import Builder, constant
 from vivace.graph.graph import Graph, Node, Type, Value, freeze
@@ -61,12 +62,13 @@ def split_pads(graph: Graph) -> Graph:
     nodes: list[Node] = []
     padded: dict[object, Value] = {}
     for n in graph.nodes:
-        pads = n.attrs.get("before"), n.attrs.get("after")
+        pads: tuple[tuple[Dim, ...], tuple[Dim, ...]] = (n.attrs.get("before", ()), n.attrs.get("after", ()))
         if n.op.name in ("conv", "max_pool") and any(d != 0 for p in pads for d in p):
             x = n.inputs[0]
             assert x is not None
             spatial = slice(1, -1) if n.attrs["layout"] == "NHWC" else slice(2, None)
-            before, after = [0] * x.rank, [0] * x.rank
+            before: list[Dim] = [0] * x.rank
+            after: list[Dim] = [0] * x.rank
             before[spatial], after[spatial] = pads
             fill = float("-inf") if n.op.name == "max_pool" else 0.0
             if n.op.name == "max_pool" and not x.dtype.is_float:

@@ -77,4 +77,4 @@ def scalar(node: Node, args: list[Expr]) -> Expr:
 def literal(value: object, dtype: DType) -> Const:
     """A constant of the IR from a NumPy scalar."""
     item = value.item() if hasattr(value, "item") else value
-    return Const(float(item) if dtype.is_float else bool(item) if dtype is DType.bool else int(item), dtype)  # type: ignore[arg-type,call-overload]
+    return Const(float(item) if dtype.is_float else bool(item) if dtype is DType.bool else int(item), dtype)  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ _word_at = ctypes.c_size_t.from_address
 
 
 def _data_is_the_first_field() -> bool:
-    samples = [np.zeros(3), np.zeros((), np.int8), np.zeros((4, 6), np.float32)[1:, 2:]]
+    samples: list[npt.NDArray[Any]] = [np.zeros(3), np.zeros((), np.int8), np.zeros((4, 6), np.float32)[1:, 2:]]
     return sys.implementation.name == "cpython" and all(
         sys.getsizeof(a) > _DATA_FIELD and _word_at(id(a) + _DATA_FIELD).value == a.ctypes.data for a in samples
     )

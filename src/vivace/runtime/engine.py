@@ -153,9 +153,8 @@ class Engine:
         work_ns = sum(estimate_ns(_value(line.flops, dims), _value(line.n_bytes, dims)) for line in self.image.lines)
         context.bind({**dims, **offsets}, n_threads=1 if work_ns < SHARED_NS else self.threads)
 
-    def _checked(self, spec: TensorSpec, array: np.ndarray) -> np.ndarray:
-        if not isinstance(array, np.ndarray):
-            array = np.asarray(array)
+    def _checked(self, spec: TensorSpec, given: object) -> np.ndarray:
+        array = np.asarray(given)
         if array.dtype != spec.dtype.numpy:
             raise InputError(
                 f"the array has dtype {array.dtype}", where=f"input {spec.name!r}", expected=str(spec),
@@ -338,7 +337,7 @@ def _aligned(array: np.ndarray) -> np.ndarray:
 def _array_at(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = (ctypes.c_char * max(n_bytes, 1)).from_address(address)
-    return np.frombuffer(raw, np.uint8, n_bytes).view(dtype).reshape(shape)
+    return np.frombuffer(memoryview(raw), np.uint8, n_bytes).view(dtype).reshape(shape)
 
 
 def _value(d: Dim, dims: Mapping[str, int]) -> int:

@@ -87,7 +87,7 @@ def save(path: Path, image: Image, isa: Isa, portable: bytes, placement: list[li
         yield bytes(start - _HEAD.size - len(header))
         for data, _ in sections.values():
             raw = (
-                memoryview(np.ascontiguousarray(data).reshape(-1).view(np.uint8))
+                np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
                 if isinstance(data, np.ndarray)
                 else memoryview(data)
             )

@@ -87,20 +87,34 @@ UNARY_FLOPS = {
     "cast": 0,
 }
 
+_TRANSCENDENTAL: dict[str, Callable[..., Array]] = {
+    "exp": np.exp,
+    "log": np.log,
+    "log1p": np.log1p,
+    "expm1": np.expm1,
+    "erf": _erf,
+    "sin": np.sin,
+    "cos": np.cos,
+    "tan": np.tan,
+    "asin": np.arcsin,
+    "acos": np.arccos,
+    "atan": np.arctan,
+    "sinh": np.sinh,
+    "cosh": np.cosh,
+    "tanh": np.tanh,
+    "asinh": np.arcsinh,
+    "acosh": np.arccosh,
+    "atanh": np.arctanh,
+    "sigmoid": _sigmoid,
+    "gelu": _gelu,
+    "silu": _silu,
+}
 # name -> (evaluate, exact, tolerance): transcendental tolerances are a few ulp of f32 (2^-23).
 _UNARY: dict[str, tuple[Callable[..., Array], bool, float]] = {
     "neg": (np.negative, True, 0),
     "abs": (np.abs, True, 0),
     "sqrt": (np.sqrt, True, 0),
-    **{
-        n: (_wide(f), False, 5e-7)
-        for n, f in {
-            "exp": np.exp, "log": np.log, "log1p": np.log1p, "expm1": np.expm1, "erf": _erf, "sin": np.sin, "cos": np.cos,
-            "tan": np.tan, "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh, "cosh": np.cosh,
-            "tanh": np.tanh, "asinh": np.arcsinh, "acosh": np.arccosh, "atanh": np.arctanh, "sigmoid": _sigmoid,
-            "gelu": _gelu, "silu": _silu,
-        }.items()
-    },
+    **{name: (_wide(f), False, 5e-7) for name, f in _TRANSCENDENTAL.items()},
     "floor": (np.floor, True, 0),
     "ceil": (np.ceil, True, 0),
     "round": (np.rint, True, 0),
@@ -210,10 +224,16 @@ def _where_infer(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]
     return (Type(a.dtype, broadcast((c.shape, a.shape, b.shape), "where")),)
 
 
+def _where_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
+    c, a, b = xs
+    assert c is not None and a is not None and b is not None
+    return (np.where(c, a, b),)
+
+
 _WHERE = Op(
     "where",
     _where_infer,
-    lambda xs, attrs: (np.where(*xs),),  # type: ignore[call-overload]
+    _where_run,
     lambda ins, outs, attrs: outs[0].size,
     kind="elementwise",
 )

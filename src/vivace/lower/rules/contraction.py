@@ -114,7 +114,7 @@ def _index_for(shape: tuple[Dim, ...], full: tuple[Dim, ...], index: list[Dim]) 
         return index
     kept = list(index)
     if len(shape) == len(full) - 1:  # one operand is a vector: its axis has extent 1
-        return kept[:-2] + [kept[-1] if full[-2] == 1 and (not shape or shape[-1] == full[-1]) else kept[-2]]
+        return [*kept[:-2], kept[-1] if full[-2] == 1 and (not shape or shape[-1] == full[-1]) else kept[-2]]
     return kept[: len(shape)]
 
 
@@ -231,9 +231,10 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
             ctx.copy(out, target.transpose(to_last))
         return
     is_narrow = narrow.pays(w_value, groups, (*spatial_taps, Axis("kc", cg, 1)))
-    depthwise = not is_narrow and groups == oc and cg == 1 and w_value.data is not None and groups == x_value.shape[1 if not last else -1]
+    is_depthwise = groups == oc == x_value.shape[-1 if last else 1] and cg == 1 and w_value.data is not None
+    depthwise = is_depthwise and not is_narrow
     lane: Dim = symbol("c" if depthwise else "n", 0)
-    channel = lane if groups == 1 or depthwise else symbol("g", 0) * (oc // groups) + lane  # type: ignore[operator]
+    channel = lane if groups == 1 or depthwise else symbol("g", 0) * (oc // groups) + lane
     by_last = [*(symbol(s, 0) for s in names), channel]
     index = by_last if last else [by_last[0], by_last[-1], *by_last[1:-1]]
     epilogue = Epilogue(ctx, g, bias, index)
@@ -254,8 +255,8 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
         ordered = [{**views, b_buf: w}[p] for p in contraction_params(d)]
         ctx.emit("depthwise", d, ordered, len(ordered) - 1, g.nodes, tail_flops(g))
     else:
-        n = oc // groups  # type: ignore[operator]
-        batch = () if groups == 1 else (Axis("g", groups, cg, 0, n),)
+        n = oc // groups
+        batch: tuple[Axis, ...] = () if groups == 1 else (Axis("g", groups, cg, 0, n),)
         channel_tap = Axis("kc", cg, 1)
         if w_value.data is not None:
             lanes = panel_lanes(n, ctx.isa)

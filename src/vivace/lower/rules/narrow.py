@@ -22,7 +22,7 @@ from vivace.lower.lowering import Lowering, merge_axes
 from vivace.lower.rules.epilogue import Epilogue, tail_flops
 from vivace.lower.views import View
 
-MOST_RESULTS = 2  # per pixel and group; with 8 the half-filled vectors are faster (58 against 30 GFLOP/s on 3x39x8 taps)
+MOST_RESULTS = 2  # per pixel and group; with 8, half-filled vectors are faster (58 against 30 GFLOP/s)
 MOST_SUMS = 16  # accumulators of one loop
 SHORTEST_RUN = 8  # contiguous taps; below it dot products are as empty as result vectors
 
@@ -38,7 +38,7 @@ def pays(w: Value, groups: int, taps: Sequence[Axis]) -> bool:
 def merged(taps: Sequence[Axis]) -> list[Axis]:
     """The taps with neighbours that walk the input as one joined."""
     runs = merge_axes([t.extent for t in taps], [[t.a for t in taps]])
-    joined = []
+    joined: list[Axis] = []
     for run in runs:
         extent: Dim = 1
         for i in run:
@@ -102,4 +102,4 @@ def _block(extent: Dim, n: int) -> int:
     """Pixels computed together: they share the loads of the kernel. Their sums must stay in registers."""
     if not isinstance(extent, int):
         return 1
-    return next(p for p in (8, 4, 2, 1) if p * n <= MOST_SUMS and extent % p == 0 or p == 1)
+    return next(p for p in (8, 4, 2, 1) if p == 1 or (p * n <= MOST_SUMS and extent % p == 0))
