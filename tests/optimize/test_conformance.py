@@ -1,4 +1,4 @@
-"""The node cases of the ONNX back end suite, optimized at every level: the same results; and exported: a valid model."""
+"""The node cases of ONNX, optimized at every level: the same results; and exported: a valid model."""
 
 from __future__ import annotations
 

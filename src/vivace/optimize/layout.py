@@ -26,7 +26,7 @@ from vivace.graph.ops import OPS
 from vivace.graph.rewrite import Log, map_subgraphs
 from vivace.optimize.mincut import FOREVER, Cut
 from vivace.optimize.permute import CONVS, POOLS, Flexible, Perm, channels_last, flexible, inverse, lifted, permuted
-from vivace.optimize.rules.movement import is_reshape
+from vivace.optimize.rules.transposes import is_reshape
 
 TYPICAL = 64
 """What a symbolic dim counts for when bytes are compared."""

@@ -24,6 +24,7 @@ from vivace.optimize.rules import (
     indices,
     movement,
     normalization,
+    transposes,
     weights,
 )
 from vivace.optimize.share import share_common
@@ -39,7 +40,7 @@ class Level(IntEnum):
     ALL = 99
 
 
-SIMPLIFY = (*constants.RULES, *identities.RULES, *indices.RULES, *movement.RULES)
+SIMPLIFY = (*constants.RULES, *identities.RULES, *indices.RULES, *transposes.RULES, *movement.RULES)
 
 PIPELINE: tuple[Pass, ...] = (
     Pass(
@@ -77,7 +78,8 @@ PIPELINE: tuple[Pass, ...] = (
     ),
     Pass(
         "finish_layout", "join the transposes and reshapes that remain; constant gathers become views", Level.LAYOUT,
-        rules=(*SIMPLIFY, *weights.RULES, *movement.NATIVE_RULES), requires=frozenset({"channels_last"}),
+        rules=(*SIMPLIFY, *weights.RULES, *transposes.NATIVE_RULES, *movement.NATIVE_RULES),
+        requires=frozenset({"channels_last"}),
     ),
     Pass(
         "sink_again", "now that convolutions are NHWC, other transposes may cancel", Level.LAYOUT,
