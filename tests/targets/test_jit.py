@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -66,6 +67,13 @@ def test_an_object_runs_in_another_process(tmp_path: Path) -> None:
 
 def test_the_same_text_gives_the_same_object() -> None:
     assert jit.compile_kernel(code("same"), ISA) == jit.compile_kernel(code("same"), ISA)
+
+
+def test_threads_compile_what_one_thread_compiles() -> None:
+    codes = [replace(code(f"add{i}"), optimize=o) for i in range(6) for o in ("none", "light", "full")]
+    alone = [jit.compile_kernel(c, ISA) for c in codes]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda c: jit.compile_kernel(c, ISA), codes)) == alone
 
 
 def test_the_key_depends_on_what_the_object_depends_on() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from vivace.base.cache import Cache
-from vivace.base.machine import Isa
+from vivace.base.machine import Isa, host
 from vivace.loops.blocked import Blocked
 from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Kernel
@@ -17,6 +18,7 @@ from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.contraction import emit_contraction
 from vivace.targets.cpu.llvm import emit_kernel
 
+_MOST_THREADS = 8  # writing the text takes a fifth of the time of compiling it, and is done by one thread
 Spec = Kernel | Contraction | Depthwise | Blocked
 
 
@@ -40,7 +42,7 @@ def emit(spec: Spec, isa: Isa) -> KernelCode:
 def generate(
     specs: Sequence[Spec], isa: Isa, cache: Cache | None, progress: Callable[[int, int], None] | None = None
 ) -> tuple[list[KernelCode], list[int], list[bytes], int]:
-    """Compile the distinct specs.
+    """Compile the distinct specs, several at once: while LLVM works on one, the text of the next is written.
 
     Returns the kernels, for each spec the number of its kernel, the object of each kernel, and how many were compiled
     anew.
@@ -48,23 +50,23 @@ def generate(
     numbers: list[int] = []
     seen: dict[str, int] = {}
     codes: list[KernelCode] = []
-    objects: list[bytes] = []
-    n_new = 0
-    for i, spec in enumerate(specs):
-        key = hashlib.sha256(repr(spec).encode()).hexdigest()[:24]
-        if key not in seen:
-            seen[key] = len(codes)
-            code = emit(replace(spec, name=f"k_{key}"), isa)
-            object_key = jit.object_key(code, isa)
-            found = cache.get("object", object_key) if cache else None
-            if found is None:
-                found = jit.compile_kernel(code, isa)
-                n_new += 1
-                if cache:
-                    cache.put("object", object_key, found)
-            codes.append(code)
-            objects.append(found)
-        numbers.append(seen[key])
-        if progress:
-            progress(i + 1, len(specs))
-    return codes, numbers, objects, n_new
+    objects: list[bytes | Future[bytes]] = []
+    with ThreadPoolExecutor(max(1, min(host().n_compute_threads, _MOST_THREADS)), "vivace-compile") as threads:
+        for i, spec in enumerate(specs):
+            key = hashlib.sha256(repr(spec).encode()).hexdigest()[:24]
+            if key not in seen:
+                seen[key] = len(codes)
+                code = emit(replace(spec, name=f"k_{key}"), isa)
+                found = cache.get("object", jit.object_key(code, isa)) if cache else None
+                objects.append(threads.submit(jit.compile_kernel, code, isa) if found is None else found)
+                codes.append(code)
+            numbers.append(seen[key])
+            if progress:
+                progress(i + 1, len(specs))
+        n_new = sum(isinstance(o, Future) for o in objects)
+        done: list[bytes] = []
+        for code, o in zip(codes, objects, strict=True):
+            done.append(o.result() if isinstance(o, Future) else o)
+            if cache and isinstance(o, Future):
+                cache.put("object", jit.object_key(code, isa), done[-1])
+    return codes, numbers, done, n_new
