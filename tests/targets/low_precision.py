@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -81,15 +82,29 @@ class Case:
         return out[..., :n]
 
     def call(self, code: KernelCode, address: int, n_ranges: int) -> None:
-        words = [self.arrays[p].ctypes.data for p in code.params] + [self.dims[d] for d in code.dims]
-        args = np.array(words, np.int64)
-        n_bytes = evaluate(code.scratch_bytes, self.dims)
-        raw = np.full(n_bytes + 192, 0xA5, np.uint8)
-        skip = -raw.ctypes.data % 64
-        units = evaluate(code.units, self.dims)
-        for begin, end in pairwise(units * i // n_ranges for i in range(n_ranges + 1)):
-            _ENTRY(address)(args.ctypes.data, begin, end, raw.ctypes.data + skip)
-        assert (raw[skip + n_bytes :] == 0xA5).all()
+        call(code, address, self.arrays, self.dims, n_ranges)
+
+
+def call(
+    code: KernelCode, address: int, arrays: Mapping[Buffer, np.ndarray], dims: Mapping[str, int], n_ranges: int = 3
+) -> None:
+    """Runs all units of a loaded kernel in some ranges; nothing is written beyond its scratch."""
+    words = [arrays[p].ctypes.data for p in code.params] + [dims[d] for d in code.dims]
+    args = np.array(words, np.int64)
+    n_bytes = evaluate(code.scratch_bytes, dims)
+    raw = np.full(n_bytes + 192, 0xA5, np.uint8)
+    skip = -raw.ctypes.data % 64
+    units = evaluate(code.units, dims)
+    for begin, end in pairwise(units * i // n_ranges for i in range(n_ranges + 1)):
+        _ENTRY(address)(args.ctypes.data, begin, end, raw.ctypes.data + skip)
+    assert (raw[skip + n_bytes :] == 0xA5).all()
+
+
+def run_code(
+    code: KernelCode, target: Isa, arrays: Mapping[Buffer, np.ndarray], dims: Mapping[str, int]
+) -> None:
+    library = jit.load([jit.compile_kernel(code, target)])
+    call(code, library.address(code.name), arrays, dims)
 
 
 def _with_panels(c: Contraction, b: np.ndarray, target: Isa) -> tuple[Contraction, dict[Buffer, np.ndarray]]:

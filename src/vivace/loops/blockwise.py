@@ -1,0 +1,70 @@
+"""Products with weights of 4 or 8 bits that share a scale per block of k: MatMulNBits and blocked DequantizeLinear.
+
+    out[m, n] = epilogue(sum over k  A[m, k] * scale[k / block, n] * (q[k, n] - zero_point[k / block, n]))
+
+A stays f32. Weights are packed by `lower/pack_blockwise.py` in panels of `lanes` columns:
+
+    b        4 bits: [panel][k / 8][lanes] words, step k of a group of 8 in bits 4k..4k+3;  8 bits: [panel][k][lanes] of
+             i8, which are q - 128
+    scales   [panel][k / block][lanes], f32 or f16
+    shifts   [panel][k / block][lanes] of i16: 8 (or 128) less the zero point; None where that is 0 everywhere
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vivace.loops.contraction import Axis, Contraction, Packing, contraction_dims
+from vivace.loops.kernel import Buffer, Expr
+
+
+@dataclass(frozen=True, slots=True)
+class BlockwiseProduct:
+    """One such product. `m` is the row axis, its name a symbol of the epilogue, as `n` is; `acc` is f32."""
+
+    name: str
+    m: Axis
+    k: int
+    n: int
+    bits: int
+    block: int
+    lanes: int
+    a: Buffer
+    b: Buffer
+    scales: Buffer
+    shifts: Buffer | None
+    out: Buffer
+    epilogue: Expr | None = None
+    extra: tuple[Buffer, ...] = ()
+
+    @property
+    def params(self) -> tuple[Buffer, ...]:
+        """The buffers in calling order."""
+        shifts = () if self.shifts is None else (self.shifts,)
+        return tuple(dict.fromkeys((self.a, self.b, self.scales, *shifts, *self.extra, self.out)))
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Names of the run-time dims, sorted."""
+        return contraction_dims(self.product)
+
+    @property
+    def product(self) -> Contraction:
+        """The same product with B as f32 in panels."""
+        taps, packing = (Axis("k", self.k, 1),), Packing("panels", self.lanes)
+        return Contraction(
+            self.name, (), (self.m,), taps, self.n, self.a, self.b, self.out, packing, self.epilogue, self.extra
+        )
+
+    @property
+    def n_blocks(self) -> int:
+        return -(-self.k // self.block)
+
+    @property
+    def n_panels(self) -> int:
+        return -(-self.n // self.lanes)
+
+    @property
+    def block_bytes(self) -> int:
+        """Weights of one block of a panel."""
+        return self.block * self.lanes * self.bits // 8

@@ -1,0 +1,86 @@
+"""Products with block-wise weights of 4 and 8 bits, in registers and through f32 panels, against NumPy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.targets.low_precision import UNTOUCHED, at_page_end, buffer, isas, run_code
+from vivace.base.dims import Dim, symbol
+from vivace.base.dtypes import DType
+from vivace.base.errors import UnsupportedError
+from vivace.base.machine import Isa
+from vivace.loops.blockwise import BlockwiseProduct
+from vivace.loops.contraction import Axis
+from vivace.loops.kernel import Binary, Load, Read
+from vivace.lower.pack_blockwise import blockwise_lanes, pack_blockwise
+from vivace.targets.cpu.blockwise import emit_blockwise
+
+each_isa = pytest.mark.parametrize("target", isas("sse", "avx2", "avx512"))
+
+
+def check(
+    target: Isa, m: int, k: int, n: int, bits: int, block: int, zero_points: bool, symbolic: bool = False,
+    scale_dtype: type = np.float32,
+) -> None:  # fmt: skip
+    random = np.random.default_rng(m * k * n)
+    n_blocks, lanes = -(-k // block), blockwise_lanes(target)
+    q = random.integers(0, 1 << bits, (k, n)).astype(np.uint8)
+    scales = random.standard_normal((n_blocks, n)).astype(scale_dtype)
+    points = random.integers(0, 1 << bits, (n_blocks, n)).astype(np.uint8) if zero_points else None
+    packed = pack_blockwise(q, scales, points, bits, block, lanes)
+    a = at_page_end(random.standard_normal((m, k), dtype=np.float32))
+    bias, out = random.standard_normal(n, dtype=np.float32), np.full((m, n + 3), UNTOUCHED, np.float32)
+    dim_m: Dim = symbol("M") if symbolic else m
+    buffers = [buffer("a", a), buffer("b", packed.b), buffer("scales", packed.scales), buffer("bias", bias)]
+    shifts = None if packed.shifts is None else buffer("shifts", packed.shifts)
+    a_buffer, b_buffer, scale_buffer, bias_buffer = buffers
+    out_buffer = buffer("out", out, True)
+    e = Binary("add", Read("acc", DType.f32), Load(bias_buffer, (symbol("n"),)))
+    w = BlockwiseProduct(
+        "blocks", Axis("m", dim_m, k, 0, n + 3), k, n, bits, block, lanes, a_buffer, b_buffer, scale_buffer, shifts,
+        out_buffer, e, (bias_buffer,),
+    )  # fmt: skip
+    arrays = dict(zip(buffers, (a, packed.b, packed.scales, bias))) | {out_buffer: out}
+    if shifts is not None:
+        arrays[shifts] = packed.shifts  # type: ignore[assignment]
+    run_code(emit_blockwise(w, target), target, arrays, {"M": m} if symbolic else {})
+    center = (1 << (bits - 1)) if points is None else np.repeat(points.astype(np.float64), block, 0)[:k]
+    weights = (q.astype(np.float64) - center) * np.repeat(scales.astype(np.float64), block, 0)[:k]
+    expected = a.astype(np.float64) @ weights + bias
+    size = np.abs(a).astype(np.float64) @ (np.abs(weights) + np.repeat(np.abs(scales.astype(np.float64)), block, 0)[:k] * (1 << bits))
+    assert (np.abs(out[:, :n] - expected) <= size * 2e-6 + 1e-5).all()
+    assert (out[:, n:] == UNTOUCHED).all()
+
+
+@each_isa
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize("m, k, n, block", [(1, 64, 64, 32), (1, 96, 130, 32), (2, 256, 70, 128), (3, 77, 33, 16)])
+def test_few_rows(target: Isa, bits: int, zero_points: bool, m: int, k: int, n: int, block: int) -> None:
+    check(target, m, k, n, bits, block, zero_points)
+
+
+@each_isa
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize("m, k, n, block", [(5, 64, 64, 32), (33, 77, 130, 16)])
+def test_many_rows(target: Isa, bits: int, zero_points: bool, m: int, k: int, n: int, block: int) -> None:
+    check(target, m, k, n, bits, block, zero_points)
+
+
+@each_isa
+def test_rows_at_run_time(target: Isa) -> None:
+    for m in (0, 1, 2, 4, 5, 40):
+        check(target, m, 64, 150, 4, 32, True, symbolic=True)
+
+
+@pytest.mark.parametrize("target", isas("avx2", "avx512"))
+def test_half_scales(target: Isa) -> None:
+    check(target, 1, 96, 70, 4, 32, True, scale_dtype=np.float16)
+    check(target, 9, 96, 70, 8, 32, False, scale_dtype=np.float16)
+
+
+def test_odd_formats_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="3 bits"):
+        pack_blockwise(np.zeros((32, 4), np.uint8), np.zeros((1, 4), np.float32), None, 3, 32, 16)
