@@ -1,0 +1,127 @@
+"""Every real model on our engine: each output at each case against onnxruntime, the providers, and counts of steps.
+
+The counts (steps, kernels, copies, conversions) are deterministic; `engine_counts.json` keeps them. A change that is
+meant is accepted with `VIVACE_ACCEPT=1 python -m pytest tests/models/test_engines.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from benchmarks.models import MODELS, Extra, Model, ModelUnavailable, inputs, is_ready, materialise
+
+import vivace
+from vivace.base.machine import ISAS, host, missing_flags
+from vivace.runtime.engine import Engine
+
+COUNTS = Path(__file__).with_name("engine_counts.json")
+ACCEPT = bool(os.environ.get("VIVACE_ACCEPT"))
+HOSTED = {"tabular-forest": "ai.onnx.ml"}
+# Relative to the largest magnitude of an output: f32 sums in another order, through as many layers as the model has.
+# basic-pitch takes logarithms of spectra near silence: there even two orders of one sum differ by this much.
+TOLERANCE = {"ppocrv4-det": 2e-4, "whisper-tiny-en-encoder": 2e-4, "basic-pitch": 1e-3}
+USUAL = 5e-5
+COUNTED_ON = "avx512"  # another vector width takes other kernels
+
+
+@pytest.fixture(scope="module")
+def kept() -> Iterator[dict[str, dict[str, int]]]:
+    found: dict[str, dict[str, int]] = json.loads(COUNTS.read_text()) if COUNTS.exists() else {}
+    yield found
+    if ACCEPT:
+        COUNTS.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+
+
+def file_of(model: Model) -> Path:
+    if model.extra is not Extra.NONE and not is_ready(model.name):
+        pytest.skip(f"{model.name} is not in the cache; make it with: python -m benchmarks.models get {model.name}")
+    try:
+        return materialise(model.name)
+    except ModelUnavailable as e:
+        pytest.skip(str(e))
+
+
+def marked(model: Model) -> object:
+    heavy = model.extra is Extra.TORCH
+    return pytest.param(model, id=model.name, marks=[pytest.mark.slow] if heavy else [])
+
+
+NATIVE = [m for m in MODELS if m.name not in HOSTED]
+
+
+@pytest.mark.parametrize("model", [marked(m) for m in NATIVE])
+def test_every_output_at_every_case(model: Model, kept: dict[str, dict[str, int]]) -> None:
+    """One compilation without given shapes serves all cases, with one thread and with two."""
+    import onnxruntime
+
+    path = file_of(model)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    engine = vivace.compile(path, threads=1, providers=("native",))
+    assert isinstance(engine, Engine)
+    pair = Engine(engine.image, 2, engine.placement)
+    names = [o.name for o in session.get_outputs()]
+    for case in model.cases:
+        feeds = inputs(model.name, case.name)
+        want = dict(zip(names, session.run(None, feeds), strict=True))
+        for made in (engine, pair):
+            compare(model, f"{case.name}, {made.threads} threads", made.run(feeds), want)
+        memory = engine.memory({name: x.shape for name, x in feeds.items()})
+        assert memory["arena_bytes"] <= 1.05 * memory["arena_lower_bound_bytes"], case.name
+    assert {p.provider for p in engine.placement} == {"native"}
+    check_counts(model.name, engine, kept)
+
+
+def compare(model: Model, where: str, got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
+    assert list(got) == list(want)
+    for name, w in want.items():
+        y = got[name]
+        assert (y.shape, y.dtype) == (w.shape, w.dtype), f"{where}: {name}"
+        if w.dtype.kind != "f":
+            np.testing.assert_array_equal(y, w, err_msg=f"{where}: {name}")
+            continue
+        scale = float(np.abs(w).max(initial=0)) or 1.0
+        off = float(np.abs(y - w).max(initial=0)) / scale
+        assert off <= TOLERANCE.get(model.name, USUAL), f"{where}: {name} is off by {off:.1e} of its largest value"
+
+
+def counts(engine: Engine) -> dict[str, int]:
+    labels = [line.label for line in engine.image.lines if line.kind == "run"]
+    return {
+        "steps": len(labels),
+        "kernels": len(engine.image.kernels),
+        "copies": sum(label in ("copy", "cast", "fill") for label in labels),
+        "foreign": len(engine.image.foreign),
+    }
+
+
+def check_counts(name: str, engine: Engine, kept: dict[str, dict[str, int]]) -> None:
+    if missing_flags(host(), ISAS[COUNTED_ON]):
+        return  # they are recorded for this instruction set only
+    found = counts(engine)
+    if ACCEPT:
+        kept[name] = found
+    assert found == kept.get(name), f"{name}: accept a change that is meant with VIVACE_ACCEPT=1"
+
+
+@pytest.mark.parametrize("model", [marked(m) for m in MODELS if m.name in HOSTED])
+def test_models_of_other_domains_run_through_onnxruntime(model: Model) -> None:
+    import onnxruntime
+
+    path = file_of(model)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    engine = vivace.compile(path, threads=1)
+    for case in model.cases:
+        feeds = inputs(model.name, case.name)
+        got = engine.run(feeds)
+        for output, w in zip(session.get_outputs(), session.run(None, feeds), strict=True):
+            np.testing.assert_allclose(got[output.name], w, rtol=1e-5)
+    foreign = [p for p in engine.placement if p.provider == "onnxruntime"]
+    assert foreign and all(p.reason for p in foreign)
