@@ -3,13 +3,16 @@
     for block in blocks:                       in parallel, with the parts
         each stage of `once`
         for part in parts:
-            each stage of `each`
+            for step in steps:                 in order
+                each stage of `each`
+            each stage of `last`
 
 Rules:
-* LOCAL: buffers of `local` are private to a thread, of static size, and lie in its scratch. What `once` leaves there
-  holds for all parts of the block; `each` may not change it. Everything else that stages read or write is a parameter.
-* SYMBOLS: a stage is a kernel of its own, whose run-time dims may include `block` and `part`; the others are dims of
-  the whole.
+* LOCAL: buffers of `local` are private to a thread and lie in its scratch. What `once` leaves there holds for all
+  parts of the block; the other stages may not change it. Everything else that stages read or write is a parameter.
+* SYMBOLS: a stage is a kernel of its own, whose run-time dims may include `block`, `part` and, in `each`, `step`; the
+  others are dims of the whole. `parts` and the sizes of local buffers are dims of the whole, `steps` may vary with
+  block and part.
 * AGAIN: a thread that begins in the middle of a block runs `once` for it too, so `once` may write local buffers only.
 """
 
@@ -17,22 +20,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vivace.base.dims import Dim, prod, symbols
+from vivace.base.dims import Dim, symbols
 from vivace.loops.contraction import Contraction, contraction_dims, contraction_params
 from vivace.loops.kernel import Buffer, Kernel, dims_of
 
-BLOCK, PART = "block", "part"
+BLOCK, PART, STEP = "block", "part", "step"
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
     """A kernel that computes all of its units in one call.
 
-    `offsets`: for some of its parameters, how many elements further on element 0 lies; dims over `block` and `part`.
+    `offsets`: for some of its parameters, how many elements further on element 0 lies; dims over `block`, `part` and
+    `step`. The stage is left out where `when` is 0.
     """
 
     spec: Kernel | Contraction
     offsets: tuple[tuple[Buffer, Dim], ...] = ()
+    when: Dim = 1
 
     @property
     def params(self) -> tuple[Buffer, ...]:
@@ -41,33 +46,42 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """A kernel of several stages over blocks and their parts."""
+    """A kernel of several stages over blocks, their parts, and steps in these."""
 
     name: str
     blocks: Dim
-    parts: int
+    parts: Dim
     once: tuple[Stage, ...]
     each: tuple[Stage, ...]
     local: tuple[Buffer, ...]
+    steps: Dim = 1
+    last: tuple[Stage, ...] = ()
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return (*self.once, *self.each, *self.last)
 
     @property
     def params(self) -> tuple[Buffer, ...]:
         """The buffers in calling order: those that are read, then those that are written."""
-        every = dict.fromkeys(b for s in (*self.once, *self.each) for b in s.params if b not in self.local)
+        every = dict.fromkeys(b for s in self.stages for b in s.params if b not in self.local)
         return tuple(sorted(every, key=lambda b: b.writable))
 
 
 def blocked_dims(k: Blocked) -> tuple[str, ...]:
     """Names of the run-time dims, sorted."""
     names: set[str] = set()
-    for s in (*k.once, *k.each):
+    dims: list[Dim] = [k.blocks, k.parts, k.steps, *(d for b in k.local for d in (*b.shape, *b.strides))]
+    for s in k.stages:
         names.update(contraction_dims(s.spec) if isinstance(s.spec, Contraction) else dims_of(s.spec))
-    names.update(x.name for d in (k.blocks, *(o for s in (*k.once, *k.each) for _, o in s.offsets)) for x in symbols(d))
-    return tuple(sorted(names - {BLOCK, PART}))
+        dims += [s.when, *(offset for _, offset in s.offsets)]
+    names.update(x.name for d in dims for x in symbols(d))
+    return tuple(sorted(names - {BLOCK, PART, STEP}))
 
 
-def extent_of(b: Buffer) -> int:
-    """Elements from the first to the last of a local buffer."""
-    size = prod(b.shape)
-    assert isinstance(size, int), b
-    return 1 + sum((d - 1) * s for d, s in zip(b.shape, b.strides, strict=True)) if size else 0  # type: ignore[operator, misc]
+def extent_of(b: Buffer) -> Dim:
+    """Elements from the first to the last of a local buffer, which has some."""
+    extent: Dim = 1
+    for d, s in zip(b.shape, b.strides, strict=True):
+        extent = extent + (d - 1) * s
+    return extent

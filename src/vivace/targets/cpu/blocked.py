@@ -7,10 +7,12 @@ each call.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 
+from vivace.base.dims import Dim, bounds, ceildiv, maximum, symbols
 from vivace.base.machine import Isa
-from vivace.loops.blocked import BLOCK, PART, Blocked, Stage, blocked_dims, extent_of
+from vivace.loops.blocked import BLOCK, PART, STEP, Blocked, Stage, blocked_dims, extent_of
 from vivace.loops.contraction import Contraction
 from vivace.loops.kernel import Buffer
 from vivace.targets.cpu.code import KernelCode
@@ -23,21 +25,29 @@ _ALIGN_BYTES = 64
 
 def emit_blocked(k: Blocked, isa: Isa) -> KernelCode:
     """The kernel: a module with one internal function per stage."""
-    stages = (*k.once, *k.each)
-    codes = [_stage_code(replace(s.spec, name=f"{k.name}_{i}"), isa) for i, s in enumerate(stages)]
-    place: dict[Buffer, int] = {}
-    local_bytes = 0
-    for b in k.local:
+    codes = [_stage_code(replace(s.spec, name=f"{k.name}_{i}"), isa) for i, s in enumerate(k.stages)]
+    place: dict[Buffer, Dim] = {}
+    local_bytes: Dim = 0
+    for b in sorted(k.local, key=lambda b: not isinstance(extent_of(b), int)):
         place[b] = local_bytes
-        local_bytes += -(-extent_of(b) * b.dtype.size_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
-    scratch = [c.scratch_bytes for c in codes]
-    most = max((s for s in scratch if isinstance(s, int)), default=0)
-    assert all(isinstance(s, int) for s in scratch), k
+        local_bytes = local_bytes + ceildiv(extent_of(b) * b.dtype.size_bytes, _ALIGN_BYTES) * _ALIGN_BYTES
+    most: Dim = 0
+    for c in codes:
+        most = maximum(most, _at_most(c.scratch_bytes))
     main, declares = _main(k, codes, place, local_bytes)
     text = _one_module(
         [*(c.llvm_text.replace(f"define void @{c.name}(", f"define internal void @{c.name}(") for c in codes)], declares
     )
     return KernelCode(k.name, f"{text}\n{main}\n", k.params, blocked_dims(k), k.blocks * k.parts, 1, local_bytes + most)
+
+
+def _at_most(scratch_bytes: Dim) -> Dim:
+    """What a stage needs in any block, part and step."""
+    if not {s.name for s in symbols(scratch_bytes)} & {BLOCK, PART, STEP}:
+        return scratch_bytes
+    most = bounds(scratch_bytes)[1]
+    assert most is not None, scratch_bytes
+    return most
 
 
 def _stage_code(spec: object, isa: Isa) -> KernelCode:
@@ -58,7 +68,7 @@ def _one_module(texts: list[str], declares: Mapping[str, str]) -> str:
 
 
 def _main(
-    k: Blocked, codes: list[KernelCode], place: Mapping[Buffer, int], local_bytes: int
+    k: Blocked, codes: list[KernelCode], place: Mapping[Buffer, Dim], local_bytes: Dim
 ) -> tuple[str, Mapping[str, str]]:
     t = Text()
     names = blocked_dims(k)
@@ -66,8 +76,8 @@ def _main(
         d: t.op(f"load i64, ptr {t.at('%args', 8 * (len(k.params) + i))}, align 8") for i, d in enumerate(names)
     }
     base = {b: t.op(f"load ptr, ptr {t.at('%args', 8 * i)}, align 8") for i, b in enumerate(k.params)}
-    base |= {b: t.at("%scratch", offset) for b, offset in place.items()}
-    rest = t.at("%scratch", local_bytes)
+    base |= {b: t.at("%scratch", t.dim(offset, dims)) for b, offset in place.items()}
+    rest = t.at("%scratch", t.dim(local_bytes, dims))
     tables = [t.op(f"alloca [{max(1, len(c.params) + len(c.dims))} x i64], align 16") for c in codes]
     for code, table in zip(codes, tables, strict=True):
         for i, b in enumerate(code.params):
@@ -79,6 +89,19 @@ def _main(
     t.put(f"store i64 -1, ptr {last}, align 8")
 
     def call(stage: Stage, n: int, at: dict[str, Int]) -> None:
+        wanted = t.dim(stage.when, dims | at)
+        if isinstance(wanted, int):
+            if wanted:
+                run(stage, n, at)
+            return
+        then, after = t.label(), t.label()
+        t.branch(t.op(f"icmp ne i64 {wanted}, 0"), then, after)
+        t.start(then)
+        run(stage, n, at)
+        t.jump(after)
+        t.start(after)
+
+    def run(stage: Stage, n: int, at: dict[str, Int]) -> None:
         code, table, env = codes[n], tables[n], dims | at
         for b, offset in stage.offsets:
             where = t.at(base[b], t.mul(t.dim(offset, env), b.dtype.size_bytes))
@@ -89,7 +112,7 @@ def _main(
         t.put(f"call void @{code.name}(ptr {table}, i64 0, i64 {t.dim(code.units, env)}, ptr {rest})")
 
     with t.loop("%begin", "%end") as unit:
-        block, part = t.divmod(unit, k.parts)
+        block, part = t.divmod(unit, t.dim(k.parts, dims))
         again, fresh = t.label(), t.label()
         before = t.op(f"load i64, ptr {last}, align 8")
         t.branch(t.op(f"icmp eq i64 {before}, {block}"), again, fresh)
@@ -99,8 +122,13 @@ def _main(
             call(s, n, {BLOCK: block})
         t.jump(again)
         t.start(again)
-        for n, s in enumerate(k.each, len(k.once)):
-            call(s, n, {BLOCK: block, PART: part})
+        at = {BLOCK: block, PART: part}
+        n_steps = t.dim(k.steps, dims | at)
+        with nullcontext(0) if n_steps == 1 else t.loop(0, n_steps) as step:
+            for n, s in enumerate(k.each, len(k.once)):
+                call(s, n, at | {STEP: step})
+        for n, s in enumerate(k.last, len(k.once) + len(k.each)):
+            call(s, n, at)
     t.put("ret void")
     head = f"define void @{k.name}(ptr %args, i64 %begin, i64 %end, ptr %scratch) #0 {{"
     return "\n".join([head, "entry:", *t.lines, "}"]), t.declares
