@@ -82,15 +82,26 @@ class _Weights:
             return byte
         words = load(t, isa, t.at(pointer, vector * lanes * 4), None, "i32")
 
-        def nibble(step: int) -> str:
-            moved = words if step == 0 else t.op(f"lshr {wide} {words}, splat (i32 {4 * step})")
-            if lanes == 16:  # a look-up takes the low four bits of each lane
-                name = "llvm.x86.avx512.permvar.sf.512"
-                t.declare(name, f"{kind} @{name}({kind}, {wide})")
-                table = ", ".join(f"float {float(v)}" for v in range(-8, 8))
+        if lanes == 16:
+            name = "llvm.x86.avx512.permvar.sf.512"
+            t.declare(name, f"{kind} @{name}({kind}, {wide})")
+            table = ", ".join(f"float {float(v)}" for v in range(-8, 8))
+
+            def looked_up(step: int) -> str:
+                """A look-up takes the low four bits of each lane."""
+                moved = words if step == 0 else t.op(f"lshr {wide} {words}, splat (i32 {4 * step})")
                 return t.op(f"call {kind} @{name}({kind} <{table}>, {wide} {moved})")
-            low = t.op(f"and {wide} {moved}, splat (i32 15)")
-            return t.op(f"sitofp {wide} {t.op(f'sub {wide} {low}, splat (i32 8)')} to {kind}")
+
+            return looked_up
+        upper = t.op(f"lshr {wide} {words}, splat (i32 16)")
+
+        def nibble(step: int) -> str:
+            """Or-ed into the mantissa of a power of two whose last place is 1, the four bits add their value to it."""
+            at = 4 * (step % 4)
+            power = 23 - at
+            kept = t.op(f"and {wide} {upper if step >= 4 else words}, splat (i32 {15 << at})")
+            bits = t.op(f"or {wide} {kept}, splat (i32 {(127 + power) << 23})")
+            return t.op(f"fsub {kind} {t.op(f'bitcast {wide} {bits} to {kind}')}, splat (float {float(2**power + 8)})")
 
         return nibble
 
