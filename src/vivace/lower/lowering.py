@@ -46,6 +46,7 @@ class Lowering:
         self.views: dict[Value, View] = {}
         self.producer = graph.producers()
         self.placement: dict[Value, Placement] = {}
+        self.copies: dict[View, View] = {}
 
     # ---- storages and views -----------------------------------------------------------------------------------------
 
@@ -258,7 +259,7 @@ def lower(graph: Graph, isa: Isa, without: frozenset[str] = frozenset()) -> Plan
 
 
 # Names that kernels give to their loops and positions.
-_LOOP_NAME = re.compile(r"[a-z]\d*|[a-z]\d+_\d+|at\d*(_\d+)?|img|kc|len|only|i_only|found")
+_LOOP_NAME = re.compile(r"[a-z]\d*|[a-z]\d+_\d+|at\d*(_\d+)?|img|kc|len|only|i_only|found|block|part|step")
 
 
 def _without_loop_names(graph: Graph) -> Graph:

@@ -121,7 +121,7 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None) -> Til
     outer, inner = _split_for_tiles(c.rows) if ar.is_tile else _split_rows(c.rows, most)
     n_panels = max(1, -(-_known([c.n]) // lanes))
     colliding = not ar.is_tile and collides(c.rows, outer, inner, machine, ar.a_bytes)
-    stage_a = colliding and len(c.taps) == 1 and n_panels > 1
+    stage_a = colliding and len(c.taps) == 1 and n_panels > 1 and c.taps[0].a == 1
     if colliding and len(c.taps) > 1:
         outer, inner = _split_rows(c.rows, max(1, most // 2))
     n_tiles = max(1, _known([r.extent for r in c.rows[:-2]]) * _known([pieces(outer)]) * _known([pieces(inner)]))
@@ -222,7 +222,7 @@ def collides(
     level = machine.data_cache(1)
     ways = level.n_ways if level and level.n_ways else 8
     n_sets = max(1, machine.cache_bytes(1) // machine.line_bytes // ways)
-    sets = Counter(o // machine.line_bytes % n_sets for o in offsets)
+    sets = Counter(line % n_sets for line in {o // machine.line_bytes for o in offsets})
     return max(sets.values()) >= ways  # one way is B's, which streams through every set
 
 
