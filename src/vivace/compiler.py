@@ -15,7 +15,7 @@ from vivace.base.machine import ISAS, Isa, best_isa, host, isa, missing_flags
 
 if TYPE_CHECKING:
     from vivace.graph.graph import Graph, Node
-    from vivace.lower.link import ForeignEntry, Image
+    from vivace.lower.image import ForeignEntry, Image
     from vivace.runtime.engine import Engine, ForeignRunner, MakeForeign, Placement
     from vivace.runtime.hosted import HostedEngine
 
@@ -196,7 +196,8 @@ def build_image(
     without: frozenset[str] = frozenset(),
 ) -> Image:
     """Lower, generate and link."""
-    from vivace.lower.link import Compiled, KernelEntry, link
+    from vivace.lower.image import KernelEntry
+    from vivace.lower.link import Compiled, link
     from vivace.lower.lowering import lower
     from vivace.lower.plan import steps_of
     from vivace.targets.cpu.codegen import generate

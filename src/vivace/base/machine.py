@@ -256,7 +256,7 @@ def read_machine(root: Path = Path("/"), affinity: Collection[int] | None = None
     return Machine(
         arch=platform.machine() or "unknown",
         vendor=first.get("vendor_id", first.get("CPU implementer", "unknown")),
-        model=first.get("model name", platform.processor() or "unknown"),
+        model=first.get("model name") or platform.processor() or "unknown",
         flags=frozenset(first.get("flags", first.get("Features", "")).split()),
         caches=_caches(root, allowed[0] if allowed else 0),
         affinity=allowed,

@@ -16,12 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from vivace.base.dims import Dim, Expr, substitute, symbols
+from vivace.lower.image import estimate_ns
 from vivace.lower.plan import Branch, Foreign, Instruction, Loop, Operand, Plan, Step
 from vivace.lower.views import Storage
 
 SERIAL_NS = 2_000  # handing a step over costs about 0.1 us, but its data then comes from the other core's cache
 GUESS = 64  # for symbolic dims, in estimates only
-FLOPS_PER_NS, BYTES_PER_NS = 50.0, 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,6 @@ class Schedule:
 
     lines: tuple[Line, ...]
     lifetimes: dict[Storage, tuple[int, int]]
-
-
-def estimate_ns(flops: int, n_bytes: int) -> float:
-    """A rough time of a step on one core: only for deciding what is worth sharing."""
-    return max(flops / FLOPS_PER_NS, n_bytes / BYTES_PER_NS)
 
 
 def _guess(d: Dim) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from vivace.base.dims import Dim, Expr, evaluate, linear, symbols
 from vivace.base.errors import InputError
 from vivace.base.specs import TensorSpec
-from vivace.lower.link import Image
+from vivace.lower.image import Image
 from vivace.lower.memory import Lifetime, MemoryPlan, plan_memory
 
 ROUNDING = 64  # above this, a dim is planned as the next multiple of it

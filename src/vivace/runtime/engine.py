@@ -24,8 +24,7 @@ from vivace.base.errors import InputError
 from vivace.base.events import Event
 from vivace.base.machine import isa
 from vivace.base.specs import TensorSpec
-from vivace.lower.link import ForeignEntry, Image, LineEntry
-from vivace.lower.schedule import estimate_ns
+from vivace.lower.image import ForeignEntry, Image, LineEntry, estimate_ns
 from vivace.runtime.binding import MemoryPlanner, ShapeSolver
 from vivace.runtime.buffer import addresses_of
 from vivace.runtime.executable import Context, Executable

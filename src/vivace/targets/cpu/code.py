@@ -11,10 +11,12 @@ A kernel calls nothing outside its module and allocates nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from vivace.base.dims import Dim
-from vivace.loops.kernel import Buffer
+
+if TYPE_CHECKING:  # the loop IR is not needed to load code
+    from vivace.loops.kernel import Buffer
 
 
 # `none`: the text is final, only instruction selection and register allocation follow. `light`: peepholes and dead code.
