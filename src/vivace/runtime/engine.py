@@ -23,6 +23,7 @@ from vivace.base.dtypes import DType
 from vivace.base.errors import InputError
 from vivace.base.events import Event
 from vivace.base.machine import isa
+from vivace.base.mapped import forget
 from vivace.base.specs import TensorSpec
 from vivace.lower.image import ForeignEntry, Image, LineEntry, estimate_ns
 from vivace.runtime.binding import MemoryPlanner, ShapeSolver
@@ -330,6 +331,7 @@ def _aligned(array: np.ndarray) -> np.ndarray:
     skip = -raw.ctypes.data % 64
     out = raw[skip : skip + array.nbytes].view(array.dtype).reshape(array.shape)
     out[...] = array
+    forget(array)
     return out
 
 

@@ -30,6 +30,7 @@ from dataclasses import replace
 
 from vivace.base.dims import Dim, ceildiv, minimum, symbol
 from vivace.base.dtypes import DType
+from vivace.base.mapped import forget
 from vivace.base.machine import Isa, Machine, host
 from vivace.graph.graph import Node, Value
 from vivace.loops.blocked import BLOCK, PART, Blocked, Stage
@@ -38,7 +39,7 @@ from vivace.loops.kernel import Binary, Buffer, Expr, For, Guard, Index, Kernel,
 from vivace.lower.cook_toom import N_TAPS, PAIRS, n_inputs, transform_input, transform_output, transform_weights
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
-from vivace.lower.pack import aligned_zeros, pack_panels
+from vivace.lower.pack import aligned_zeros
 from vivace.lower.rules.elementwise import Params, Tree
 from vivace.lower.tile import panel_lanes, staged_stride
 from vivace.lower.views import View
@@ -179,10 +180,13 @@ def _packed_weights(ctx: Lowering, w: Value, m: Size, lanes: int) -> View:
         data = ctx.packed[key].data
     else:
         assert w.data is not None
-        u = transform_weights(w.data.reshape(*w.data.shape[:2], *_taps(w)), m)
-        panels = pack_panels(u.reshape(-1, *u.shape[2:]), lanes)  # [t][part][c][lanes]
-        data = aligned_zeros((panels.shape[1], panels.shape[0], *panels.shape[2:]))
-        data[...] = panels.transpose(1, 0, 2, 3)
+        n_out, channels = w.data.shape[:2]
+        data = aligned_zeros((-(-n_out // lanes), n_inputs(m[0]) * n_inputs(m[1]), channels, lanes))
+        for part, first in enumerate(range(0, n_out, lanes)):  # a part at a time: all of U in f64 would be large
+            some = w.data[first : first + lanes]
+            u = transform_weights(some.reshape(*some.shape[:2], *_taps(w)), m)
+            data[part, :, :, : len(some)] = u.reshape(-1, channels, len(some))
+        forget(w.data)
     assert data is not None
     return ctx.constant(data, f"{w.name}_winograd{m[0]}x{m[1]}", key)
 
