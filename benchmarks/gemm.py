@@ -1,9 +1,11 @@
 """Convolutions and matrix products of real models, one layer at a time: our kernels against ONNX Runtime's and
 OpenVINO's.
 
-    python benchmarks/gemm.py [resnet50|mobilenetv2|bert|vit|llm ...] [--seconds 0.3]
+    python benchmarks/gemm.py [resnet50|mobilenetv2|bert|vit|llm ...] [--dtype f32|bf16|int8] [--seconds 0.3]
 
-Each layer is a model of one node with constant weights, bias and ReLU. The other engines convert layouts around a
+Each layer is a model of one node with constant weights, bias and ReLU. In bf16, OpenVINO is told to compute in bf16 and
+ONNX Runtime, which has no such kernels, computes in f32. In int8, the model is quantized as quantize-dequantize pairs, per
+channel, and our result must be equal to ONNX Runtime's but for its own shortcuts. The other engines convert layouts around a
 single node, which a whole model would not: what is compared is the time of the node itself, by their own profilers.
 All engines take turns; the best of the turns counts. `share` is of the multiply-add peak that a loop without memory
 reaches on this core.
@@ -16,7 +18,8 @@ import ctypes
 import json
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +31,14 @@ from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import Isa, best_isa, host
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing
-from vivace.loops.kernel import Binary, Buffer, Const, Load, Read
-from vivace.lower.pack import aligned_zeros, pack_panels
+from vivace.loops.kernel import Binary, Buffer, Const, Expr, Load, Read
+from vivace.lower.arithmetic import arithmetic_of
+from vivace.lower.pack import aligned_zeros, contiguous_run, pack_groups, pack_panels
+from vivace.lower.requantize import ACC, requantize
 from vivace.lower.tile import panel_lanes
 from vivace.measure.peaks import machine_peaks
 from vivace.targets.cpu import jit
+from vivace.targets.cpu.amx import with_amx
 from vivace.targets.cpu.contraction import emit_contraction
 from vivace.targets.cpu.depthwise import emit_depthwise
 
@@ -141,20 +147,32 @@ MODELS: dict[str, list[Layer]] = {
 
 
 def _buffer(name: str, x: np.ndarray, writable: bool = False) -> Buffer:
-    return Buffer(name, f32, x.shape, tuple(s // 4 for s in x.strides), writable)
+    return Buffer(name, DType.of(x.dtype), x.shape, tuple(s // x.itemsize for s in x.strides), writable)
 
 
 def _aligned(x: np.ndarray) -> np.ndarray:
-    copy = aligned_zeros(x.shape)
+    copy = aligned_zeros(x.shape, x.dtype)
     copy[...] = x
     return copy
 
 
-class Ours:
-    """One layer as our kernel; `x` channels last, already padded."""
+@dataclass
+class Problem:
+    """A layer with its numbers: `x` and `w` as the model has them, `epilogue` over the results."""
 
-    def __init__(self, layer: Layer, x: np.ndarray, w: np.ndarray, bias: np.ndarray, isa: Isa) -> None:
-        spec, arrays = _spec(layer, x, w, bias, isa)
+    layer: Layer
+    x: np.ndarray
+    w: np.ndarray
+    out: np.ndarray
+    epilogue: Callable[[str], Expr]
+    extra: dict[Buffer, np.ndarray]
+    model: bytes
+
+
+class Ours:
+    """One layer as our kernel."""
+
+    def __init__(self, spec: Contraction | Depthwise, arrays: dict[Buffer, np.ndarray], isa: Isa) -> None:
         code = emit_depthwise(spec, isa) if isinstance(spec, Depthwise) else emit_contraction(spec, isa)
         self.out = arrays[spec.out]
         self._library = jit.load(jit.compile_objects([code], isa, "light"))
@@ -177,53 +195,112 @@ def _units(d: object) -> int:
     return d
 
 
-def _spec(
-    layer: Layer, x: np.ndarray, w: np.ndarray, bias: np.ndarray, isa: Isa
-) -> tuple[Contraction | Depthwise, dict[Buffer, np.ndarray]]:
-    shift = _buffer("bias", bias)
-    lane = "c" if layer.depthwise else "n"
-    e = Binary("max", Binary("add", Read("acc", f32), Load(shift, (symbol(lane),))), Const(0.0, f32))
-    a, n = _buffer("a", x), layer.outputs
-    out = aligned_zeros((layer.size, n) if not layer.kernel else (layer.out_size, layer.out_size, n))
-    o = _buffer("out", out, True)
-    if not layer.kernel:
-        lanes = panel_lanes(n, isa)
-        panels = pack_panels(w, lanes)
-        b = _buffer("b", panels)
-        rows, taps = (Axis("m", layer.size, layer.inputs, 0, n),), (Axis("k", layer.inputs, 1, n),)
-        product = Contraction("layer", (), rows, taps, n, a, b, o, Packing("panels", lanes), e, (shift,))
-        return product, {a: x, b: panels, o: out, shift: bias}
-    row, k, s, c = a.strides[0], layer.kernel, layer.stride, layer.inputs
+def _spec(p: Problem, isa: Isa) -> tuple[Contraction | Depthwise, dict[Buffer, np.ndarray]]:
+    """Our kernel's contraction, `x` channels last and padded."""
+    layer, n, k, pad = p.layer, p.layer.outputs, max(p.layer.kernel, 1), p.layer.kernel // 2
+    x = _aligned(np.pad(p.x[0].transpose(1, 2, 0), ((pad, pad), (pad, pad), (0, 0))) if layer.kernel else p.x)
+    a, o, c = _buffer("a", x), _buffer("out", p.out, True), layer.inputs
+    arrays = {a: x, o: p.out, **p.extra}
+    extra = tuple(p.extra)
+    s, row = layer.stride, x.strides[0] // x.itemsize
     rows = (Axis("oh", layer.out_size, s * row, 0, layer.out_size * n), Axis("ow", layer.out_size, s * c, 0, n))
     if layer.depthwise:
-        weights = _aligned(w[:, 0].transpose(1, 2, 0))
+        weights = _aligned(p.w[:, 0].transpose(1, 2, 0))
         b = _buffer("b", weights)
         taps = (Axis("kh", k, row, k * n), Axis("kw", k, c, n))
-        return Depthwise("layer", rows, taps, n, a, b, o, e, (shift,)), {a: x, b: weights, o: out, shift: bias}
-    lanes = panel_lanes(n, isa)
-    panels = pack_panels(w.transpose(2, 3, 1, 0).reshape(k * k * c, n), lanes)
-    b = _buffer("b", panels)
+        return Depthwise("layer", rows, taps, n, a, b, o, p.epilogue("c"), extra), {**arrays, b: weights}
     taps = (Axis("kh", k, row), Axis("kw", k, c), Axis("channel", c, 1))
-    return Contraction("layer", (), rows, taps, n, a, b, o, Packing("panels", lanes), e, (shift,)), {
-        a: x, b: panels, o: out, shift: bias,
+    flat = p.w.transpose(2, 3, 1, 0).reshape(k * k * c, n) if layer.kernel else p.w
+    if not layer.kernel:
+        rows, taps = (Axis("m", layer.size, c, 0, n),), (Axis("k", c, 1),)
+    product = Contraction(
+        "layer", (), rows, taps, n, a, _buffer("w", flat), o, Packing("panels"), p.epilogue("n"), extra,
+        DType.i32 if DType.of(flat.dtype).is_int else f32,
+    )  # fmt: skip
+    arithmetic = arithmetic_of(product, isa)
+    lanes = panel_lanes(n, isa, arithmetic)
+    grouped = arithmetic.group > 1
+    panels = pack_groups(flat[None], lanes, arithmetic.group, contiguous_run(product)) if grouped else pack_panels(flat, lanes)
+    b = _buffer("b", panels)
+    return replace(product, b=b, packing=Packing("panels", lanes)), {**arrays, b: panels}
+
+
+def _shapes(layer: Layer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Shapes of x and w in the model, and of our result."""
+    n, c, size, k = layer.outputs, layer.inputs, layer.size, layer.kernel
+    if not k:
+        return (size, c), (c, n), (size, n)
+    return (1, c, size, size), (n, 1 if layer.depthwise else c, k, k), (layer.out_size, layer.out_size, n)
+
+
+def _float_problem(layer: Layer, dtype: DType) -> Problem:
+    random = np.random.default_rng(0)
+    x_shape, w_shape, out_shape = _shapes(layer)
+    fan = layer.inputs if not layer.kernel else layer.kernel**2 * (1 if layer.depthwise else layer.inputs)
+    x, w, bias = (random.standard_normal(shape, dtype=np.float32) for shape in (x_shape, w_shape, (layer.outputs,)))
+    x, w = x.astype(dtype.numpy), (w / np.float32(fan**0.5)).astype(dtype.numpy)
+    shift = _buffer("bias", bias)
+
+    def epilogue(lane: str) -> Expr:
+        return Binary("max", Binary("add", Read("acc", f32), Load(shift, (symbol(lane),))), Const(0.0, f32))
+
+    out = aligned_zeros(out_shape, dtype.numpy)
+    return Problem(layer, x, w, out, epilogue, {shift: bias}, _float_model(layer, w.astype(np.float32), bias))
+
+
+def _node(layer: Layer, inputs: list[str]) -> onnx.NodeProto:
+    if not layer.kernel:
+        return helper.make_node("Gemm", inputs, ["z"], "layer")
+    pad, group = layer.kernel // 2, layer.inputs if layer.depthwise else 1
+    return helper.make_node("Conv", inputs, ["z"], "layer", strides=[layer.stride] * 2, pads=[pad] * 4, group=group)
+
+
+def _serialized(
+    layer: Layer, kind: int, nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]
+) -> bytes:
+    values = [numpy_helper.from_array(v, name) for name, v in constants.items()]
+    x = helper.make_tensor_value_info("x", kind, list(_shapes(layer)[0]))
+    graph = helper.make_graph(nodes, "layer", [x], [helper.make_tensor_value_info("y", kind, None)], values)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+
+
+def _float_model(layer: Layer, w: np.ndarray, bias: np.ndarray) -> bytes:
+    nodes = [_node(layer, ["x", "w", "bias"]), helper.make_node("Relu", ["z"], ["y"])]
+    return _serialized(layer, TensorProto.FLOAT, nodes, {"w": w, "bias": bias})
+
+
+def _int8_problem(layer: Layer) -> Problem:
+    """u8 activations with zero point 0, as they follow a ReLU, and i8 weights with a scale per channel."""
+    random = np.random.default_rng(0)
+    x_shape, w_shape, out_shape = _shapes(layer)
+    n = layer.outputs
+    x, w = random.integers(0, 256, x_shape).astype(np.uint8), random.integers(-127, 128, w_shape).astype(np.int8)
+    fan = int(np.prod(w_shape)) // n
+    x_scale, y_scale = np.float32(0.02), np.float32(0.05)
+    w_scale = (random.random(n, dtype=np.float32) + 1) * np.float32(0.02 / fan**0.5)
+    bias = random.integers(-5000, 5000, n).astype(np.int32)
+    scale = x_scale * w_scale / y_scale
+    shift, factor = _buffer("bias", bias), _buffer("scale", scale)
+
+    def epilogue(lane: str) -> Expr:
+        at = (symbol(lane),)
+        return requantize(Binary("add", ACC, Load(shift, at)), Load(factor, at), 0, DType.u8)
+
+    axis = {"axis": 0 if layer.kernel else 1}
+    constants = {
+        "w": w, "w_scale": w_scale, "w_zero": np.zeros(n, np.int8), "bias": bias, "b_scale": x_scale * w_scale,
+        "b_zero": np.zeros(n, np.int32), "x_scale": x_scale.reshape(()), "y_scale": y_scale.reshape(()),
+        "zero": np.zeros((), np.uint8),
     }  # fmt: skip
-
-
-def _model(layer: Layer, w: np.ndarray, bias: np.ndarray) -> bytes:
-    weights = [numpy_helper.from_array(w, "w"), numpy_helper.from_array(bias, "bias")]
-    if layer.kernel:
-        pad = layer.kernel // 2
-        attributes = {"strides": [layer.stride] * 2, "pads": [pad] * 4, "group": layer.inputs if layer.depthwise else 1}
-        node = helper.make_node("Conv", ["x", "w", "bias"], ["z"], "layer", **attributes)
-        shape = [1, layer.inputs, layer.size, layer.size]
-    else:
-        node = helper.make_node("Gemm", ["x", "w", "bias"], ["z"], "layer")
-        shape = [layer.size, layer.inputs]
-    relu = helper.make_node("Relu", ["z"], ["y"])
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    graph = helper.make_graph([node, relu], "layer", [x], [y], weights)
-    return onnx.helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8).SerializeToString()
+    nodes = [
+        helper.make_node("DequantizeLinear", ["x", "x_scale", "zero"], ["xf"]),
+        helper.make_node("DequantizeLinear", ["w", "w_scale", "w_zero"], ["wf"], **axis),
+        helper.make_node("DequantizeLinear", ["bias", "b_scale", "b_zero"], ["bf"], axis=0),
+        _node(layer, ["xf", "wf", "bf"]),
+        helper.make_node("QuantizeLinear", ["z", "y_scale", "zero"], ["y"]),
+    ]
+    model = _serialized(layer, TensorProto.UINT8, nodes, constants)
+    return Problem(layer, x, w, aligned_zeros(out_shape, np.uint8), epilogue, {shift: bias, factor: scale}, model)
 
 
 class OnnxRuntime:
@@ -240,7 +317,7 @@ class OnnxRuntime:
 
     def best_ns(self) -> float:
         events = json.loads(Path(self._session.end_profiling()).read_text())
-        names = ("Conv", "Gemm", "FusedConv", "FusedGemm", "MatMul")
+        names = ("Conv", "Gemm", "FusedConv", "FusedGemm", "MatMul", "QLinearConv", "QGemm", "QLinearMatMul")
         return (
             min(e["dur"] for e in events if e.get("args", {}).get("op_name") in names and "kernel_time" in e["name"])
             * 1e3
@@ -250,42 +327,33 @@ class OnnxRuntime:
 class OpenVino:
     """The layer in OpenVINO, with its own times per node."""
 
-    def __init__(self, model: bytes) -> None:
+    def __init__(self, model: bytes, precision: str) -> None:
         import openvino as ov
 
         core = ov.Core()
-        settings = {"INFERENCE_NUM_THREADS": 1, "PERF_COUNT": True, "INFERENCE_PRECISION_HINT": "f32"}
+        settings = {"INFERENCE_NUM_THREADS": 1, "PERF_COUNT": True, "INFERENCE_PRECISION_HINT": precision}
         self._request = core.compile_model(core.read_model(model), "CPU", settings).create_infer_request()
 
     def time_ns(self, x: np.ndarray) -> float:
         self._request.infer({0: x})
-        kinds = ("Convolution", "FullyConnected", "MatMul", "GroupConvolution")
-        times = [p.real_time.total_seconds() for p in self._request.get_profiling_info() if p.node_type in kinds]
+        kinds = ("Convolution", "FullyConnected", "FullyConnectedQuantizedLegacy", "MatMul", "GroupConvolution")
+        nodes = self._request.get_profiling_info()
+        times = [p.real_time.total_seconds() for p in nodes if p.node_type in kinds]
         return sum(times) * 1e9
 
 
-def measure(layer: Layer, isa: Isa, seconds: float) -> tuple[float, float, float, float]:
+def measure(layer: Layer, dtype: str, isa: Isa, seconds: float) -> tuple[float, float, float, float]:
     """Best times in ns of ours, ONNX Runtime's and OpenVINO's, and our largest difference from ONNX Runtime."""
-    random = np.random.default_rng(0)
-    bias = _aligned(random.standard_normal(layer.outputs, dtype=np.float32))
-    fan = layer.inputs if not layer.kernel else layer.kernel**2 * (1 if layer.depthwise else layer.inputs)
-    if layer.kernel:
-        pad = layer.kernel // 2
-        x = random.standard_normal((1, layer.inputs, layer.size, layer.size), dtype=np.float32)
-        shape: tuple[int, ...] = (layer.outputs, 1 if layer.depthwise else layer.inputs, layer.kernel, layer.kernel)
-        own_x = _aligned(np.pad(x[0].transpose(1, 2, 0), ((pad, pad), (pad, pad), (0, 0))))
-    else:
-        x = random.standard_normal((layer.size, layer.inputs), dtype=np.float32)
-        shape, own_x = (layer.inputs, layer.outputs), _aligned(x)
-    w = random.standard_normal(shape, dtype=np.float32) / np.float32(fan**0.5)
-    ours = Ours(layer, own_x, w, bias, isa)
-    model = _model(layer, w, bias)
+    problem = _int8_problem(layer) if dtype == "int8" else _float_problem(layer, DType(dtype))
+    ours = Ours(*_spec(problem, isa), isa)
+    x = problem.x if dtype == "int8" else problem.x.astype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
-        runtime, vino = OnnxRuntime(model, folder), OpenVino(model)
-        expected = runtime.run(x)
+        runtime = OnnxRuntime(problem.model, folder)
+        vino = OpenVino(problem.model, "bf16" if dtype == "bf16" else "f32")
+        expected = runtime.run(x).astype(np.float32)
         own, theirs = [ours.time_ns()], [vino.time_ns(x)]
         got = ours.out.transpose(2, 0, 1)[None] if layer.kernel else ours.out
-        error = float(np.abs(got - expected).max())
+        error = float(np.abs(got.astype(np.float32) - expected).max())
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             own += [ours.time_ns() for _ in range(3)]
@@ -298,16 +366,17 @@ def measure(layer: Layer, isa: Isa, seconds: float) -> tuple[float, float, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
+    parser.add_argument("--dtype", choices=("f32", "bf16", "int8"), default="f32")
     parser.add_argument("--seconds", type=float, default=0.3, help="per layer")
     options = parser.parse_args()
-    isa = best_isa(host())
-    peak = machine_peaks().operations("f32", 1) / 1e9
-    print(f"{isa.name}, 1 thread, peak {peak:.1f} GFLOP/s")
+    isa = with_amx(best_isa(host()))
+    peak = machine_peaks().operations("i8" if options.dtype == "int8" else options.dtype, 1) / 1e9
+    print(f"{isa.name}, {options.dtype}, 1 thread, peak {peak:.1f} G operations/s")
     print(f"{'layer':36} {'ours us':>9} {'share':>6} {'ORT us':>9} {'ratio':>6} {'OV us':>9} {'ratio':>6} {'error':>8}")
     for name in options.models:
         ratios = []
         for layer in MODELS[name]:
-            ours, runtime, vino, error = measure(layer, isa, options.seconds)
+            ours, runtime, vino, error = measure(layer, options.dtype, isa, options.seconds)
             ratios.append(ours / min(runtime, vino))
             print(
                 f"{layer!s:36} {ours / 1e3:9.1f} {layer.flops / ours / peak:6.1%}"
