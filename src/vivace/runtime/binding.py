@@ -54,11 +54,13 @@ class ShapeSolver:
                 elif len(unknown) == 1 and (form := linear(want, unknown[0])) is not None:
                     coefficient, rest = (evaluate(d, env) for d in form)
                     value, off = divmod(have - rest, coefficient)
-                    if off or value < 0:
+                    low, high = next((x.lo, x.hi) for x in symbols(want) if x.name == unknown[0])
+                    if off or value < (low or 0) or (high is not None and value > high):
+                        least, most = low or 0, "" if high is None else f" to {high}"
                         raise InputError(
                             f"axis {axis} is {have}",
                             where=f"input {spec.name!r}",
-                            expected=f"{want} for some {unknown[0]}",
+                            expected=f"{want} with {unknown[0]} from {least}{most or ' up'}",
                         )
                     env[unknown[0]] = value
                 else:
