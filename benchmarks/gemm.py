@@ -4,10 +4,9 @@ OpenVINO's.
     python benchmarks/gemm.py [resnet50|mobilenetv2|bert|vit|llm ...] [--dtype f32|bf16|int8] [--seconds 0.3]
 
 Each layer is a model of one node with constant weights, bias and ReLU. In bf16, OpenVINO is told to compute in bf16 and
-ONNX Runtime, which has no such kernels, computes in f32. In int8, the model is quantized as quantize-dequantize pairs, per
-channel, and our result must be equal to ONNX Runtime's but for its own shortcuts. The other engines convert layouts around a
-single node, which a whole model would not: what is compared is the time of the node itself, by their own profilers.
-All engines take turns; the best of the turns counts. `share` is of the multiply-add peak that a loop without memory
+ONNX Runtime, which has no such kernels, computes in f32. In int8, the model is quantized as quantize-dequantize pairs,
+per channel, and our result should equal ONNX Runtime's. The other engines convert layouts around a single node, which a
+whole model would not: what is compared is the time of the node itself, by their own profilers. All engines take turns; the best of the turns counts. `share` is of the multiply-add peak that a loop without memory
 reaches on this core.
 """
 
@@ -203,7 +202,10 @@ def _spec(p: Problem, isa: Isa) -> tuple[Contraction | Depthwise, dict[Buffer, n
     arrays = {a: x, o: p.out, **p.extra}
     extra = tuple(p.extra)
     s, row = layer.stride, x.strides[0] // x.itemsize
-    rows = (Axis("oh", layer.out_size, s * row, 0, layer.out_size * n), Axis("ow", layer.out_size, s * c, 0, n))
+    rows: tuple[Axis, ...] = (
+        Axis("oh", layer.out_size, s * row, 0, layer.out_size * n),
+        Axis("ow", layer.out_size, s * c, 0, n),
+    )
     if layer.depthwise:
         weights = _aligned(p.w[:, 0].transpose(1, 2, 0))
         b = _buffer("b", weights)
@@ -220,7 +222,11 @@ def _spec(p: Problem, isa: Isa) -> tuple[Contraction | Depthwise, dict[Buffer, n
     arithmetic = arithmetic_of(product, isa)
     lanes = panel_lanes(n, isa, arithmetic)
     grouped = arithmetic.group > 1
-    panels = pack_groups(flat[None], lanes, arithmetic.group, contiguous_run(product)) if grouped else pack_panels(flat, lanes)
+    panels = (
+        pack_groups(flat[None], lanes, arithmetic.group, contiguous_run(product))
+        if grouped
+        else pack_panels(flat, lanes)
+    )
     b = _buffer("b", panels)
     return replace(product, b=b, packing=Packing("panels", lanes)), {**arrays, b: panels}
 
@@ -255,9 +261,7 @@ def _node(layer: Layer, inputs: list[str]) -> onnx.NodeProto:
     return helper.make_node("Conv", inputs, ["z"], "layer", strides=[layer.stride] * 2, pads=[pad] * 4, group=group)
 
 
-def _serialized(
-    layer: Layer, kind: int, nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]
-) -> bytes:
+def _serialized(layer: Layer, kind: int, nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]) -> bytes:
     values = [numpy_helper.from_array(v, name) for name, v in constants.items()]
     x = helper.make_tensor_value_info("x", kind, list(_shapes(layer)[0]))
     graph = helper.make_graph(nodes, "layer", [x], [helper.make_tensor_value_info("y", kind, None)], values)

@@ -100,9 +100,7 @@ def call(
     assert (raw[skip + n_bytes :] == 0xA5).all()
 
 
-def run_code(
-    code: KernelCode, target: Isa, arrays: Mapping[Buffer, np.ndarray], dims: Mapping[str, int]
-) -> None:
+def run_code(code: KernelCode, target: Isa, arrays: Mapping[Buffer, np.ndarray], dims: Mapping[str, int]) -> None:
     library = jit.load([jit.compile_kernel(code, target)])
     call(code, library.address(code.name), arrays, dims)
 

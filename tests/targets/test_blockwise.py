@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from tests.targets.low_precision import UNTOUCHED, at_page_end, buffer, isas, run_code
+
 from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import UnsupportedError
@@ -48,7 +48,9 @@ def check(
     center = (1 << (bits - 1)) if points is None else np.repeat(points.astype(np.float64), block, 0)[:k]
     weights = (q.astype(np.float64) - center) * np.repeat(scales.astype(np.float64), block, 0)[:k]
     expected = a.astype(np.float64) @ weights + bias
-    size = np.abs(a).astype(np.float64) @ (np.abs(weights) + np.repeat(np.abs(scales.astype(np.float64)), block, 0)[:k] * (1 << bits))
+    size = np.abs(a).astype(np.float64) @ (
+        np.abs(weights) + np.repeat(np.abs(scales.astype(np.float64)), block, 0)[:k] * (1 << bits)
+    )
     assert (np.abs(out[:, :n] - expected) <= size * 2e-6 + 1e-5).all()
     assert (out[:, n:] == UNTOUCHED).all()
 

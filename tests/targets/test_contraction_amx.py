@@ -10,8 +10,8 @@ from collections.abc import Callable
 import ml_dtypes
 import numpy as np
 import pytest
-
 from tests.targets.low_precision import Case, convolution, product
+
 from vivace.base.machine import host, isa, missing_flags
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.amx import is_permitted
@@ -75,7 +75,9 @@ class Model:
 
     def _multiply(self, c: int, a: int, b: int, left: type, right: type, group: int, acc: type) -> None:
         total, x, y = self.registers[c].view(acc), self.registers[a].view(left), self.registers[b].view(right)
-        assert x.shape[0] == total.shape[0] and x.shape[1] == y.shape[0] * group and y.shape[1] == total.shape[1] * group
+        assert (
+            x.shape[0] == total.shape[0] and x.shape[1] == y.shape[0] * group and y.shape[1] == total.shape[1] * group
+        )
         wide = np.int64 if acc is np.int32 else np.float64
         flat = y.reshape(y.shape[0], -1, group).transpose(0, 2, 1).reshape(x.shape[1], -1)
         total += (x.astype(wide) @ flat.astype(wide)).astype(acc)

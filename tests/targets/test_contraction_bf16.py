@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tests.targets.low_precision import Case, buffer, convolution, depthwise, isas, product
+
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import ISAS, Isa, isa
@@ -43,16 +43,25 @@ def test_product(target: Isa, symbolic: bool, m: int, k: int, n: int) -> None:
 
 
 @each_isa
-@pytest.mark.parametrize("size, ci, co, k, stride", [(9, 8, 32, 3, 1), (7, 16, 48, 1, 1), (15, 3, 33, 7, 2), (9, 5, 1, 3, 1)])
+@pytest.mark.parametrize(
+    "size, ci, co, k, stride", [(9, 8, 32, 3, 1), (7, 16, 48, 1, 1), (15, 3, 33, 7, 2), (9, 5, 1, 3, 1)]
+)
 def test_convolution(target: Isa, size: int, ci: int, co: int, k: int, stride: int) -> None:
-    check(convolution(numbers(3, 2, size, size, ci), numbers(4, k, k, ci, co), stride, np.float32, target), target, k * k * ci)
+    check(
+        convolution(numbers(3, 2, size, size, ci), numbers(4, k, k, ci, co), stride, np.float32, target),
+        target,
+        k * k * ci,
+    )
 
 
 @each_isa
 def test_passes_and_staged_rows(target: Isa) -> None:
     case = product(numbers(1, 1, 45, 96), numbers(2, 1, 96, 70), np.float32, target)
     plan = choose_tile(case.c, target)  # type: ignore[arg-type]
-    for tile in (replace(plan, k_block=32, tiles_per_unit=2, panels_per_unit=1), replace(plan, stage_a=True, rows_outer=True)):
+    for tile in (
+        replace(plan, k_block=32, tiles_per_unit=2, panels_per_unit=1),
+        replace(plan, stage_a=True, rows_outer=True),
+    ):
         case.tile = tile
         check(case, target, 96)
 

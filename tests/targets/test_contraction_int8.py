@@ -43,7 +43,8 @@ def check(case: Case, target: Isa) -> None:
 @pytest.mark.parametrize("a_dtype", [UNSIGNED, SIGNED])
 @pytest.mark.parametrize("offset", [0, 128])
 @pytest.mark.parametrize(
-    "m, k, n", [(1, 1, 1), (1, 64, 96), (3, 17, 33), (14, 16, 32), (29, 42, 48), (49, 35, 100), (61, 128, 16), (5, 3, 7)]
+    "m, k, n",
+    [(1, 1, 1), (1, 64, 96), (3, 17, 33), (14, 16, 32), (29, 42, 48), (49, 35, 100), (61, 128, 16), (5, 3, 7)],
 )
 def test_product(target: Isa, a_dtype: type, offset: int, m: int, k: int, n: int) -> None:
     if a_dtype is UNSIGNED and offset:
@@ -64,7 +65,8 @@ def test_extremes_do_not_saturate(target: Isa, a: int, b: int) -> None:
 @each_isa
 @pytest.mark.parametrize("symbolic", [False, True])
 @pytest.mark.parametrize(
-    "size, ci, co, k, stride", [(9, 8, 32, 3, 1), (7, 16, 48, 1, 1), (15, 3, 33, 7, 2), (9, 5, 1, 3, 1), (30, 3, 20, 3, 2)]
+    "size, ci, co, k, stride",
+    [(9, 8, 32, 3, 1), (7, 16, 48, 1, 1), (15, 3, 33, 7, 2), (9, 5, 1, 3, 1), (30, 3, 20, 3, 2)],
 )
 def test_convolution(target: Isa, symbolic: bool, size: int, ci: int, co: int, k: int, stride: int) -> None:
     x, w = numbers(3, UNSIGNED, 2, size, size, ci), numbers(4, SIGNED, k, k, ci, co)
@@ -127,7 +129,9 @@ def test_halves_round_to_even_and_huge_sums_saturate(target: Isa) -> None:
     expected = np.clip(np.round(a[..., 0] * np.float32(0.5)) + 3, 0, 255).astype(UNSIGNED)
     np.testing.assert_array_equal(case.run(target), np.repeat(expected[..., None], 8, -1))
     case = product(a, np.ones((1, 1, 8), SIGNED), np.int8, target)
-    case.c = replace(case.c, epilogue=requantize(ACC, Load(_scale(case, 1e30), (0,)), 3, DType.i8), extra=(_last(case),))
+    case.c = replace(
+        case.c, epilogue=requantize(ACC, Load(_scale(case, 1e30), (0,)), 3, DType.i8), extra=(_last(case),)
+    )
     expected = np.where(a[..., 0] > 0, 127, np.where(a[..., 0] < 0, -128, 3)).astype(SIGNED)
     np.testing.assert_array_equal(case.run(target), np.repeat(expected[..., None], 8, -1))
 
@@ -145,7 +149,9 @@ def _last(case: Case) -> object:
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 90), st.integers(1, 80), st.sampled_from([SIGNED, UNSIGNED]), st.data())
 def test_random_shapes(m: int, k: int, n: int, a_dtype: type, data: st.DataObject) -> None:
-    target = data.draw(st.sampled_from([p.values[0] for p in isas(*ISAS, "avx512+avx512_vnni") if not p.marks[0].args[0]]))  # type: ignore[attr-defined]
+    target = data.draw(
+        st.sampled_from([p.values[0] for p in isas(*ISAS, "avx512+avx512_vnni") if not p.marks[0].args[0]])
+    )  # type: ignore[attr-defined]
     offset = activation_offset(DType.of(a_dtype), target)
     check(product(numbers(m, a_dtype, 1, m, k), numbers(n, SIGNED, 1, k, n), np.int32, target, offset), target)
 
@@ -181,9 +187,7 @@ def test_what_has_no_kernel_is_refused() -> None:
 @each_isa
 @pytest.mark.parametrize("a_dtype, b_dtype", [(UNSIGNED, SIGNED), (SIGNED, SIGNED), (UNSIGNED, UNSIGNED)])
 @pytest.mark.parametrize("size, channels, k, stride", [(9, 32, 3, 1), (10, 33, 3, 2), (12, 7, 5, 1), (14, 20, 9, 1)])
-def test_depthwise(
-    target: Isa, a_dtype: type, b_dtype: type, size: int, channels: int, k: int, stride: int
-) -> None:
+def test_depthwise(target: Isa, a_dtype: type, b_dtype: type, size: int, channels: int, k: int, stride: int) -> None:
     x, w = numbers(7, a_dtype, 2, size, size, channels), numbers(8, b_dtype, k, k, channels)
     check(depthwise(x, w, stride, np.int32), target)
 

@@ -9,13 +9,15 @@ converts a number that is out of the range of i32.
 from __future__ import annotations
 
 from vivace.base.dtypes import DType
+from vivace.graph.ops.quantized import RANGES
 from vivace.loops.kernel import Binary, Cast, Const, Expr, Read, Unary
 
 ACC = Read("acc", DType.i32)
-_RANGES = {DType.u8: (0, 255), DType.i8: (-128, 127)}
 
 
-def requantize(acc: Expr, scale: Expr, zero_point: int, out: DType, lo: int | None = None, hi: int | None = None) -> Expr:
+def requantize(
+    acc: Expr, scale: Expr, zero_point: int, out: DType, lo: int | None = None, hi: int | None = None
+) -> Expr:
     """The epilogue of an integer contraction. `acc` is i32 with all integer terms added; `scale` is
     `a_scale * b_scale / out_scale` in f32, per tensor or per channel; `lo` and `hi` narrow the range of the result (a
     fused ReLU is `lo=zero_point`).
@@ -24,8 +26,8 @@ def requantize(acc: Expr, scale: Expr, zero_point: int, out: DType, lo: int | No
 
 
 def quantize(x: Expr, zero_point: int, out: DType, lo: int | None = None, hi: int | None = None) -> Expr:
-    """8-bit integers from numbers that are already divided by their scale; NaN gives any."""
-    least, most = _RANGES[out]
+    """Integers of 4 to 16 bits from numbers that are already divided by their scale; NaN gives any."""
+    least, most = RANGES[out]
     least, most = least if lo is None else max(lo, least), most if hi is None else min(hi, most)
     floor, ceiling = Const(float(least - zero_point), DType.f32), Const(float(most - zero_point), DType.f32)
     clipped = Binary("min", Binary("max", x, floor), ceiling)

@@ -153,7 +153,9 @@ def _direct(w: BlockwiseProduct, p: Plan, rows: int, tail: bool) -> tuple[str, d
         acc, sums = carried[: rows * vectors], carried[rows * vectors :]
         steps = [weights.group(t, b, v) for v in range(vectors)]
         for s in range(n_steps):
-            values = [splat(t, isa, t.op(f"load float, ptr {t.at(t.at(a, x), s * 4)}, align 4"), "float") for x in a_rows]
+            values = [
+                splat(t, isa, t.op(f"load float, ptr {t.at(t.at(a, x), s * 4)}, align 4"), "float") for x in a_rows
+            ]
             for v in range(vectors):
                 weight = steps[v](s)
                 for r in range(rows):
@@ -250,9 +252,7 @@ def _driver(
     return "\n".join([head, "entry:", *t.lines, "}"]), t.declares
 
 
-def _by_panel(
-    t: Text, w: BlockwiseProduct, p: Plan, n: Int, tails: list[bool], then: Callable[[bool], None]
-) -> None:
+def _by_panel(t: Text, w: BlockwiseProduct, p: Plan, n: Int, tails: list[bool], then: Callable[[bool], None]) -> None:
     """Code for whole panels and for the last, where both occur."""
     if len(tails) == 1:
         then(tails[0])

@@ -70,9 +70,7 @@ def _require_packed(c: Contraction) -> None:
             f"a run-time B of {c.b.dtype}", where=c.name, expected="constant B, packed", hint="computing it in f32"
         )
     if c.a_offset not in (0, SIGN_OFFSET) or (c.a_offset and c.a.dtype is not DType.i8):
-        raise InternalError(
-            f"offset {c.a_offset} of {c.a.dtype}", where=c.name, expected=f"0, or {SIGN_OFFSET} for i8"
-        )
+        raise InternalError(f"offset {c.a_offset} of {c.a.dtype}", where=c.name, expected=f"0, or {SIGN_OFFSET} for i8")
 
 
 def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[str, str]]:

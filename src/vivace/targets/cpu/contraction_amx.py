@@ -13,10 +13,9 @@ driver's `%tiles` remembers for which shape that was done, and the driver releas
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from vivace.base.dtypes import DType
-from vivace.loops.contraction import Axis
 from vivace.lower.arithmetic import chunk_bytes
 from vivace.targets.cpu.builder import Value
 from vivace.targets.cpu.contraction_epilogue import Epilogue
@@ -108,9 +107,7 @@ def _configure(t: Text, p: Plan, outer: int, inner: int, heights: list[int], chu
     t.start(ready)
 
 
-def _sum(
-    t: Text, p: Plan, dims: Mapping[str, Int], outer: int, heights: list[int], vectors: int, chunk: int
-) -> None:
+def _sum(t: Text, p: Plan, dims: Mapping[str, Int], outer: int, heights: list[int], vectors: int, chunk: int) -> None:
     """Sums all taps in tile registers and stores them row by row in %sums."""
     pairs = [(r, v) for r in range(len(heights)) for v in range(vectors)]
     t.declare("llvm.x86.tilezero", "void @llvm.x86.tilezero(i8)")
@@ -127,10 +124,9 @@ def _sum(
         t.put(f"call void @llvm.x86.tilestored64(i8 {2 * r + v}, ptr {place}, i64 {row_bytes})")
 
 
-def _taps(t: Text, p: Plan, dims: Mapping[str, Int], one: object, chunk: int) -> None:
+def _taps(t: Text, p: Plan, dims: Mapping[str, Int], one: Callable[[str, str], None], chunk: int) -> None:
     """Calls `one` with the addresses of A and B for every chunk of every tap."""
-    assert callable(one)
-    *outer, channel = p.c.taps or (Axis("k", 1, 1),)
+    outer = p.c.taps[:-1]
     n_chunks = p.run_bytes // chunk
     b_chunk = chunk // (p.ar.group * p.ar.a_bytes) * p.row_bytes
     counts = [t.dim(x.extent, dims) for x in outer]
@@ -148,9 +144,7 @@ def _taps(t: Text, p: Plan, dims: Mapping[str, Int], one: object, chunk: int) ->
             one(t.at(a, t.mul(k, chunk)), t.at(b, t.mul(k, b_chunk)))
 
 
-def _chunk(
-    t: Text, p: Plan, a: str, b: str, a_stride: Int, between: Int, heights: list[int], vectors: int
-) -> None:
+def _chunk(t: Text, p: Plan, a: str, b: str, a_stride: Int, between: Int, heights: list[int], vectors: int) -> None:
     """Multiplies one chunk of every row with one of every column: loads stand just before their first use."""
     name = f"llvm.x86.{_product(p)}"
     t.declare(name, f"void @{name}(i8, i8, i8)")

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from vivace.base.dims import ceildiv, prod
 from vivace.loops.contraction import Axis
 from vivace.lower.tile import Segment, pieces
-from vivace.targets.cpu.contraction_vector import F32_BYTES, LINE_BYTES
 from vivace.targets.cpu.contraction_amx import release
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol_of, variants
 from vivace.targets.cpu.contraction_stage import clear, copy_panel, copy_row, transpose_panel
 from vivace.targets.cpu.contraction_text import Int, Text
+from vivace.targets.cpu.contraction_vector import F32_BYTES, LINE_BYTES
 
 
 def _find_piece(
@@ -145,9 +145,7 @@ def _stage_a(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit) -> None:
 
 
 def _staged_tile(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit, tile: Int) -> str:
-    return t.at(
-        "%scratch", t.mul(t.sub(tile, unit.first_tile), t.dim(p.staged_row_bytes * p.tile_rows, dims))
-    )
+    return t.at("%scratch", t.mul(t.sub(tile, unit.first_tile), t.dim(p.staged_row_bytes * p.tile_rows, dims)))
 
 
 def _stage_b(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit) -> None:

@@ -78,7 +78,9 @@ def split_start(c: Contraction) -> tuple[Load | None, Expr | None]:
     """
     e = c.epilogue
     inner = {x.name for x in c.rows}
-    sums = [x for x in walk(e) if isinstance(x, Binary) and x.fn == "add" and ACC in (x.a, x.b)] if e is not None else []
+    sums = (
+        [x for x in walk(e) if isinstance(x, Binary) and x.fn == "add" and ACC in (x.a, x.b)] if e is not None else []
+    )
     if len(sums) != 1 or sum(x == ACC for x in walk(e)) != 1:  # type: ignore[arg-type]
         return None, e
     start = sums[0].b if sums[0].a == ACC else sums[0].a

@@ -12,8 +12,8 @@ from vivace.loops.contraction import Axis, Contraction
 from vivace.loops.kernel import Buffer
 from vivace.lower.arithmetic import Arithmetic
 from vivace.lower.tile import Tile, pieces, staged_rows, staged_stride
-from vivace.targets.cpu.contraction_vector import F32_BYTES, LINE_BYTES
 from vivace.targets.cpu.contraction_text import Int, Text
+from vivace.targets.cpu.contraction_vector import F32_BYTES, LINE_BYTES
 
 _NONE = Axis("", 1)
 

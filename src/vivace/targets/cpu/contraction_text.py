@@ -178,7 +178,7 @@ class Text:
         self.start(done)
 
     @contextmanager
-    def times(self, n: int) -> Iterator[Int]:
+    def times(self, n: Int) -> Iterator[Int]:
         """`for i in range(n)`, without a loop where `n` is 1."""
         if n == 1:
             yield 0

@@ -1,9 +1,9 @@
 """Loads and multiply-adds of depthwise convolutions: one channel per lane, narrow elements widened as they are loaded.
 
-    f32   as it is             multiply-add
-    bf16  shifted to f32       multiply-add
-    8-bit widened to i32       vpdpwssd, or vpmaddwd and an addition: exact, since a byte fits the lower i16 of its lane
-                               and the upper i16 of every weight is 0
+f32   as it is             multiply-add
+bf16  shifted to f32       multiply-add
+8-bit widened to i32       vpdpwssd, or vpmaddwd and an addition: exact, since a byte fits the lower i16 of its lane
+                           and the upper i16 of every weight is 0
 """
 
 from __future__ import annotations
