@@ -47,6 +47,12 @@ class TestDims:
             "f32[batch_size,seq_len]"
         ]
 
+    def test_a_multiple_of_a_name_is_read_as_one(self) -> None:
+        g = imported(RELU, [value("x", ["8*rows", "rows-8", "2*a*b"])], [value("y", None)])
+        assert shapes(g) == ["f32[8*rows,rows_8,2_a_b]"]
+        with pytest.raises(InputError, match="rows"):
+            evaluate(g, [np.zeros((12, 4, 1), np.float32)])
+
     def test_zero_sized_dims(self) -> None:
         g = imported(
             [node("Relu", "x", "r"), node("Concat", "r r", "y", axis=0)], [value("x", ["n", 3])], [value("y", None)]
@@ -128,6 +134,18 @@ class TestAssumptions:
         )
         assert bounds(g.inputs[0].shape[2]) == (4, 7)
         assert shapes(g) == ["f32[1,2]"]
+
+    def test_a_size_that_a_hole_hides_bounds_the_window(self) -> None:
+        """What -1 stands for is `n` only while one window fits: how files without Squeeze say the same."""
+        nodes = [
+            node("MaxPool", "x", "p", kernel_shape=[4], strides=[4]),
+            node("Reshape", "p shape", "r"),
+            node("Add", "r state", "y"),
+        ]
+        inputs = [value("x", ["n", 2, "t"]), value("state", [1, "n", 2])]
+        g = imported(nodes, inputs, [value("y", None)], {"shape": np.array([1, -1, 2])})
+        assert bounds(g.inputs[0].shape[2]) == (4, 7)
+        assert shapes(g) == ["f32[1,n,2]"]
 
     def test_contradictions_are_errors(self) -> None:
         inputs = [value("x", [3, "a"]), value("k", [4, "a"])]

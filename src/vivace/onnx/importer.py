@@ -21,7 +21,7 @@ from typing import Any
 
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
-from vivace.base.dims import Dim, Expr, as_symbol, parse, symbols
+from vivace.base.dims import Dim, Expr, Symbol, as_symbol, parse, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError, ModelError, UnsupportedError, VivaceError
 from vivace.graph.build import constant
@@ -152,10 +152,17 @@ def _declared(session: Session, d: Any, position: str, names: set[str]) -> Dim:
         expression = parse(text)
     except ModelError:
         return session.assume.symbol(_identifier(text))
-    # `batch-size` is a name, `past + sequence` is an expression: its names are dims of the inputs too.
-    if {s.name for s in symbols(expression)} <= names:
+    # `batch-size` is a name, `past + sequence` is an expression: its names are dims of the inputs too. A multiple such
+    # as `32*rows` is one without: it says all that there is to know of `rows`.
+    if {s.name for s in symbols(expression)} <= names or _is_multiple(expression):
         return session.assume.apply(expression)
     return session.assume.symbol(_identifier(text))
+
+
+def _is_multiple(d: Dim) -> bool:
+    """True for a number times one symbol."""
+    terms = d.terms if isinstance(d, Expr) else ()
+    return len(terms) == 1 and len(terms[0][0]) == 1 and isinstance(terms[0][0][0], Symbol) and terms[0][1] > 1
 
 
 def _overridden(session: Session, given: int | str | None, declared: Dim | None, position: str, where: str) -> Dim:

@@ -117,7 +117,7 @@ class Assumptions:
                 value = exact_div(-split[1], split[0])
                 if value is not None and not (isinstance(value, Expr) and isinstance(split[0], Expr)):
                     return self._replace(s, value)
-        return self._rename(a, b) or self._invert(a - b) or self._divide(a, b)
+        return self._rename(a, b) or self._invert(a - b) or self._invert(b - a) or self._divide(a, b)
 
     def _divide(self, a: Dim, b: Dim) -> bool:
         """`2*((H+1)//2) == H` holds for even H: take the symbol for a multiple of the least power of two that makes
