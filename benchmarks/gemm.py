@@ -6,8 +6,8 @@ OpenVINO's.
 Each layer is a model of one node with constant weights, bias and ReLU. In bf16, OpenVINO is told to compute in bf16 and
 ONNX Runtime, which has no such kernels, computes in f32. In int8, the model is quantized as quantize-dequantize pairs,
 per channel, and our result should equal ONNX Runtime's. The other engines convert layouts around a single node, which a
-whole model would not: what is compared is the time of the node itself, by their own profilers. All engines take turns; the best of the turns counts. `share` is of the multiply-add peak that a loop without memory
-reaches on this core.
+whole model would not: what is compared is the time of the node itself, by their own profilers. All engines take turns;
+the best of the turns counts. `share` is of the peak that a loop without memory reaches on this core in that type.
 """
 
 from __future__ import annotations

@@ -48,10 +48,16 @@ def arithmetics(isa: Isa) -> tuple[Arithmetic, ...]:
     """The kinds of arithmetic that this process's CPU and the instruction set have."""
     kinds = [_multiply_add("f32", "float", 32, isa), _multiply_add("f64", "double", 64, isa)]
     flags = host().flags
-    if isa.vector_bits == 512 and "avx512_bf16" in flags:
-        kinds.append(_dot("bf16", "<32 x bfloat>", "<16 x float>", "avx512bf16.dpbf16ps", 64, "+avx512bf16"))
-    if isa.vector_bits == 512 and "avx512_vnni" in flags:
-        kinds.append(_dot("i8", "<64 x i8>", "<16 x i32>", "avx512.vpdpbusd", 128, "+avx512vnni"))
+    if isa.has("amx_bf16"):
+        kinds.append(_tiles("bf16", "tdpbf16ps", 2, "+amx-bf16"))
+    elif isa.vector_bits == 512 and "avx512_bf16" in flags:
+        kinds.append(_dot("bf16", "bfloat", "float", "avx512bf16.dpbf16ps", isa, "+avx512bf16"))
+    if isa.has("amx_int8"):
+        kinds.append(_tiles("i8", "tdpbssd", 4, "+amx-int8"))
+    elif isa.vector_bits == 512 and "avx512_vnni" in flags:
+        kinds.append(_dot("i8", "i8", "i32", "avx512.vpdpbusd", isa, "+avx512vnni"))
+    elif isa.vector_bits == 256 and "avx_vnni" in flags:
+        kinds.append(_dot("i8", "i8", "i32", "avx512.vpdpbusd", isa, "+avxvnni"))
     return tuple(kinds)
 
 
@@ -68,15 +74,60 @@ def _multiply_add(dtype: str, scalar: str, bits: int, isa: Isa) -> Arithmetic:
     return Arithmetic(dtype, f"peak_{dtype}", 2 * lanes, vector, vector, step, declaration)
 
 
-def _dot(dtype: str, operand: str, accumulator: str, name: str, n_operations: int, feature: str) -> Arithmetic:
-    function = f"llvm.x86.{name}.512"
+def _dot(dtype: str, element: str, total: str, name: str, isa: Isa, feature: str) -> Arithmetic:
+    group, lanes = 4 if element == "i8" else 2, isa.n_f32_lanes
+    operand, accumulator = f"<{group * lanes} x {element}>", f"<{lanes} x {total}>"
+    n_operations = 2 * group * lanes
+    function = f"llvm.x86.{name}.{isa.vector_bits}"
     step = f"%next = call {accumulator} @{function}({accumulator} %acc, {operand} %a, {operand} %b)"
     declaration = f"declare {accumulator} @{function}({accumulator}, {operand}, {operand})"
     return Arithmetic(dtype, f"peak_{dtype}", n_operations, accumulator, operand, step, declaration, (feature,))
 
 
+def _tiles(dtype: str, name: str, group: int, feature: str) -> Arithmetic:
+    """A product of whole tile registers, 16 by 16 by 16 groups; the number of the accumulator stands for %acc."""
+    step, features = f"call void @llvm.x86.{name}(i8 %acc, i8 4, i8 6)", ("+amx-tile", feature)
+    declaration = f"declare void @llvm.x86.{name}(i8, i8, i8)"
+    return Arithmetic(dtype, f"peak_{dtype}", 2 * 16 * 16 * 16 * group, "tile", "tile", step, declaration, features)
+
+
+def _tile_text(kind: Arithmetic, isa: Isa) -> str:
+    """Four accumulators take turns, which covers the latency of a product."""
+    shapes = bytearray(_LINE_BYTES)
+    shapes[0] = 1
+    shapes[16:32], shapes[48:56] = bytes([64, 0]) * 8, bytes([16]) * 8
+    constant = "".join(f"\\{byte:02x}" for byte in shapes)
+    body = [kind.step.replace("%acc", str(i % 4)) for i in range(_N_CHAINS * _UNROLL)]
+    return "\n".join(
+        [
+            kind.declaration,
+            "declare void @llvm.x86.ldtilecfg(ptr)",
+            "declare void @llvm.x86.tilezero(i8)",
+            "declare void @llvm.x86.tilerelease()",
+            f'@{kind.symbol}.shapes = private constant [{_LINE_BYTES} x i8] c"{constant}", align {_LINE_BYTES}',
+            f"define void @{kind.symbol}(ptr %buffer, i64 %repeats, i64 %bytes) {kernel_attributes(isa)} {{",
+            "entry:",
+            f"call void @llvm.x86.ldtilecfg(ptr @{kind.symbol}.shapes)",
+            *(f"call void @llvm.x86.tilezero(i8 {i})" for i in range(8)),
+            "br label %loop",
+            "loop:",
+            "%n = phi i64 [ 0, %entry ], [ %n1, %loop ]",
+            *body,
+            "%n1 = add i64 %n, 1",
+            "%more = icmp slt i64 %n1, %repeats",
+            "br i1 %more, label %loop, label %done",
+            "done:",
+            "call void @llvm.x86.tilerelease()",
+            "ret void",
+            "}",
+        ]
+    )
+
+
 def arithmetic_text(kind: Arithmetic, isa: Isa) -> str:
     """The LLVM text of one arithmetic kernel; a repeat is `_N_CHAINS * _UNROLL` steps."""
+    if kind.accumulator == "tile":
+        return _tile_text(kind, isa)
     accumulator, operand = kind.accumulator, kind.operand
     body = []
     for u in range(_UNROLL):
