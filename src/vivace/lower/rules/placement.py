@@ -3,11 +3,13 @@ filled."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
 from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
-from vivace.loops.kernel import Binary, Expr, For, Index, Kernel, Select, Stmt, Store
+from vivace.loops.kernel import Binary, Const, Expr, For, Index, Kernel, Let, Select, Stmt, Store
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.rules.elementwise import Params
@@ -43,19 +45,25 @@ def lower_pad(ctx: Lowering, g: Group) -> None:
     if not same_place(ctx.view(x_value), interior):
         ctx.copy(ctx.view(x_value), interior, (node,))
     value = literal(np.asarray(node.attrs["value"]), y.dtype)
-    # Slabs: for each padded axis, what lies before and after it, within the interior of the axes already handled.
-    starts: list[Dim] = [0] * y.rank
-    sizes: list[Dim] = list(y.shape)
-    for axis in range(y.rank):
-        for at, width in ((0, before[axis]), (before[axis] + x_value.shape[axis], node.attrs["after"][axis])):
-            if width == 0:
-                continue
-            slab = out.slice(
-                tuple(at if i == axis else s for i, s in enumerate(starts)),
-                tuple(width if i == axis else s for i, s in enumerate(sizes)), (1,) * y.rank,
-            )  # fmt: skip
-            _fill(ctx, slab, value, g)
-        starts[axis], sizes[axis] = before[axis], x_value.shape[axis]
+    for starts, sizes in _border(node.attrs["before"], x_value.shape, node.attrs["after"], y.shape):
+        _fill(ctx, out.slice(starts, sizes, (1,) * y.rank), value, g)
+
+
+def _border(
+    before: Sequence[Dim], inner: Sequence[Dim], after: Sequence[Dim], outer: Sequence[Dim]
+) -> Iterator[tuple[tuple[Dim, ...], tuple[Dim, ...]]]:
+    """The slabs around an interior, as starts and sizes: for each padded axis what lies before and after it, within the
+    interior of the axes already handled."""
+    starts: list[Dim] = [0] * len(outer)
+    sizes: list[Dim] = list(outer)
+    for axis in range(len(outer)):
+        for at, width in ((0, before[axis]), (before[axis] + inner[axis], after[axis])):
+            if width != 0:
+                yield (
+                    tuple(at if i == axis else s for i, s in enumerate(starts)),
+                    tuple(width if i == axis else s for i, s in enumerate(sizes)),
+                )
+        starts[axis], sizes[axis] = before[axis], inner[axis]
 
 
 def _fill(ctx: Lowering, slab: View, value: Expr, g: Group) -> None:
@@ -74,23 +82,34 @@ def same_place(a: View, b: View) -> bool:
 
 
 def _reflect(ctx: Lowering, g: Group) -> None:
-    """edge, reflect and wrap: every element of the result reads the cell that the mode maps it to."""
+    """edge, reflect and wrap: the interior is a copy; in the border each element reads the cell that the mode maps it
+    to."""
     node = g.anchor
     x_value, y = node.inputs[0], node.outputs[0]
     assert x_value is not None
-    mode = node.attrs["mode"]
+    before, after = node.attrs["before"], node.attrs["after"]
     x, out = ctx.view(x_value), ctx.target(y)
+    if not all(isinstance(n, int) and n >= 0 for n in (*before, *after)):
+        _mapped(ctx, g, x, out, (0,) * y.rank, y.shape)
+        return
+    ctx.copy(x, out.slice(before, x.shape, (1,) * y.rank), (node,))
+    for starts, sizes in _border(before, x.shape, after, y.shape):
+        _mapped(ctx, g, x, out, starts, sizes)
+
+
+def _mapped(ctx: Lowering, g: Group, x: View, out: View, starts: Sequence[Dim], sizes: Sequence[Dim]) -> None:
+    """A slab of the result, element by element."""
+    node, rank = g.anchor, len(sizes)
+    mode = node.attrs["mode"]
     params = Params()
-    index = tuple(symbol(f"i{i}", 0) for i in range(y.rank))
+    index = tuple(symbol(f"i{i}", 0) for i in range(rank))
     lets: list[Stmt] = []
     source: list[Dim] = []
-    from vivace.loops.kernel import Const, Let
-
-    for axis, (i, b, n) in enumerate(zip(index, node.attrs["before"], x.shape, strict=True)):
+    for axis, (i, start, b, n) in enumerate(zip(index, starts, node.attrs["before"], x.shape, strict=True)):
         if b == 0 and node.attrs["after"][axis] == 0:
-            source.append(i)
+            source.append(i + start)
             continue
-        at: Expr = Index(i - b)
+        at: Expr = Index(i + start - b)
         size, last, zero = Index(n), Index(n - 1), Const(0, DType.i64)
         if mode == "edge":
             at = Binary("min", Binary("max", at, zero), last)
@@ -103,10 +122,11 @@ def _reflect(ctx: Lowering, g: Group) -> None:
         lets.append(Let(f"s{axis}", at))
         source.append(symbol(f"s{axis}", 0))
     value = params.load(x, tuple(source))
-    store = Store(params.buffer(out, writable=True), index, value)
+    slab = out.slice(starts, sizes, (1,) * rank)
+    store = Store(params.buffer(slab, writable=True), index, value)
     body: tuple[Stmt, ...] = (*lets, store)
-    for axis in reversed(range(y.rank)):
-        body = (For(f"i{axis}", y.shape[axis], body, "vector" if axis == y.rank - 1 else "parallel"),)
-    if y.rank == 1:
+    for axis in reversed(range(rank)):
+        body = (For(f"i{axis}", sizes[axis], body, "vector" if axis == rank - 1 else "parallel"),)
+    if rank == 1:
         body = (For("b", 1, body, "parallel"),)
     ctx.emit("pad", Kernel("k", tuple(params.buffers), body), params.views, len(params.views) - 1, g.nodes, 0)

@@ -38,7 +38,10 @@ def emit_blocked(k: Blocked, isa: Isa) -> KernelCode:
     text = _one_module(
         [*(c.llvm_text.replace(f"define void @{c.name}(", f"define internal void @{c.name}(") for c in codes)], declares
     )
-    return KernelCode(k.name, f"{text}\n{main}\n", k.params, blocked_dims(k), k.blocks * k.parts, 1, local_bytes + most)
+    units = k.blocks * k.parts
+    return KernelCode(
+        k.name, f"{text}\n{main}\n", k.params, blocked_dims(k), units, 1, local_bytes + most, optimize="light"
+    )
 
 
 def _at_most(scratch_bytes: Dim) -> Dim:
