@@ -55,7 +55,12 @@ def test_the_commands_run(folder: Path) -> None:
         verb = shlex.split(line)
         assert verb[0] == "vivace"
         done = subprocess.run(
-            [sys.executable, "-m", "vivace", *verb[1:]], cwd=folder, capture_output=True, text=True, timeout=120, check=False
+            [sys.executable, "-m", "vivace", *verb[1:]],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
         assert done.stdout.strip()

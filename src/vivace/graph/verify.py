@@ -23,7 +23,8 @@ def verify(graph: Graph, where: str = "") -> None:
         got = tuple(v.type for v in n.outputs)
         if got != want:
             raise GraphError(
-                f"node {i}: {n.op.name} gives {', '.join(map(str, want))}, the graph says {', '.join(map(str, got))}\n{around(graph, i)}",
+                f"node {i}: {n.op.name} gives {', '.join(map(str, want))}, the graph says {', '.join(map(str, got))}\n"
+                f"{around(graph, i)}",
                 where=where,
             )
         for v in n.outputs:

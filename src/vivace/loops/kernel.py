@@ -1,15 +1,21 @@
 """The loop IR: what one kernel computes, as loops over buffers. Everything between a fusion group and machine code.
 
-    Kernel  := name, params: Buffer*, body: Stmt*                 a `For(kind=parallel)` may stand only at the top, alone
+    Kernel  := name, params: Buffer*, body: Stmt*                 a `For(kind=parallel)` may stand only at the top,
+    alone
     Stmt    := For(var, extent, body, kind)                       var runs over 0 .. extent-1
-             | Let(name, expr)                                    names a scalar for the statements that follow in the block
+             | Let(name, expr)                                    names a scalar for the statements that follow in the
+             block
              | Store(buffer, index, value)
              | Guard(cond, body)                                  run body where cond holds
-             | Alloc(buffer)                                      a thread-local buffer, alive to the end of the block, static size
+             | Alloc(buffer)                                      a thread-local buffer, alive to the end of the
+             block, static size
     Expr    := Const(value, dtype)
-             | Index(dim, dtype)                                  an integer expression over loop variables and dims, as a value
-             | Load(buffer, index, inside, fill)                  `fill` where a condition of `inside` (lo <= dim < hi) fails
-             | Read(name)                                         the value of a Let, or of a name that the context supplies
+             | Index(dim, dtype)                                  an integer expression over loop variables and dims,
+             as a value
+             | Load(buffer, index, inside, fill)                  `fill` where a condition of `inside` (lo <= dim <
+             hi) fails
+             | Read(name)                                         the value of a Let, or of a name that the context
+             supplies
              | Unary(fn, x) | Binary(fn, a, b) | Select(cond, a, b) | Cast(dtype, x)
              | Reduce(fn, var, extent, x)                         sum, prod, max or min of x over var
 
@@ -17,13 +23,17 @@ Rules:
 * FLAT: `index` of Load and Store is one dim per axis of the buffer; the address is their dot product with its strides.
 * PURE: expressions have no effects; a Reduce is evaluated where it stands.
 * VECTOR: a `vector` loop has independent iterations: no iteration reads what another writes. It is a permission
-  and a wish: the code generator computes several iterations at once. A Reduce inside a scalar context may itself be vectorized,
+  and a wish: the code generator computes several iterations at once. A Reduce inside a scalar context may itself be
+  vectorized,
   and its sum is then re-associated (see `docs/architecture.md` on rounding).
-* PARALLEL: the top `For` with kind `parallel` has independent iterations; the runtime hands out ranges of them to threads.
+* PARALLEL: the top `For` with kind `parallel` has independent iterations; the runtime hands out ranges of them to
+  threads.
   Several perfectly nested parallel loops at the top form one flattened parallel space, the last varying fastest.
-* GATHER: an index may contain loaded data through `Let` of an integer and `symbol(name)`: a Let whose expr is integer-typed may be
+* GATHER: an index may contain loaded data through `Let` of an integer and `symbol(name)`: a Let whose expr is
+  integer-typed may be
   used as a symbol in dims.
-* DIMS: a symbol that is neither a loop variable nor a Let is a dim of the kernel, passed at run time; `dims_of(kernel)` lists them in order.
+* DIMS: a symbol that is neither a loop variable nor a Let is a dim of the kernel, passed at run time;
+  `dims_of(kernel)` lists them in order.
 
 The reference meaning is `vivace.loops.reference`; types are checked by `vivace.loops.verify`.
 """
@@ -32,23 +42,74 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Union
+from typing import Literal
 
 from vivace.base.dims import Dim, symbols
 from vivace.base.dtypes import DType
 
 LoopKind = Literal["serial", "parallel", "vector", "unroll"]
 
-# Functions of Unary: rounding is IEEE for neg abs sqrt floor ceil round(half to even) not isnan isinf; the rest have stated ulp errors.
+# Functions of Unary: rounding is IEEE for neg abs sqrt floor ceil round(half to even) not isnan isinf; the rest have
+# stated ulp errors.
 UNARY = (
-    "neg", "abs", "sqrt", "exp", "log", "erf", "sin", "cos", "tanh", "sigmoid", "floor", "ceil", "round", "not", "isnan", "isinf",
-    "recip", "bitnot", "tan", "asin", "acos", "atan", "sinh", "cosh", "asinh", "acosh", "atanh", "log1p", "expm1", "sign",
+    "neg",
+    "abs",
+    "sqrt",
+    "exp",
+    "log",
+    "erf",
+    "sin",
+    "cos",
+    "tanh",
+    "sigmoid",
+    "floor",
+    "ceil",
+    "round",
+    "not",
+    "isnan",
+    "isinf",
+    "recip",
+    "bitnot",
+    "tan",
+    "asin",
+    "acos",
+    "atan",
+    "sinh",
+    "cosh",
+    "asinh",
+    "acosh",
+    "atanh",
+    "log1p",
+    "expm1",
+    "sign",
 )
-# Functions of Binary. Integer div truncates as C does; mod has the sign of the divisor (Python), fmod of the dividend (C).
+# Functions of Binary. Integer div truncates as C does; mod has the sign of the divisor (Python), fmod of the dividend
+# (C).
 # max and min propagate NaN as NumPy's maximum and minimum do. Comparisons give bool.
 BINARY = (
-    "add", "sub", "mul", "div", "mod", "fmod", "pow", "max", "min", "eq", "ne", "lt", "le", "gt", "ge",
-    "and", "or", "xor", "bitand", "bitor", "bitxor", "shl", "shr",
+    "add",
+    "sub",
+    "mul",
+    "div",
+    "mod",
+    "fmod",
+    "pow",
+    "max",
+    "min",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "and",
+    "or",
+    "xor",
+    "bitand",
+    "bitor",
+    "bitxor",
+    "shl",
+    "shr",
 )
 REDUCE = ("add", "mul", "max", "min")
 
@@ -111,7 +172,8 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """The value of a `Let`, or of a name that the context supplies (the accumulator of a contraction's epilogue is `acc`)."""
+    """The value of a `Let`, or of a name that the context supplies (the accumulator of a contraction's epilogue is
+    `acc`)."""
 
     name: str
     dtype: DType
@@ -151,7 +213,7 @@ class Reduce:
     x: Expr
 
 
-Expr = Union[Const, Index, Load, Read, Unary, Binary, Select, Cast, Reduce]
+Expr = Const | Index | Load | Read | Unary | Binary | Select | Cast | Reduce
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +248,7 @@ class Alloc:
     buffer: Buffer
 
 
-Stmt = Union[For, Let, Store, Guard, Alloc]
+Stmt = For | Let | Store | Guard | Alloc
 
 
 @dataclass(frozen=True, slots=True)

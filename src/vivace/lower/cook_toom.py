@@ -15,9 +15,9 @@ and improving the accuracy of Winograd convolution", on how the error grows with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-import math
 from fractions import Fraction
 from functools import cache
 

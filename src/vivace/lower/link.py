@@ -58,7 +58,8 @@ def link(
             names = tuple(dict.fromkeys(o for n in s.nodes for o in n.origin if not o.startswith("+")))
             lines.append(
                 LineEntry(
-                    "run", compiled.number(s.spec), tuple(map(operand, s.operands)), -1, line.serial, line.beside, s.label, names,
+                    "run", compiled.number(s.spec), tuple(map(operand, s.operands)), -1,
+                    line.serial, line.beside, s.label, names,
                     s.flops, s.bytes,
                 )
             )  # fmt: skip

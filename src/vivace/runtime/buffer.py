@@ -75,7 +75,8 @@ def _map(n_bytes: int) -> npt.NDArray[np.uint8]:
 
 
 # CPython puts an object's fields after its reference count and type; NumPy's array keeps its data pointer first
-# (numpy/ndarraytypes.h, PyArrayObject_fields). Reading it there takes a quarter of the time of `array.ctypes.data`, which a small
+# (numpy/ndarraytypes.h, PyArrayObject_fields). Reading it there takes a quarter of the time of `array.ctypes.data`,
+# which a small
 # model would notice; `addresses_of` checks the assumption once and falls back.
 _DATA_FIELD = 2 * ctypes.sizeof(ctypes.c_void_p)
 _word_at = ctypes.c_size_t.from_address

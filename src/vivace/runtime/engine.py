@@ -261,7 +261,8 @@ class Engine:
             made.append(self._step(line, runners))
             self._line_of_step.append(i)
         return Executable(
-            made, n_inputs=len(image.inputs), n_outputs=len(image.outputs), arena_bytes=symbol("@arena"), scratch_bytes=scratch,
+            made, n_inputs=len(image.inputs), n_outputs=len(image.outputs),
+            arena_bytes=symbol("@arena"), scratch_bytes=scratch,
             n_threads=self.threads, keep=(self._library, self._constants),
         )  # fmt: skip
 

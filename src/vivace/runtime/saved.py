@@ -213,10 +213,14 @@ def _image_data(image: Image) -> dict[str, Any]:
         "inputs": [[s.name, str(s.dtype), [to_data(d) for d in s.shape]] for s in image.inputs],
         "outputs": [[s.name, str(s.dtype), [to_data(d) for d in s.shape]] for s in image.outputs],
         "storages": [[s.kind, to_data(s.n_bytes), s.index, s.first, s.last] for s in image.storages],
-        "kernels": [[k.symbol, list(k.dims), to_data(k.units), to_data(k.grain), to_data(k.scratch_bytes)] for k in image.kernels],
+        "kernels": [
+            [k.symbol, list(k.dims), to_data(k.units), to_data(k.grain), to_data(k.scratch_bytes)]
+            for k in image.kernels
+        ],
         "lines": [
             [
-                line.kind, line.kernel, [[s, to_data(o)] for s, o in line.operands], line.target, line.serial, line.beside, line.label,
+                line.kind, line.kernel, [[s, to_data(o)] for s, o in line.operands], line.target,
+                line.serial, line.beside, line.label,
                 list(line.nodes), to_data(line.flops), to_data(line.n_bytes),
             ]
             for line in image.lines

@@ -165,11 +165,13 @@ def _quiet(fn: Callable[..., Array]) -> Callable[..., Array]:
 
 
 _BINARY: dict[str, Callable[..., Array]] = {
-    "add": _quiet(np.add), "sub": _quiet(np.subtract), "mul": _quiet(np.multiply), "div": _int_div, "mod": _mod, "pow": _pow,
+    "add": _quiet(np.add), "sub": _quiet(np.subtract), "mul": _quiet(np.multiply),
+    "div": _int_div, "mod": _mod, "pow": _pow,
     "max": np.maximum, "min": np.minimum,
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor,
-    "bitand": np.bitwise_and, "bitor": np.bitwise_or, "bitxor": np.bitwise_xor, "shl": np.left_shift, "shr": np.right_shift,
+    "bitand": np.bitwise_and, "bitor": np.bitwise_or, "bitxor": np.bitwise_xor,
+    "shl": np.left_shift, "shr": np.right_shift,
 }  # fmt: skip
 COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 _LOGICAL = frozenset({"and", "or", "xor"})

@@ -30,8 +30,8 @@ from dataclasses import replace
 
 from vivace.base.dims import Dim, ceildiv, minimum, symbol
 from vivace.base.dtypes import DType
-from vivace.base.mapped import forget
 from vivace.base.machine import Isa, Machine, host
+from vivace.base.mapped import forget
 from vivace.graph.graph import Node, Value
 from vivace.loops.blocked import BLOCK, PART, Blocked, Stage
 from vivace.loops.contraction import Axis, Contraction, Packing
@@ -72,7 +72,8 @@ def choose(node: Node, isa: Isa) -> Size | None:
     n_out, channels = _known(w.shape[0]), _known(w.shape[1])
     spatial = y.shape[1:-1] if node.attrs["layout"] == "NHWC" else y.shape[2:]
     if len(spatial) == 1 and not isinstance(spatial[0], int):
-        return None  # a sequence may be of a few steps, where tiles are mostly empty (114 us against 3.5 in a voice detector)
+        # A sequence may be of a few steps, where tiles are mostly empty: 114 us against 3.5 in a voice detector.
+        return None
     images, height, width = (_known(d) for d in (y.shape[0], *(1,) * (2 - len(spatial)), *spatial))
     lanes = isa.n_f32_lanes
     padded = sum(-(-c // lanes) * lanes for c in (channels, n_out))
