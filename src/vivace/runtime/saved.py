@@ -57,7 +57,7 @@ def block_check(data: np.ndarray) -> str:
 
 
 def save(path: Path, image: Image, isa: Isa, portable: bytes, placement: list[list[str]]) -> int:
-    """Write an engine atomically; returns its size in bytes."""
+    """Write an engine atomically; returns its size in bytes. Raises: EngineError where the disk refuses; no part stays."""
     sections: dict[str, tuple[bytes | np.ndarray, str]] = {}
     for i, code in enumerate(image.objects):
         sections[f"code/{i}"] = (code, hashlib.sha256(code).hexdigest())
@@ -95,7 +95,13 @@ def save(path: Path, image: Image, isa: Isa, portable: bytes, placement: list[li
             yield raw
             yield bytes(-raw.nbytes % 64)
 
-    return write_atomic(path, chunks())
+    try:
+        return write_atomic(path, chunks())
+    except OSError as e:
+        raise EngineError(
+            f"cannot be written: {e.strerror or e}", where=str(path), expected="a folder with room for the engine",
+            hint="freeing space, or another folder",
+        ) from e  # fmt: skip
 
 
 def _data_start(header_bytes: int) -> int:
