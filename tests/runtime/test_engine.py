@@ -29,7 +29,14 @@ def small_net() -> Graph:
     b = Builder()
     x = b.input("x", Type(DType.f32, (1, 3, 20, 20)))
     same = {"dilations": (1, 1), "before": (1, 1), "after": (1, 1), "layout": "NHWC"}
-    c = b.conv(b.transpose(x, perm=(0, 2, 3, 1)), b.const(random(16, 3, 3, 3)), b.const(random(16)), strides=(2, 2), group=1, **same)
+    c = b.conv(
+        b.transpose(x, perm=(0, 2, 3, 1)),
+        b.const(random(16, 3, 3, 3)),
+        b.const(random(16)),
+        strides=(2, 2),
+        group=1,
+        **same,
+    )
     p = b.max_pool(b.relu(c), kernel=(3, 3), strides=(2, 2), count_include_pad=False, **same)
     r = b.relu(b.add(b.conv(p, b.const(random(16, 16, 3, 3)), strides=(1, 1), group=1, **same), p))
     d = b.conv(r, b.const(random(16, 1, 3, 3)), strides=(1, 1), group=16, **same)
@@ -44,7 +51,8 @@ def small_transformer() -> Graph:
     x = b.input("x", Type(DType.f32, (n, s, 24)))
     h = b.layer_norm(x, b.const(random(24)), b.const(random(24)), axis=2, epsilon=1e-5)
     heads = [
-        b.transpose(b.reshape(b.matmul(h, b.const(random(24, 24) / 5)), shape=(n, s, 3, 8)), perm=(0, 2, 1, 3)) for _ in range(3)
+        b.transpose(b.reshape(b.matmul(h, b.const(random(24, 24) / 5)), shape=(n, s, 3, 8)), perm=(0, 2, 1, 3))
+        for _ in range(3)
     ]
     a = b.attention(*heads, scale=8**-0.5, causal=True, softcap=0.0)
     joined = b.reshape(b.transpose(a, perm=(0, 2, 1, 3)), shape=(n, s, 24))
