@@ -16,6 +16,7 @@ from vivace.base.machine import ISAS, Isa, best_isa, host, isa, missing_flags
 if TYPE_CHECKING:
     from vivace.graph.graph import Graph, Node
     from vivace.lower.image import ForeignEntry, Image
+    from vivace.lower.plan import Plan
     from vivace.runtime.engine import Engine, ForeignRunner, MakeForeign, Placement
     from vivace.runtime.hosted import HostedEngine
 
@@ -112,9 +113,15 @@ def _compile_native(
 
     without = frozenset(disable) & OPTIONS.keys()
     graph = optimize_for_native(graph, level, [name for name in disable if name not in without])
-    image = build_image(graph, target, cache, providers, progress, without)
+    plan = make_plan(graph, target, providers, without)
+    image = link_image(plan, target, cache, progress)
     image.facts["compile_seconds"] = time.perf_counter() - started
-    return Engine(image, threads, placements(image), make_foreign(threads), lambda: portable_model(source, shapes))
+    rest = (placements(image), make_foreign(threads), lambda: portable_model(source, shapes))
+    if knobs.check:
+        from vivace.shadow import ShadowedEngine
+
+        return ShadowedEngine(plan, image, threads, *rest)
+    return Engine(image, threads, *rest)
 
 
 def load(path: str | Path, *, threads: int | None = None) -> Engine | HostedEngine:
@@ -196,14 +203,24 @@ def build_image(
     without: frozenset[str] = frozenset(),
 ) -> Image:
     """Lower, generate and link."""
+    return link_image(make_plan(graph, chosen, providers, without), chosen, cache, progress)
+
+
+def make_plan(graph: Graph, chosen: Isa, providers: Sequence[str], without: frozenset[str] = frozenset()) -> Plan:
+    """Lower. Raises: UnsupportedError for nodes that no chosen provider runs."""
+    from vivace.lower.lowering import lower
+
+    refuse_unhosted(graph, providers)
+    return lower(graph, chosen, without)
+
+
+def link_image(plan: Plan, chosen: Isa, cache: bool, progress: Progress | None) -> Image:
+    """Generate and link."""
     from vivace.lower.image import KernelEntry
     from vivace.lower.link import Compiled, link
-    from vivace.lower.lowering import lower
     from vivace.lower.plan import steps_of
     from vivace.targets.cpu.codegen import generate
 
-    refuse_unhosted(graph, providers)
-    plan = lower(graph, chosen, without)
     specs = [s.spec for s in steps_of(plan.body)]
     report = (lambda done, total: progress("compile", done, total)) if progress else None
     codes, numbers, objects, n_new = generate(specs, chosen, default_cache() if cache else None, report)

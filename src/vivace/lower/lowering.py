@@ -255,7 +255,7 @@ def lower(graph: Graph, isa: Isa, without: frozenset[str] = frozenset()) -> Plan
         outputs.append((v, dense(s, v.shape)))
     body = state.run(outputs)
     _refuse_unknown_sizes(graph, state.storages)
-    return Plan(graph.inputs, graph.outputs, body, tuple(state.storages))
+    return Plan(graph.inputs, graph.outputs, body, tuple(state.storages), graph, state.views)
 
 
 # Names that kernels give to their loops and positions.

@@ -3,10 +3,11 @@ fixes them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vivace.base.dims import Dim
-from vivace.graph.graph import Node, Value
+from vivace.graph.graph import Graph, Node, Value
 from vivace.loops.blocked import Blocked
 from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Kernel
@@ -86,12 +87,17 @@ Instruction = Step | Branch | Loop | Foreign
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A lowered graph. `inputs` and `outputs` are the graph's values; their storages have kind input and output."""
+    """A lowered graph. `inputs` and `outputs` are the graph's values; their storages have kind input and output.
+
+    `graph` is what was lowered, after its last rewrites, and `views` says where its values lie.
+    """
 
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     body: tuple[Instruction, ...]
     storages: tuple[Storage, ...]
+    graph: Graph
+    views: Mapping[Value, View]
     notes: tuple[str, ...] = field(default=())
 
 
