@@ -78,6 +78,8 @@ def test_results_are_rounded_to_bf16_in_the_epilogue(target: Isa) -> None:
     total = Binary("add", total, Cast(DType.f32, Load(case.c.out, (symbol("h"), symbol("m"), at))))
     case.c = replace(case.c, epilogue=Binary("max", total, Const(0.0, DType.f32)), extra=(bias_buffer, case.c.out))
     case.arrays[bias_buffer] = bias
+    plain = product(a, b, bf16, target)
+    np.testing.assert_array_equal(plain.run(target), plain.expected.astype(np.float32).astype(bf16))
     expected = np.maximum(case.expected + bias + 77, 0).astype(np.float32).astype(bf16)
     np.testing.assert_array_equal(case.run(target), expected)
 

@@ -22,7 +22,9 @@ from vivace.lower.pack import pack_groups
 from vivace.lower.requantize import ACC, requantize
 from vivace.lower.tile import choose_tile
 
-each_isa = pytest.mark.parametrize("target", isas("sse", "avx2", "avx2+avx_vnni", "avx512", "avx512+avx512_vnni"))
+each_isa = pytest.mark.parametrize(
+    "target", isas("sse", "avx2", "avx2+avx_vnni", "avx512", "avx512+avx512_vnni", "avx512+avx512_vnni+avx512vbmi")
+)
 SIGNED, UNSIGNED = np.int8, np.uint8
 
 
@@ -193,12 +195,16 @@ def test_depthwise(target: Isa, a_dtype: type, b_dtype: type, size: int, channel
 
 
 @each_isa
-def test_depthwise_requantizes(target: Isa) -> None:
-    case = depthwise(numbers(7, UNSIGNED, 1, 9, 9, 45), numbers(8, SIGNED, 3, 3, 45), 1, np.uint8)
-    scale = np.random.default_rng(0).random(45).astype(np.float32) / 100
-    scale_buffer = buffer("scale", scale)
-    case.arrays[scale_buffer] = scale
-    e = requantize(ACC, Load(scale_buffer, (symbol("c"),)), 99, DType.u8)
-    case.c = replace(case.c, epilogue=e, extra=(scale_buffer,))
-    expected = np.clip(np.round(case.expected.astype(np.float32) * scale) + 99, 0, 255).astype(UNSIGNED)
+@pytest.mark.parametrize("a_dtype", [SIGNED, UNSIGNED])
+def test_depthwise_requantizes(target: Isa, a_dtype: type) -> None:
+    case = depthwise(numbers(7, a_dtype, 1, 9, 9, 45), numbers(8, SIGNED, 3, 3, 45), 1, np.uint8)
+    random = np.random.default_rng(0)
+    scale, bias = random.random(45).astype(np.float32) / 100, random.integers(-(2**15), 2**15, 45).astype(np.int32)
+    scale_buffer, bias_buffer = buffer("scale", scale), buffer("bias", bias)
+    case.arrays |= {scale_buffer: scale, bias_buffer: bias}
+    total = Binary("add", Load(bias_buffer, (symbol("c"),)), ACC)
+    e = requantize(total, Load(scale_buffer, (symbol("c"),)), 99, DType.u8)
+    case.c = replace(case.c, epilogue=e, extra=(scale_buffer, bias_buffer))
+    sums = (case.expected + bias).astype(np.float32)
+    expected = np.clip(np.round(sums * scale) + 99, 0, 255).astype(UNSIGNED)
     np.testing.assert_array_equal(case.run(target), expected)

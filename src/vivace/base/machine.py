@@ -171,7 +171,7 @@ ISAS: dict[str, Isa] = {
 _EXTRAS: dict[str, dict[str, str]] = {
     "sse": {},
     "avx2": {"avx_vnni": "avxvnni"},
-    "avx512": {"avx512_bf16": "avx512bf16", "avx512_vnni": "avx512vnni"},
+    "avx512": {"avx512_bf16": "avx512bf16", "avx512_vnni": "avx512vnni", "avx512vbmi": "avx512vbmi"},
 }
 # Tiles need the kernel's permission besides (`targets/cpu/amx.py`), so that flags alone never choose them.
 AMX_FLAGS = {"amx_bf16": "amx-bf16", "amx_int8": "amx-int8", "amx_tile": "amx-tile"}

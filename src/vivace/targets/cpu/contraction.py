@@ -100,7 +100,7 @@ def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict
     start = _waiting(t, p, len(rows), vectors) if p.tile.k_block else None
     if not p.tile.k_block:
         if p.ar.acc is DType.i32:
-            first, finish = split_start(p.c)
+            first, finish = split_start(p.c, "n")
             start = None if first is None else [_started(t, p, first, symbols, masks)] * len(rows)
         _fetch_destination(t, p, rows, vectors, dims)
     summed = Sum(step, Shape(rows, vectors, p.tile.unroll), operands, row_offsets, dims)

@@ -9,14 +9,15 @@ from dataclasses import replace
 
 from vivace.base.dims import linear, symbols
 from vivace.base.dtypes import DType
+from vivace.base.errors import InternalError
 from vivace.base.machine import Isa
-from vivace.loops.contraction import Contraction
+from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Binary, Buffer, Cast, Expr, Load, Read, Select, Unary, walk
 from vivace.targets.cpu.builder import Builder, Value, literal
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.env import Env
-from vivace.targets.cpu.expr import emit
-from vivace.targets.cpu.memory import flat_index, to_memory
+from vivace.targets.cpu.expr import emit_stored
+from vivace.targets.cpu.memory import flat_index, register_type, to_memory
 
 ACC = Read("acc", DType.i32)
 
@@ -54,7 +55,7 @@ class Epilogue:
         symbols = {name: b.iadd(self._env.symbols[name], literal(by, "i64")) for name, by in moved.items() if by}
         env = self._env.at(symbols, lane=self._lane, lanes=lanes, mask=known)
         env.names["acc"] = acc
-        value = to_memory(b, b.widen(emit(env, e), lanes), out.dtype) if e is not None else acc
+        value = self._stored(acc if e is None else b.widen(emit_stored(env, e, out.dtype), lanes), out)
         there = pointer if offset == 0 else b.inst(f"getelementptr i8, ptr {pointer}, i64 {offset}", "ptr", 0).text
         align = value.bits // 8
         if known is None:
@@ -64,6 +65,18 @@ class Epilogue:
         b.declare(f"void @{name}({value.full}, ptr, <{lanes} x i1>)", name)
         b.effect(f"call void @{name}({value}, ptr align {align} {there}, {known})")
 
+    def _stored(self, v: Value, out: Buffer) -> Value:
+        """The value as `out` holds it. The conversion of AVX512-BF16 takes denormals as 0, as its products do."""
+        b = self._b
+        if v.type != register_type(out.dtype):
+            raise InternalError(f"{v.type} results for {out}", where=b.name, expected="an epilogue that casts them")
+        if out.dtype is not DType.bf16 or v.lanes != 16 or not b.isa.has("avx512_bf16"):
+            return to_memory(b, v, out.dtype)
+        name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+        b.declare(f"<16 x bfloat> @{name}(<16 x float>)", name)
+        rounded = b.inst(f"call <16 x bfloat> @{name}({v})", "bfloat", 16, v)
+        return b.inst(f"bitcast {rounded.full} {rounded.text} to <16 x i16>", "i16", 16, rounded)
+
     def close(self) -> None:
         """Appends the text."""
         lines, needed = self._b.fragment()
@@ -71,7 +84,7 @@ class Epilogue:
         self._t.declares |= needed
 
 
-def split_start(c: Contraction) -> tuple[Load | None, Expr | None]:
+def split_start(c: Contraction | Depthwise, lane: str) -> tuple[Load | None, Expr | None]:
     """What integer accumulators may start from instead of 0, and the epilogue without it.
 
     Before/After: epilogue max(acc + bias[n], 0) -> start bias[n], epilogue max(acc, 0)
@@ -86,7 +99,7 @@ def split_start(c: Contraction) -> tuple[Load | None, Expr | None]:
     start = sums[0].b if sums[0].a == ACC else sums[0].a
     if not isinstance(start, Load) or start.buffer is c.out or start.inside or start.buffer.dtype is not DType.i32:
         return None, e
-    parts = linear(flat_index(start.buffer, start.index), "n")
+    parts = linear(flat_index(start.buffer, start.index), lane)
     if parts is None or parts[0] != 1 or any(s.name in inner for s in symbols(parts[1])):
         return None, e
     return start, _replaced(e, sums[0], ACC)  # type: ignore[arg-type]

@@ -18,11 +18,12 @@ from vivace.loops.kernel import Buffer
 from vivace.lower.tile import Segment, split_axis
 from vivace.targets.cpu.builder import Value
 from vivace.targets.cpu.code import KernelCode
-from vivace.targets.cpu.contraction_epilogue import Epilogue
+from vivace.targets.cpu.contraction_epilogue import Epilogue, split_start
 from vivace.targets.cpu.contraction_text import Int, Text
-from vivace.targets.cpu.contraction_vector import mask_text
+from vivace.targets.cpu.contraction_vector import load, mask_text
 from vivace.targets.cpu.depthwise_step import ChannelStep
 from vivace.targets.cpu.isa import kernel_attributes
+from vivace.targets.cpu.memory import flat_index
 
 _COLUMNS = 7  # widths of images are mostly multiples of 7; with 5 weights and the input it fits 16 registers
 _ROWS_PER_UNIT = 8
@@ -132,10 +133,17 @@ def _columns(p: _Plan, size: int, tail: bool) -> tuple[str, dict[str, str]]:
     names = [x.name for x in d.rows]
     mask = mask_text(t, isa, _left(t, p, dims)) if tail else None
     buffers = {x: p.base(t, x) for x in dict.fromkeys(d.extra)}
+    start, finish = "zeroinitializer", d.epilogue
+    if p.step.acc_element == "i32":
+        first, finish = split_start(d, "c")
+        if first is not None:
+            at: dict[str, Int] = {**dims, **{name: f"%x{i}" for i, name in enumerate(names)}, "c": "%c"}
+            index = t.mul(t.dim(flat_index(first.buffer, first.index), at), 4)
+            start = load(t, isa, t.at(buffers[first.buffer], index), mask, "i32")
     with t.loop(0, "%count") as piece:
         steps = [t.mul(t.dim(x, dims), n * size) for x, n in ((p.inner.a, p.a_bytes), (p.inner.out, p.out_bytes))]
         a, out = (t.at(f"%{x}", t.mul(piece, step)) for x, step in zip(("a", "out"), steps))
-        acc = _taps(t, p, dims, size, a, mask)
+        acc = _taps(t, p, dims, [start] * size, a, mask)
         symbols: dict[str, Int] = {name: f"%x{i}" for i, name in enumerate(names)} | dims | {"c": "%c"}
         if p.inner.name:
             symbols[p.inner.name] = t.add(symbols[p.inner.name], t.mul(piece, size))
@@ -144,7 +152,7 @@ def _columns(p: _Plan, size: int, tail: bool) -> tuple[str, dict[str, str]]:
         epilogue = Epilogue(t, isa, "c", symbols, buffers)
         for j, (value, offset) in enumerate(zip(acc, offsets)):
             total = Value(value, p.step.acc_element, isa.n_f32_lanes)
-            epilogue.store(d.epilogue, total, {p.inner.name: j} if p.inner.name else {}, d.out, out, offset, mask)
+            epilogue.store(finish, total, {p.inner.name: j} if p.inner.name else {}, d.out, out, offset, mask)
         epilogue.close()
     t.put("ret void")
     axes = "".join(f", i64 %x{i}" for i in range(len(names)))
@@ -161,10 +169,9 @@ def _left(t: Text, p: _Plan, dims: Mapping[str, Int]) -> Int:
     return t.sub(t.dim(p.d.channels, dims), "%c")
 
 
-def _taps(t: Text, p: _Plan, dims: Mapping[str, Int], size: int, a: str, mask: str | None) -> list[str]:
-    """Accumulators of `size` columns, summed over all taps."""
+def _taps(t: Text, p: _Plan, dims: Mapping[str, Int], zero: list[str], a: str, mask: str | None) -> list[str]:
+    """Accumulators of as many columns as `zero` has, summed onto it over all taps."""
     kind = p.step.acc_type
-    zero = ["zeroinitializer"] * size
     if any(x.extent == 0 for x in p.d.taps):
         return zero
     *outer, last = p.d.taps or (_NONE,)
@@ -184,6 +191,15 @@ def _taps(t: Text, p: _Plan, dims: Mapping[str, Int], size: int, a: str, mask: s
         in_a, in_b = offsets(i)
         return _kernel_row(t, p, dims, last, t.at(a, in_a), t.at("%b", in_b), acc, mask)
 
+    at_once = p.step.rows_at_once
+    if at_once > 1 and isinstance(total, int) and total <= 2 * at_once and isinstance(last.extent, int):
+        acc = zero
+        for first in range(0, total, at_once):
+            rows = [offsets(i) for i in range(first, min(first + at_once, total))]
+            acc = _kernel_rows(
+                t, p, dims, last, [t.at(a, x) for x, _ in rows], [t.at("%b", y) for _, y in rows], acc, mask
+            )
+        return acc
     if isinstance(total, int) and total <= _UNROLLED_TAPS:
         acc = zero
         for i in range(total):
@@ -208,16 +224,39 @@ def _kernel_row(
 
         return t.reduce_loop(t.dim(tap.extent, dims), [(s.acc_type, x) for x in acc], step)
     weights = [s.weights(t, t.at(b, t.mul(t.dim(tap.b * k, dims), b_bytes)), mask) for k in range(tap.extent)]
+    acc = list(acc)
+    for where, pairs in _columns_read(p, tap, len(acc)):
+        x = s.values(t, t.at(a, t.mul(t.dim(where, dims), p.a_bytes)), mask)
+        for j, k in pairs:
+            acc[j] = s.multiply_add(t, x, weights[k], acc[j])
+    return acc
+
+
+def _columns_read(p: _Plan, tap: Axis, size: int) -> list[tuple[Dim, list[tuple[int, int]]]]:
+    """Offsets of input columns in order, each with the output columns and taps that it serves."""
+    assert isinstance(tap.extent, int)
     users: dict[Dim, list[tuple[int, int]]] = {}
-    for j in range(len(acc)):
+    for j in range(size):
         for k in range(tap.extent):
             users.setdefault(p.inner.a * j + tap.a * k, []).append((j, k))
-    order = sorted(users, key=lambda x: x if isinstance(x, int) else 0)
-    acc = list(acc)
-    for where in order:
-        x = s.values(t, t.at(a, t.mul(t.dim(where, dims), p.a_bytes)), mask)
-        for j, k in users[where]:
-            acc[j] = s.multiply_add(t, x, weights[k], acc[j])
+    return [(x, users[x]) for x in sorted(users, key=lambda x: x if isinstance(x, int) else 0)]
+
+
+def _kernel_rows(
+    t: Text, p: _Plan, dims: Mapping[str, Int], tap: Axis, a: list[str], b: list[str], acc: list[str], mask: str | None
+) -> list[str]:
+    """Adds several rows of the kernel, interleaved."""
+    assert isinstance(tap.extent, int)
+    s, acc = p.step, list(acc)
+
+    def at(pointers: list[str], where: Dim, size: int) -> str:
+        return s.quads(t, [t.at(x, t.mul(t.dim(where, dims), size)) for x in pointers], mask)
+
+    weights = [at(b, tap.b * k, p.b_bytes) for k in range(tap.extent)]
+    for where, pairs in _columns_read(p, tap, len(acc)):
+        x = at(a, where, p.a_bytes)
+        for j, k in pairs:
+            acc[j] = s.multiply_quads(t, x, weights[k], acc[j])
     return acc
 
 

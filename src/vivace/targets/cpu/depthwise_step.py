@@ -1,9 +1,11 @@
 """Loads and multiply-adds of depthwise convolutions: one channel per lane, narrow elements widened as they are loaded.
 
-f32   as it is             multiply-add
-bf16  shifted to f32       multiply-add
-8-bit widened to i32       vpdpwssd, or vpmaddwd and an addition: exact, since a byte fits the lower i16 of its lane
-                           and the upper i16 of every weight is 0
+    f32         as it is           multiply-add
+    bf16        shifted to f32     multiply-add
+    8-bit       widened to i32     vpdpwssd, or vpmaddwd and an addition: exact, since a byte fits the lower i16 of its
+                                   lane and the upper i16 of every weight is 0
+    u8 by i8    rows interleaved   vpdpbusd, where AVX512-VNNI has it: up to four kernel rows stand side by side in each
+                                   channel, so that one instruction sums a column of the kernel
 """
 
 from __future__ import annotations
@@ -42,6 +44,35 @@ class ChannelStep:
     @property
     def acc_type(self) -> str:
         return vector_type(self.isa, self.acc_element)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Kernel rows that `quads` interleaves for one multiply-add; 1 where nothing is interleaved."""
+        quads = self.d.a.dtype is DType.u8 and self.d.b.dtype is DType.i8 and self.isa.vector_bits == 512
+        return 4 if quads and self.isa.has("avx512_vnni") else 1
+
+    def quads(self, t: Text, pointers: list[str], mask: str | None) -> str:
+        """The same channels of up to four rows, those of one channel side by side; rows that do not exist are 0."""
+        half, full = "<32 x i8>", "<64 x i8>"
+        rows = [load(t, self.isa, x, mask, "i8") for x in pointers] + ["zeroinitializer"] * (4 - len(pointers))
+        both = ", ".join(f"i32 {k}" for k in range(32))
+        low, high = (
+            t.op(f"shufflevector <16 x i8> {rows[i]}, <16 x i8> {rows[i + 1]}, <32 x i32> <{both}>") for i in (0, 2)
+        )
+        every = ", ".join(f"i32 {k}" for k in range(64))
+        joined = t.op(f"shufflevector {half} {low}, {half} {high}, <64 x i32> <{every}>")
+        # First the fours of each row to their quarter, then bytes within quarters: two cheap steps, or one with VBMI.
+        words = t.op(f"bitcast {full} {joined} to <16 x i32>")
+        fours = ", ".join(f"i32 {4 * row + quarter}" for quarter in range(4) for row in range(4))
+        moved = t.op(f"shufflevector <16 x i32> {words}, <16 x i32> poison, <16 x i32> <{fours}>")
+        order = ", ".join(f"i32 {16 * q + 4 * row + c}" for q in range(4) for c in range(4) for row in range(4))
+        raw = t.op(f"bitcast <16 x i32> {moved} to {full}")
+        return t.op(f"shufflevector {full} {raw}, {full} poison, <64 x i32> <{order}>")
+
+    def multiply_quads(self, t: Text, value: str, weight: str, acc: str) -> str:
+        name = "llvm.x86.avx512.vpdpbusd.512"
+        t.declare(name, f"<16 x i32> @{name}(<16 x i32>, <64 x i8>, <64 x i8>)")
+        return t.op(f"call <16 x i32> @{name}(<16 x i32> {acc}, <64 x i8> {value}, <64 x i8> {weight})")
 
     def values(self, t: Text, pointer: str, mask: str | None) -> str:
         """Neighbouring channels of A."""

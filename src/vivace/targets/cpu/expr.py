@@ -49,6 +49,13 @@ def emit(env: Env, e: Expr) -> Value:
             return reduce(env, e, emit)
 
 
+def emit_stored(env: Env, e: Expr, buffer: DType) -> Value:
+    """The value of an expression that is stored next: the store itself rounds to half precision."""
+    if isinstance(e, Cast) and e.dtype is buffer and buffer in (DType.f16, DType.bf16):
+        return cast(env.b, emit(env, e.x), dtype_of(e.x), DType.f32)
+    return emit(env, e)
+
+
 def _rounded(env: Env, v: Value) -> Value:
     """Rounding to nearest even and conversion to i32 as one instruction; out of range as the conversion alone."""
     b = env.b
