@@ -288,7 +288,7 @@ def _int8_problem(layer: Layer) -> Problem:
 
     def epilogue(lane: str) -> Expr:
         at = (symbol(lane),)
-        return requantize(Binary("add", ACC, Load(shift, at)), Load(factor, at), 0, DType.u8)
+        return requantize(Binary("add", ACC, Load(shift, at)), Load(factor, at), 0, DType.u8, is_bounded=True)
 
     axis = {"axis": 0 if layer.kernel else 1}
     constants = {

@@ -94,7 +94,7 @@ def test_passes_and_staged_rows(target: Isa) -> None:
     check(case, target)
 
 
-def quantized(case: Case, out: DType, zero_point: int, per_channel: bool) -> np.ndarray:
+def quantized(case: Case, out: DType, zero_point: int, per_channel: bool, is_bounded: bool = False) -> np.ndarray:
     """Gives the case a requantizing epilogue with bias and the output that ONNX defines."""
     n = case.expected.shape[-1]
     random = np.random.default_rng(n)
@@ -103,7 +103,7 @@ def quantized(case: Case, out: DType, zero_point: int, per_channel: bool) -> np.
     bias_buffer, scale_buffer = buffer("bias", bias), buffer("scale", scale)
     at = symbol("n")
     total = Binary("add", ACC, Load(bias_buffer, (at,)))
-    e = requantize(total, Load(scale_buffer, (at if per_channel else 0,)), zero_point, out)
+    e = requantize(total, Load(scale_buffer, (at if per_channel else 0,)), zero_point, out, is_bounded=is_bounded)
     case.c = replace(case.c, epilogue=e, extra=(bias_buffer, scale_buffer))
     case.arrays |= {bias_buffer: bias, scale_buffer: scale}
     limits = np.iinfo(out.numpy)
@@ -112,12 +112,12 @@ def quantized(case: Case, out: DType, zero_point: int, per_channel: bool) -> np.
 
 
 @each_isa
-@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("per_channel, is_bounded", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("out, zero_point", [(DType.u8, 0), (DType.u8, 131), (DType.i8, 0), (DType.i8, -77)])
-def test_requantization_is_exact(target: Isa, per_channel: bool, out: DType, zero_point: int) -> None:
+def test_requantization_is_exact(target: Isa, per_channel: bool, is_bounded: bool, out: DType, zero_point: int) -> None:
     a, b = numbers(1, UNSIGNED, 2, 37, 64), numbers(2, SIGNED, 2, 64, 75)
     case = product(a, b, out.numpy.type, target)
-    expected = quantized(case, out, zero_point, per_channel)
+    expected = quantized(case, out, zero_point, per_channel, is_bounded)
     np.testing.assert_array_equal(case.run(target), expected)
     case.tile = replace(choose_tile(case.c, target), k_block=16)  # type: ignore[arg-type]
     np.testing.assert_array_equal(case.run(target), expected)

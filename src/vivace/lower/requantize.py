@@ -16,19 +16,36 @@ ACC = Read("acc", DType.i32)
 
 
 def requantize(
-    acc: Expr, scale: Expr, zero_point: int, out: DType, lo: int | None = None, hi: int | None = None
+    acc: Expr,
+    scale: Expr,
+    zero_point: int,
+    out: DType,
+    lo: int | None = None,
+    hi: int | None = None,
+    is_bounded: bool = False,
 ) -> Expr:
     """The epilogue of an integer contraction. `acc` is i32 with all integer terms added; `scale` is
     `a_scale * b_scale / out_scale` in f32, per tensor or per channel; `lo` and `hi` narrow the range of the result (a
-    fused ReLU is `lo=zero_point`).
+    fused ReLU is `lo=zero_point`). `is_bounded`: see `quantize`.
     """
-    return quantize(Binary("mul", Cast(DType.f32, acc), scale), zero_point, out, lo, hi)
+    return quantize(Binary("mul", Cast(DType.f32, acc), scale), zero_point, out, lo, hi, is_bounded)
 
 
-def quantize(x: Expr, zero_point: int, out: DType, lo: int | None = None, hi: int | None = None) -> Expr:
-    """Integers of 4 to 16 bits from numbers that are already divided by their scale; NaN gives any."""
+def quantize(
+    x: Expr, zero_point: int, out: DType, lo: int | None = None, hi: int | None = None, is_bounded: bool = False
+) -> Expr:
+    """Integers of 4 to 16 bits from numbers that are already divided by their scale; NaN gives any.
+
+    `is_bounded` promises that |x| < 2**30: it is then clipped as an integer, by the instruction that narrows it.
+    """
     least, most = RANGES[out]
     least, most = least if lo is None else max(lo, least), most if hi is None else min(hi, most)
+    if is_bounded:
+        whole: Expr = Cast(DType.i32, Unary("round", x))
+        if zero_point:
+            whole = Binary("add", whole, Const(zero_point, DType.i32))
+        whole = Binary("min", Binary("max", whole, Const(least, DType.i32)), Const(most, DType.i32))
+        return Cast(out, whole)
     floor, ceiling = Const(float(least - zero_point), DType.f32), Const(float(most - zero_point), DType.f32)
     clipped = Binary("min", Binary("max", x, floor), ceiling)
     rounded: Expr = Cast(DType.i32, Unary("round", clipped))
