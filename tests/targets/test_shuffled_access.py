@@ -110,3 +110,16 @@ def test_pairs_are_reduced_across_the_vector(each_isa, compile_kernel) -> None:
     xs, ys = np.random.default_rng(0).random((45, 2), np.float32), np.zeros(45, np.float32)
     code.run([xs, ys], {"R": 45})
     np.testing.assert_allclose(ys, np.sqrt(xs[:, 0] + xs[:, 1]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("n, stride", [(1, 1), (9, 3)])
+def test_scalar_iterations_run_once(each_isa, compile_kernel, n, stride) -> None:
+    """What is added to memory in place is added once, also where a loop is too short or too scattered for vectors."""
+    y = buffer("y", f32, (n,), (stride,), out=True)
+    store = Store(y, (u,), Binary("add", Load(y, (u,)), Const(1.0, f32)))
+    code = compile_kernel(
+        Kernel("grow", (y,), (For("b", 1, (For("u", n, (store,), "vector"),), "parallel"),)), each_isa
+    )
+    ys = np.zeros(n * stride, np.float32)
+    code.run([ys])
+    np.testing.assert_array_equal(ys[::stride], np.ones(n, np.float32))

@@ -256,7 +256,8 @@ class _Generator:
         done = start
         if lanes == 1:
             self._one_by_one(env, loop, start, stop)
-        elif has_masks(self.isa):
+            return
+        if has_masks(self.isa):
             if widths:
                 done = self._vectors(env, loop, done, stop, widths[0])
             if static or _is_small(loop):
