@@ -22,11 +22,11 @@ from vivace.graph.graph import Graph, Node, Value
 VIEWS = frozenset({"reshape", "transpose", "slice", "expand"})
 # Ops whose lowering evaluates an epilogue on each result before it is stored.
 WITH_EPILOGUE = frozenset(
-    {"conv", "conv_transpose", "matmul", "softmax", "layer_norm", "rms_norm", "reduce_sum", "reduce_max", "reduce_min", "reduce_prod",
+    {"conv", "conv_transpose", "matmul", "conv_integer", "matmul_integer", "softmax", "layer_norm", "rms_norm", "reduce_sum", "reduce_max", "reduce_min", "reduce_prod",
      "reduce_mean", "max_pool", "avg_pool", "gather", "resize"}
 )  # fmt: skip
 # Of these the generators store f32 only, or keep intermediate values in the result: no epilogue changes the dtype.
-SAME_DTYPE = frozenset({"conv", "conv_transpose", "matmul", "softmax", "layer_norm", "rms_norm"})
+SAME_DTYPE = frozenset({"softmax", "layer_norm", "rms_norm"})
 MAX_EPILOGUE = 24  # nodes: beyond this the registers of a micro-kernel's tail would spill
 
 

@@ -14,6 +14,7 @@ from vivace.base.dims import Dim
 from vivace.base.dtypes import DType
 from vivace.graph.build import Builder, constant
 from vivace.graph.graph import Graph, Node, Type, Value, freeze
+from vivace.graph.ops.quantized import BYTES, RANGES
 
 _HALF = (DType.f16, DType.bf16)
 _IN_F32 = frozenset({"matmul", "conv", "conv_transpose", "attention", "softmax", "log_softmax", "lstm", "gru", "rnn"})
@@ -53,6 +54,53 @@ def widen_halves(graph: Graph) -> Graph:
     return replace(graph, nodes=tuple(nodes))
 
 
+def spread_dequantize(graph: Graph) -> Graph:
+    """A `dequantize` for each element-wise node that reads it, right behind what makes the bytes: it is computed where
+    it is read, and whoever could take that node into an epilogue finds its operands there.
+
+    Before: p = dequantize(q); add(p, x); mul(p, y)    After: add(dequantize(q), x); mul(dequantize(q), y)
+    """
+    if not any(n.op.name == "dequantize" for n in graph.nodes):
+        return graph
+    users, outputs = graph.users(), set(graph.outputs)
+    after: dict[Value | None, list[Node]] = {}  # by the operand that is made last
+    copies: dict[tuple[Value, Node], Value] = {}
+    made = {v: i for i, n in enumerate(graph.nodes) for v in n.outputs}
+    kept: set[Node] = set()
+    for n in graph.nodes:
+        if n.op.name != "dequantize":
+            continue
+        y = n.outputs[0]
+        readers = [u for u in users.get(y, []) if u.op.kind == "elementwise"]
+        last = max((v for v in n.inputs if v in made), key=lambda v: made[v], default=None)  # type: ignore[index]
+        for k, u in enumerate(readers):
+            if k == 0 and len(readers) == len(users[y]) and y not in outputs:
+                copies[y, u] = y  # all readers have their own: the first keeps this one
+            else:
+                copies[y, u] = replace(y, name=f"{y.name}_for{k}")
+            after.setdefault(last, []).append(replace(n, outputs=(copies[y, u],)))
+        if not readers or len(readers) < len(users[y]) or y in outputs:
+            kept.add(n)
+    nodes: list[Node] = list(after.get(None, []))
+    for n in graph.nodes:
+        if n.op.name != "dequantize" or n in kept:
+            inputs = tuple(v if v is None else copies.get((v, n), v) for v in n.inputs)
+            nodes.append(n if inputs == n.inputs else replace(n, inputs=inputs))
+        for v in n.outputs:
+            nodes += after.get(v, [])
+    return replace(graph, nodes=tuple(nodes))
+
+
+def _fill(n: Node, x: Value) -> float | int | None:
+    """What padding holds: the zero of a sum, the least of a maximum."""
+    if n.op.name == "max_pool":
+        return float("-inf") if x.dtype.is_float else RANGES[x.dtype][0] if x.dtype in BYTES else None
+    if n.op.name == "conv_integer":
+        assert n.inputs[2] is not None and n.inputs[2].data is not None
+        return int(n.inputs[2].data.reshape(-1)[0])
+    return 0.0
+
+
 def split_pads(graph: Graph) -> Graph:
     """Split the pads off convolutions and max pools, so that the producer can write into a padded buffer.
 
@@ -63,15 +111,15 @@ def split_pads(graph: Graph) -> Graph:
     padded: dict[object, Value] = {}
     for n in graph.nodes:
         pads: tuple[tuple[Dim, ...], tuple[Dim, ...]] = (n.attrs.get("before", ()), n.attrs.get("after", ()))
-        if n.op.name in ("conv", "max_pool") and any(d != 0 for p in pads for d in p):
+        if n.op.name in ("conv", "conv_integer", "max_pool") and any(d != 0 for p in pads for d in p):
             x = n.inputs[0]
             assert x is not None
             spatial = slice(1, -1) if n.attrs["layout"] == "NHWC" else slice(2, None)
             before: list[Dim] = [0] * x.rank
             after: list[Dim] = [0] * x.rank
             before[spatial], after[spatial] = pads
-            fill = float("-inf") if n.op.name == "max_pool" else 0.0
-            if n.op.name == "max_pool" and not x.dtype.is_float:
+            fill = _fill(n, x)
+            if fill is None:
                 nodes.append(n)
                 continue
             key = (x, tuple(before), tuple(after), fill)

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError
 from vivace.graph.graph import Attrs, Node
+from vivace.graph.ops.quantized import RANGES
 from vivace.loops.kernel import Binary, Cast, Const, Expr, Select, Unary, dtype_of
+from vivace.lower.requantize import quantize
 
 _DIRECT_UNARY = frozenset(
     ["neg", "abs", "sqrt", "exp", "log", "log1p", "expm1", "erf", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "sigmoid", "floor", "ceil", "round", "sign", "not", "bitnot", "isnan", "isinf"]
@@ -58,6 +60,26 @@ _COMPOSED: dict[str, Callable[[Expr, Attrs], Expr]] = {
 }
 
 
+def _quantize(args: list[Expr], to: DType) -> Expr:
+    """A known zero point is added after rounding to an integer, another one in f32, where it is exact too."""
+    x, scale, zero = args
+    scaled = x if isinstance(scale, Const) and scale.value == 1 else Binary("div", x, scale)
+    if isinstance(zero, Const):
+        return quantize(scaled, int(zero.value), to)
+    low, high = RANGES[to]
+    moved = Binary("add", Unary("round", scaled), Cast(DType.f32, zero))
+    clipped = Binary("min", Binary("max", moved, Const(float(low), DType.f32)), Const(float(high), DType.f32))
+    return Cast(to, Cast(DType.i32, Unary("round", clipped)))
+
+
+def _dequantize(args: list[Expr]) -> Expr:
+    q, scale, zero = args
+    wide: Expr = Cast(DType.i32, q)
+    if not (isinstance(zero, Const) and zero.value == 0):
+        wide = Binary("sub", wide, Cast(DType.i32, zero))
+    return Binary("mul", Cast(DType.f32, wide), scale)
+
+
 def scalar(node: Node, args: list[Expr]) -> Expr:
     """The expression of an element-wise node over its operands' elements."""
     name = node.op.name
@@ -67,6 +89,10 @@ def scalar(node: Node, args: list[Expr]) -> Expr:
         return _COMPOSED[name](args[0], node.attrs)
     if name in _DIRECT_BINARY:
         return Binary(name, args[0], args[1])
+    if name == "quantize":
+        return _quantize(args, node.outputs[0].dtype)
+    if name == "dequantize":
+        return _dequantize(args)
     if name == "mod":
         return Binary("fmod" if node.attrs.get("fmod") else "mod", args[0], args[1])
     if name == "where":

@@ -162,8 +162,8 @@ class Scope:
         return outs
 
     def _constant(self, op: Op, inputs: Sequence[Value | None], attrs: dict[str, Any]) -> Value | None:
-        if op.kind not in _FOLDED_KINDS and op.name not in _FOLDED:
-            return None
+        if (op.kind not in _FOLDED_KINDS and op.name not in _FOLDED) or op.name == "dequantize":
+            return None  # what is quantized stays so: the integers are what fast products read
         types = op.infer([None if v is None else v.type for v in inputs], attrs)
         given = sum(v.data.nbytes for v in inputs if v is not None and v.data is not None)
         size = types[0].bytes

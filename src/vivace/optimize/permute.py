@@ -20,7 +20,7 @@ from vivace.base.dims import Dim
 from vivace.graph.graph import Node
 
 Perm = tuple[int, ...]
-CONVS = frozenset({"conv", "conv_transpose"})
+CONVS = frozenset({"conv", "conv_transpose", "conv_integer"})
 POOLS = frozenset({"max_pool", "avg_pool"})
 
 

@@ -24,6 +24,7 @@ from vivace.optimize.rules import (
     indices,
     movement,
     normalization,
+    quantized,
     transposes,
     weights,
 )
@@ -72,6 +73,15 @@ PIPELINE: tuple[Pass, ...] = (
         rules=(*SIMPLIFY, *weights.RULES), ensures=frozenset({"simple"}),
     ),
     Pass("share_again", "and share what became equal", Level.BASIC, function=share_common),
+    Pass(
+        "use_integers", "quantized products in integers, bytes instead of f32 between them; before constants of i8 are"
+        " folded to f32", Level.LAYOUT,
+        rules=(*quantized.RULES, *SIMPLIFY), requires=frozenset({"simple"}), ensures=frozenset({"simple"}),
+    ),
+    Pass(
+        "fold_dequantized_weights", "weights that no integer product reads, as f32", Level.LAYOUT,
+        rules=(quantized.fold_dequantized, *weights.RULES, *SIMPLIFY), requires=frozenset({"simple"}),
+    ),
     Pass(
         "put_channels_last", "convolutions and pools on NHWC; last, since it decides for the whole graph", Level.LAYOUT,
         function=put_channels_last, requires=frozenset({"simple"}), ensures=frozenset({"channels_last"}),

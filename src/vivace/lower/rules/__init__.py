@@ -19,6 +19,7 @@ from vivace.lower.rules.indexing import (
 )
 from vivace.lower.rules.placement import lower_concat, lower_pad
 from vivace.lower.rules.pool import lower_pool
+from vivace.lower.rules.quantized import lower_conv_integer, lower_matmul_integer
 from vivace.lower.rules.recurrent import lower_recurrent
 from vivace.lower.rules.resize import lower_resize
 from vivace.lower.rules.rowwise import lower_norm, lower_reduce, lower_softmax
@@ -31,6 +32,8 @@ RULES: dict[str, Callable[[Lowering, Group], None]] = {
     "matmul": lower_matmul,
     "conv": lower_conv,
     "conv_transpose": lower_conv_transpose,
+    "conv_integer": lower_conv_integer,
+    "matmul_integer": lower_matmul_integer,
     "softmax": lower_softmax,
     "log_softmax": lower_softmax,
     "layer_norm": lower_norm,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from vivace.base.dims import Dim
@@ -20,16 +20,21 @@ ACC = Read("acc", DType.f32)
 class Epilogue:
     """The element-wise tail of a contraction: buffers for what it reads, and the expression over `acc`.
 
+    `bias` is added to the accumulator; a function gives the anchor's result as an expression over `acc` instead.
     `shape` is the shape of the anchor's result; `index` gives, per axis of that shape, the loop symbol that walks it.
     """
 
-    def __init__(self, ctx: Lowering, g: Group, bias: View | None, index: Sequence[Dim]) -> None:
+    def __init__(
+        self, ctx: Lowering, g: Group, bias: View | Callable[[Params], Expr] | None, index: Sequence[Dim]
+    ) -> None:
         anchor = g.anchor.outputs[0]
         self.params = Params()
         at = tuple(index)
         acc: Expr = ACC
-        if bias is not None:
+        if isinstance(bias, View):
             acc = Binary("add", ACC, self.params.load(bias.expand(anchor.shape), at))
+        elif bias is not None:
+            acc = bias(self.params)
         rest = [n for n in g.nodes if n is not g.anchor]
         if rest:
             tree = Tree(ctx, rest, g.output, given=[anchor])

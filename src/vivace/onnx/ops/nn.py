@@ -44,8 +44,8 @@ def conv(c: Call, x: Value, w: Value, bias: Value | None = None) -> Value:
     return convolve(c, x, w, bias)
 
 
-def convolve(c: Call, x: Value, w: Value, bias: Value | None) -> Value:
-    """A convolution with the window of the node's attributes."""
+def convolve(c: Call, x: Value, w: Value, bias: Value | None, zero: Value | None = None) -> Value:
+    """A convolution with the window of the node's attributes; of bytes when `zero` gives the zero point of x."""
     n = x.rank - 2
     if n < 1 or w.rank != x.rank:
         raise c.error(f"operands are {x.type} and {w.type}", "one rank of at least 3")
@@ -57,17 +57,15 @@ def convolve(c: Call, x: Value, w: Value, bias: Value | None) -> Value:
     strides, dilations = per_axis(c, "strides", n, 1), per_axis(c, "dilations", n, 1)
     before, after = window_padding(c, x.shape[2:], kernel, strides, dilations)  # type: ignore[arg-type]
     x, before, after = _crop(c, x, before, after)
-    return c.conv(
-        x,
-        w,
-        bias,
-        strides=strides,
-        dilations=dilations,
-        before=before,
-        after=after,
-        group=c.attr("group", 1),
-        layout="NCHW",
-    )
+    window = {
+        "strides": strides,
+        "dilations": dilations,
+        "before": before,
+        "after": after,
+        "group": c.attr("group", 1),
+        "layout": "NCHW",
+    }
+    return c.conv(x, w, bias, **window) if zero is None else c.conv_integer(x, w, zero, bias, **window)
 
 
 def _crop(

@@ -1,6 +1,7 @@
 """Quantization: QuantizeLinear, DequantizeLinear, the integer products, QLinear*, MatMulNBits.
 
-Composed of exact core ops: integers are widened to i32, products are summed in i32, and the scale is applied in f32.
+Numbers of 4 to 16 bits become the core ops `quantize` and `dequantize`, products with constant i8 weights `conv_integer`
+and `matmul_integer`; the rest is composed: integers widened to i32, products summed in i32, the scale applied in f32.
 Source: `y = saturate(round_half_even(x / scale) + zero_point)`, `x = (q - zero_point) * scale`.
 """
 
@@ -13,21 +14,14 @@ import numpy as np
 from vivace.base.dims import Dim, exact_div
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Value
+from vivace.graph.ops.quantized import BYTES, RANGES
 from vivace.onnx.call import Call, Result, onnx_op
 from vivace.onnx.ops.math import cast_value
 from vivace.onnx.ops.nn import convolve
 from vivace.onnx.scope import Fallback
 from vivace.onnx.tensors import dtype_of
 
-_RANGES = {
-    DType.i4: (-8, 7),
-    DType.u4: (0, 15),
-    DType.i8: (-128, 127),
-    DType.u8: (0, 255),
-    DType.i16: (-32768, 32767),
-    DType.u16: (0, 65535),
-    DType.i32: (-(1 << 31), (1 << 31) - 1),
-}
+_RANGES = {**RANGES, DType.i32: (-(1 << 31), (1 << 31) - 1)}
 
 
 def along_axis(c: Call, v: Value, x: Value, axis: int, block: int) -> Value:
@@ -46,6 +40,9 @@ def along_axis(c: Call, v: Value, x: Value, axis: int, block: int) -> Value:
 
 def dequantize(c: Call, x: Value, scale: Value, zero: Value | None) -> Value:
     """(x - zero) * scale in f32, of operands that broadcast."""
+    if x.dtype in _RANGES:
+        zero = c.like(x, 0) if zero is None else c.cast_to(zero, x.dtype)
+        return c.dequantize(x, c.cast_to(scale, DType.f32), zero)
     wide = c.cast_to(x, DType.i32) if x.dtype.is_int else c.cast_to(x, DType.f32)
     if zero is not None and not (zero.data is not None and not zero.data.any()):
         wide = c.sub(wide, c.cast_to(zero, wide.dtype))
@@ -54,6 +51,9 @@ def dequantize(c: Call, x: Value, scale: Value, zero: Value | None) -> Value:
 
 def quantize(c: Call, x: Value, scale: Value, zero: Value | None, to: DType) -> Value:
     """saturate(round(x / scale) + zero), of operands that broadcast."""
+    if to in RANGES:
+        zero = c.const(0, to) if zero is None else c.cast_to(zero, to)
+        return c.quantize(c.cast_to(x, DType.f32), c.cast_to(scale, DType.f32), zero)
     y = c.div(c.cast_to(x, DType.f32), c.cast_to(scale, DType.f32))
     if to.is_float:
         y = y if zero is None else c.add(y, c.cast_to(zero, DType.f32))
@@ -116,7 +116,34 @@ def _shifted(c: Call, x: Value, zero: Value | None, shape: Sequence[Dim]) -> Val
     return c.sub(wide, c.reshaped(zero, () if zero.type.size == 1 else tuple(shape)))
 
 
+def _narrow_weights(c: Call, w: Value, zero: Value | None) -> Value | None:
+    """Constant w - zero where it fits i8: what integer products take. `zero` varies along the columns or filters."""
+    if w.data is None or w.dtype not in BYTES or (zero is not None and zero.data is None):
+        return None
+    wide = w.data.astype(np.int32)
+    if zero is not None and zero.data is not None:
+        columns = zero.data.reshape(-1).astype(np.int32)
+        filters = columns.reshape(-1, *[1] * (w.rank - 1)) if w.rank > 2 and columns.size > 1 else columns
+        if zero.rank > 1 or (columns.size > 1 and columns.size != w.shape[0 if w.rank > 2 else -1]):
+            return None
+        wide = wide - filters
+    fits = not wide.size or (wide.min() >= -128 and wide.max() <= 127)
+    return c.const(wide.astype(np.int8)) if fits else None
+
+
+def _zero_of(c: Call, x: Value, zero: Value | None) -> Value | None:
+    """The zero point of bytes as a scalar, or None where there is not just one."""
+    if x.dtype not in BYTES:
+        return None
+    if zero is None:
+        return c.like(x, 0)
+    return c.reshaped(zero, ()) if zero.type.size == 1 else None
+
+
 def _product(c: Call, a: Value, b: Value, a_zero: Value | None, b_zero: Value | None) -> Value:
+    narrow, zero = _narrow_weights(c, b, b_zero) if b.rank == 2 and a.rank > 1 else None, _zero_of(c, a, a_zero)
+    if narrow is not None and zero is not None:
+        return c.matmul_integer(a, narrow, zero)
     rows = a_zero is not None and a_zero.rank == 1
     left = _shifted(
         c, a, a_zero, (a.shape[-2], 1) if rows and a.rank > 1 else a_zero.shape if a_zero is not None else ()
@@ -134,6 +161,9 @@ def matmul_integer(c: Call, a: Value, b: Value, a_zero: Value | None = None, b_z
 def _convolved(
     c: Call, x: Value, w: Value, x_zero: Value | None, w_zero: Value | None, bias: Value | None = None
 ) -> Value:
+    narrow, zero = _narrow_weights(c, w, w_zero), _zero_of(c, x, x_zero)
+    if narrow is not None and zero is not None and zero.data is not None:  # it pads with the zero point
+        return convolve(c, x, narrow, bias, zero)
     filters = (w.shape[0], *[1] * (w.rank - 1))
     return convolve(c, _shifted(c, x, x_zero, ()), _shifted(c, w, w_zero, filters), bias)
 
@@ -198,6 +228,61 @@ def qlinear_binary(
     return quantize(
         c, c.add(left, right) if c.op_type == "QLinearAdd" else c.mul(left, right), y_scale, y_zero, y_zero.dtype
     )
+
+
+@onnx_op("QGemm", domain="com.microsoft")
+def qgemm(
+    c: Call,
+    a: Value,
+    a_scale: Value,
+    a_zero: Value,
+    b: Value,
+    b_scale: Value,
+    b_zero: Value,
+    bias: Value | None = None,
+    y_scale: Value | None = None,
+    y_zero: Value | None = None,
+) -> Value:
+    """Unless y_scale is given the result is f32. The bias is i32 with the scale a_scale * b_scale."""
+    if c.attr("transA", 0):
+        a = c.transposed(a, (1, 0))
+    if c.attr("transB", 0):
+        b = c.transposed(b, (1, 0))
+    total = _product(c, a, b, c.reshaped(a_zero, ()), b_zero)
+    if bias is not None:
+        total = c.add(total, bias)
+    scale = c.mul(c.reshaped(c.cast_to(a_scale, DType.f32), ()), c.cast_to(b_scale, DType.f32))
+    scale = c.reshaped(scale, () if scale.type.size == 1 else scale.shape)
+    alpha = c.attr("alpha", 1.0)
+    y = c.mul(c.cast_to(total, DType.f32), scale if alpha == 1 else c.mul(scale, c.like(scale, alpha)))
+    return y if y_scale is None or y_zero is None else quantize(c, y, y_scale, y_zero, y_zero.dtype)
+
+
+@onnx_op("QLinearSigmoid", "QLinearLeakyRelu", domain="com.microsoft")
+def qlinear_unary(
+    c: Call, x: Value, x_scale: Value, x_zero: Value | None, y_scale: Value, y_zero: Value | None = None
+) -> Value:
+    wide = dequantize(c, x, x_scale, x_zero)
+    y = c.sigmoid(wide) if c.op_type == "QLinearSigmoid" else c.leaky_relu(wide, alpha=c.attr("alpha", 0.01))
+    return quantize(c, y, y_scale, y_zero, x.dtype)
+
+
+@onnx_op("QLinearConcat", domain="com.microsoft")
+def qlinear_concat(c: Call, y_scale: Value, y_zero: Value, *parts: Value) -> Value:
+    """Operands come as (tensor, scale, zero point), each brought to the scale of the result."""
+    wide = [dequantize(c, *parts[i : i + 3]) for i in range(0, len(parts), 3)]
+    return c.concat(
+        *(quantize(c, x, y_scale, y_zero, y_zero.dtype) for x in wide), axis=c.axis(c.attr("axis"), wide[0].rank)
+    )
+
+
+@onnx_op("QLinearGlobalAveragePool", domain="com.microsoft")
+def qlinear_global_average_pool(
+    c: Call, x: Value, x_scale: Value, x_zero: Value, y_scale: Value, y_zero: Value
+) -> Value:
+    axes = tuple(range(1, x.rank - 1)) if c.attr("channels_last", 0) else tuple(range(2, x.rank))
+    mean = c.reduce_mean(dequantize(c, x, x_scale, x_zero), axes=axes, keepdims=True)
+    return quantize(c, mean, y_scale, y_zero, y_zero.dtype)
 
 
 def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:

@@ -37,7 +37,7 @@ def fold_constant(n: Node, at: At) -> Outcome:
     """f(constants) is computed at compile time, unless the result is much larger than its operands."""
     if any(v is not None and v.data is None for v in n.inputs):
         return None
-    if n.op.name in ("onnx", "loop") or any(isinstance(a, Graph) for a in n.attrs.values()):
+    if n.op.name in ("onnx", "loop", "dequantize") or any(isinstance(a, Graph) for a in n.attrs.values()):
         return None
     if any(map(_is_symbolic, n.attrs.values())) or not all(v.type.is_static for v in n.outputs):
         return "its attributes are symbolic"
