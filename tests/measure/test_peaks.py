@@ -11,7 +11,7 @@ import pytest
 from vivace.base.cache import Cache
 from vivace.base.errors import InputError
 from vivace.base.machine import ISAS, best_isa, host, missing_flags
-from vivace.measure.peaks import Peak, Peaks, machine_peaks
+from vivace.measure.peaks import Peak, Peaks, _is_disturbed, _Task, machine_peaks
 from vivace.targets.cpu.jit import assembly
 from vivace.targets.cpu.peaks import arithmetic_text, arithmetics, n_operations, peak_kernels, stream_text
 
@@ -99,3 +99,10 @@ def test_peaks_are_read_back_from_the_cache(tmp_path) -> None:  # type: ignore[n
     machine, isa = host(), best_isa(host())
     store.put("peaks", f"3 {machine.fingerprint()} {isa.name} 4", peaks.to_json().encode())
     assert machine_peaks(4, store=store) == peaks
+
+
+@pytest.mark.parametrize("one, two, disturbed", [(470.0, 935.0, False), (470.0, 700.0, True), (201.1, 905.2, True)])
+def test_rates_that_contradict_each_other_are_disturbed(one: float, two: float, disturbed: bool) -> None:
+    """Two cores that do far more than twice what one did: the one was disturbed when it was measured alone."""
+    tasks = [_Task("arithmetic", "i8", n, lambda *_: None, 64, 1) for n in (1, 2)]
+    assert any(_is_disturbed(tasks, [one, two])) is disturbed

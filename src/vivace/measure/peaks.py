@@ -154,11 +154,14 @@ def measure_peaks(machine: Machine, isa: Isa, n_threads: int, progress: Progress
 
 
 def _is_disturbed(tasks: Sequence[_Task], best: Sequence[float]) -> Iterator[bool]:
-    """Arithmetic units are private to a core: where several cores do less than so many times one, others use them."""
+    """Arithmetic units are private to a core: several cores do as many times what one does. Less tells that others used
+    the cores then, more that they used the one core when it was measured alone.
+    """
     single = {task.of: rate for task, rate in zip(tasks, best) if task.what == "arithmetic" and task.threads == 1}
     for task, rate in zip(tasks, best):
         if task.what == "arithmetic" and task.threads > 1:
-            yield rate < 0.9 * task.threads * single[task.of]
+            alone = task.threads * single[task.of]
+            yield not 0.9 * alone <= rate <= 1.1 * alone
 
 
 @dataclass(frozen=True, slots=True)
