@@ -50,7 +50,8 @@ def run(graph: Graph, *xs: np.ndarray, isas: tuple[str, ...] = (BEST,)) -> None:
 @pytest.mark.parametrize("isa", HERE)
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(
-    ("s", "t"), [(1, 1), (1, 5), (1, 700), (2, 3), (16, 16), (17, 17), (64, 64), (70, 130), (130, 257), (65, 600), (3, 900)]
+    ("s", "t"),
+    [(1, 1), (1, 5), (1, 700), (2, 3), (16, 16), (17, 17), (64, 64), (70, 130), (130, 257), (65, 600), (3, 900)],
 )
 def test_static_sizes(isa: str, s: int, t: int, causal: bool) -> None:
     graph = attention((2, 3, s, 20), (2, 3, t, 20), 33, causal=causal)
@@ -62,7 +63,15 @@ def test_static_sizes(isa: str, s: int, t: int, causal: bool) -> None:
 def test_symbolic_sizes(isa: str, causal: bool) -> None:
     b, s, t = symbol("batch", 0), symbol("part", 0), symbol("past", 0) + symbol("part", 0)
     graph = attention((b, 6, s, 16), (b, 2, t, 16), 16, Type(DType.bool, (b, 1, s, t)), causal=causal)
-    for n, n_queries, n_keys in [(1, 1, 1), (2, 1, 9), (1, 1, 600), (3, 5, 5), (1, 64, 64), (2, 66, 300), (1, 130, 777)]:
+    for n, n_queries, n_keys in [
+        (1, 1, 1),
+        (2, 1, 9),
+        (1, 1, 600),
+        (3, 5, 5),
+        (1, 64, 64),
+        (2, 66, 300),
+        (1, 130, 777),
+    ]:
         mask = RNG.random((n, 1, n_queries, n_keys)) < 0.7
         mask[..., 0] = True
         run(graph, random(n, 6, n_queries, 16), random(n, 2, n_keys, 16), random(n, 2, n_keys, 16), mask, isas=(isa,))
@@ -76,9 +85,7 @@ def test_no_queries() -> None:
 
 
 @pytest.mark.parametrize("size", [(4, 4), (4, 700), (80, 80), (1, 40)])
-@pytest.mark.parametrize(
-    "axes", ["bhst", "11st", "b11t", "bh1t", "b1s1", "st", "t", "1hs1", "1"]
-)
+@pytest.mark.parametrize("axes", ["bhst", "11st", "b11t", "bh1t", "b1s1", "st", "t", "1hs1", "1"])
 @pytest.mark.parametrize("dtype", [DType.bool, F32])
 def test_masks_of_any_shape(size: tuple[int, int], axes: str, dtype: DType) -> None:
     sizes = {"b": 2, "h": 4, "s": size[0], "t": size[1], "1": 1}
@@ -101,7 +108,9 @@ def test_rows_without_visible_keys_are_nan(isa: str, s: int, t: int) -> None:
 
 
 @pytest.mark.parametrize("isa", HERE)
-@pytest.mark.parametrize(("s", "t", "depth"), [(16, 64, 64), (64, 64, 64), (70, 300, 64), (130, 1030, 128), (1, 300, 64)])
+@pytest.mark.parametrize(
+    ("s", "t", "depth"), [(16, 64, 64), (64, 64, 64), (70, 300, 64), (130, 1030, 128), (1, 300, 64)]
+)
 def test_heads_of_models(isa: str, s: int, t: int, depth: int) -> None:
     """Heads side by side, as projections leave them: rows of keys are powers of two apart."""
 
@@ -170,7 +179,9 @@ def test_random_cases() -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_engine(threads: int) -> None:
     graph = attention((2, 5, 150, 16), (2, 5, 300, 16), 16, causal=True)
-    check_engine(graph, random(2, 5, 150, 16), random(2, 5, 300, 16), random(2, 5, 300, 16), threads=threads, tol=TOLERANCE)
+    check_engine(
+        graph, random(2, 5, 150, 16), random(2, 5, 300, 16), random(2, 5, 300, 16), threads=threads, tol=TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("sizes", [(2, 3, 0, 4), (2, 3, 4, 0)])
