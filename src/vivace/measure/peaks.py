@@ -28,7 +28,7 @@ from vivace.base.events import warn
 from vivace.base.machine import Isa, Machine, best_isa, host
 from vivace.targets.cpu.peaks import Native, n_operations, peak_kernels
 
-_FORMAT = 3
+_FORMAT = 4
 _BLOCK_BYTES = 1 << 12  # sizes are whole pages
 _N_RUNS = 16
 _N_MORE_RUNS = 48  # where the machine is not quiet
