@@ -54,7 +54,7 @@ def engine(graph: Graph, size: Size, threads: int) -> Engine:
     """The layer lowered with tiles of a size, None for the direct way."""
     chosen = winograd.choose
 
-    def fixed(node: Node, isa: Isa) -> Size:
+    def fixed(node: Node, isa: Isa, half: bool = False) -> Size:
         return size
 
     winograd.choose = fixed

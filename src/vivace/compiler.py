@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vivace.base.cache import default_cache
-from vivace.base.errors import EngineError, InputError, UnknownSizeError, UnsupportedError
+from vivace.base.errors import EngineError, InputError, ModelError, UnknownSizeError, UnsupportedError
+from vivace.base.events import warn
 from vivace.base.knobs import knobs
 from vivace.base.machine import ISAS, Isa, best_isa, host, isa, missing_flags
+from vivace.base.specs import TensorSpec
 
 if TYPE_CHECKING:
     from vivace.graph.graph import Graph, Node
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from vivace.runtime.engine import Engine, ForeignRunner, MakeForeign, Placement
     from vivace.runtime.hosted import HostedEngine
 
+PRECISIONS = ("f32", "bf16")
 PROVIDERS = ("native", "onnxruntime", "openvino")
 Progress = Callable[[str, int, int], None]
 
@@ -49,8 +52,8 @@ def compile(
     goes on.
     Raises: ModelError, UnsupportedError (a node has no provider), InputError (a bad option).
     """
-    if precision != "f32":
-        raise UnsupportedError(f"precision {precision!r} is not available", expected="'f32'")
+    if precision not in PRECISIONS:
+        raise UnsupportedError(f"precision {precision!r} is not available", expected=", ".join(PRECISIONS))
     names = tuple(providers.split(",")) if isinstance(providers, str) else tuple(providers)
     n_threads = threads_for(threads)
     for name in names:
@@ -58,7 +61,9 @@ def compile(
             raise InputError(f"unknown provider {name!r}", where="providers", expected=", ".join((*PROVIDERS, "auto")))
 
     def native() -> Engine:
-        return _compile_native(source, n_threads, names, choose_isa(target), cache, shapes, level, disable, progress)
+        return _compile_native(
+            source, n_threads, names, choose_isa(target), cache, shapes, level, disable, progress, precision
+        )
 
     if names == ("auto",):
         from vivace.choice import fastest
@@ -101,6 +106,7 @@ def _compile_native(
     level: int | str,
     disable: Sequence[str],
     progress: Progress | None,
+    precision: str = "f32",
 ) -> Engine:
     from vivace.runtime.engine import Engine
 
@@ -113,8 +119,10 @@ def _compile_native(
 
     without = frozenset(disable) & OPTIONS.keys()
     graph = optimize_for_native(graph, level, [name for name in disable if name not in without])
+    graph, facts = apply_precision(graph, precision, target)
     plan = make_plan(graph, target, providers, without)
     image = link_image(plan, target, cache, progress)
+    image.facts.update(facts)
     image.facts["compile_seconds"] = time.perf_counter() - started
     rest = (placements(image), make_foreign(threads), lambda: portable_model(source, shapes))
     if knobs.check:
@@ -177,14 +185,31 @@ def threads_for(threads: int | None) -> int:
 
 
 def load_graph(source: object, shapes: Mapping[str, Sequence[int]] | None) -> Graph:
-    """Import a model, or take a graph as it is."""
+    """Import a model, or take a graph as it is.
+
+    A branch that never runs at the given shapes may contradict them; then the sizes stay symbolic, and the shapes are
+    only checked to fit.
+    """
     from vivace.graph.graph import Graph
 
     if isinstance(source, Graph):
         return source
     from vivace.onnx.importer import import_model
 
-    return import_model(source, overrides=shapes)  # type: ignore[arg-type]
+    try:
+        return import_model(source, overrides=shapes)  # type: ignore[arg-type]
+    except ModelError as refusal:
+        if not shapes:
+            raise
+        try:
+            graph = import_model(source)  # type: ignore[arg-type]
+        except ModelError:
+            raise refusal from None
+        from vivace.measure.inputs import check_shapes
+
+        check_shapes([TensorSpec(v.name, v.dtype, v.shape) for v in graph.inputs], shapes)
+        warn("compile", f"the shapes stay symbolic: {refusal}")
+        return graph
 
 
 def optimize_for_native(graph: Graph, level: int | str = 99, disable: Sequence[str] = ()) -> Graph:
@@ -192,6 +217,24 @@ def optimize_for_native(graph: Graph, level: int | str = 99, disable: Sequence[s
     from vivace.optimize.pipeline import optimize
 
     return optimize(graph, level=level, disable=tuple(disable))
+
+
+def apply_precision(graph: Graph, precision: str, target: Isa) -> tuple[Graph, dict[str, object]]:
+    """The graph with values stored as `precision` asks, and what an engine says of it.
+
+    Where the CPU multiplies such numbers no faster, the graph stays in f32, with a notice; unless VIVACE_EMULATE is
+    set.
+    """
+    if precision == "f32":
+        return graph, {"precision": "f32"}
+    from vivace.lower.precision import narrow
+
+    if not (target.has("avx512_bf16") or target.has("amx_bf16") or knobs.emulate):
+        note = f"{target.name} has no bf16 products, so that bf16 would not pay: computed in f32"
+        warn("precision", note)
+        return graph, {"precision": "f32", "precision_note": note}
+    made = narrow(graph)
+    return made.graph, {"precision": "bf16", "n_narrow_values": made.n_values, "n_narrow_products": made.n_products}
 
 
 def build_image(

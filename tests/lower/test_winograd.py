@@ -56,7 +56,7 @@ def m(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[
 
 
 def use(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int] | None) -> None:
-    def choose(node: Node, isa: Isa) -> tuple[int, int] | None:
+    def choose(node: Node, isa: Isa, half: bool = False) -> tuple[int, int] | None:
         if size is None or not winograd.is_possible(node):
             return None
         return size if size in winograd.sizes(node) else winograd.sizes(node)[-1]

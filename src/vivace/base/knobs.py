@@ -151,6 +151,11 @@ class Knobs:
         "The instruction set that code is generated for.",
     )  # fmt: skip
 
+    emulate = Knob(
+        "emulate", "0 or 1", _read_flag, lambda: False, "`0`",
+        "Computes in the precision asked for where the CPU has no instructions for it: slow, for tests.",
+    )  # fmt: skip
+
     @staticmethod
     def all() -> tuple[Knob[Any], ...]:
         """The knobs in the order of this file."""

@@ -17,16 +17,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vivace.base.dims import Dim
+from vivace.base.dtypes import DType
 from vivace.graph.graph import Graph, Node, Value
+from vivace.lower.halves import HALVES, is_widening, reads_half
 
 VIEWS = frozenset({"reshape", "transpose", "slice", "expand"})
 # Ops whose lowering evaluates an epilogue on each result before it is stored.
 WITH_EPILOGUE = frozenset(
-    {"conv", "conv_transpose", "matmul", "conv_integer", "matmul_integer", "softmax", "layer_norm", "rms_norm", "reduce_sum", "reduce_max", "reduce_min", "reduce_prod",
-     "reduce_mean", "max_pool", "avg_pool", "gather", "resize"}
+    {"conv", "conv_transpose", "matmul", "conv_integer", "matmul_integer", "softmax", "layer_norm", "rms_norm",
+     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod",
+     "reduce_mean", "max_pool", "avg_pool", "gather", "resize", "attention"}
 )  # fmt: skip
-# Of these the generators store f32 only, or keep intermediate values in the result: no epilogue changes the dtype.
+# Of these the generators store floats only, or keep intermediate values in the result: an epilogue changes the dtype
+# only by rounding to half precision at its end.
 SAME_DTYPE = frozenset({"softmax", "layer_norm", "rms_norm"})
+# Their whole epilogue is such a rounding.
+ROUNDED_ONLY = frozenset({"attention"})
 MAX_EPILOGUE = 24  # nodes: beyond this the registers of a micro-kernel's tail would spill
 
 
@@ -64,9 +70,12 @@ class _Grouping:
             if node in self.taken:
                 continue
             if node.op.name in VIEWS or node.op.name == "iota":
-                self._exists(node, max((self.position.get(v, -1) for v in node.inputs if v is not None), default=-1))
+                self._exists(node, self._after_inputs(node))
                 continue
             if node.op.kind == "elementwise":
+                if self._is_converted_where_read(node):
+                    self._exists(node, self._after_inputs(node))
+                    continue
                 if self._is_read_where_used(node):
                     self._exists(node, i)
                     continue
@@ -77,6 +86,9 @@ class _Grouping:
                 self._exists(node, i)
                 groups.append(Group(node, i, (node,), node.outputs[0]))
         return groups
+
+    def _after_inputs(self, node: Node) -> int:
+        return max((self.position.get(v, -1) for v in node.inputs if v is not None), default=-1)
 
     def _exists(self, node: Node, position: int) -> None:
         for v in node.outputs:
@@ -89,7 +101,19 @@ class _Grouping:
         if y in self.outputs or len(users) != 1 or users[0] in self.taken:
             return False
         user = users[0]
-        return user.op.kind == "elementwise" and user.outputs[0].shape == y.shape
+        if self._is_converted_where_read(user):  # its reader wants halves from memory
+            return False
+        return user.op.kind == "elementwise" and (user.outputs[0].shape == y.shape or is_widening(node))
+
+    def _is_converted_where_read(self, node: Node) -> bool:
+        """True for a cast from half precision that the one kernel that reads it applies to what it loads."""
+        if not is_widening(node) or node.outputs[0] in self.outputs:
+            return False
+        users, x = self.users.get(node.outputs[0], []), node.inputs[0]
+        assert x is not None
+        return len(users) == 1 and users[0].inputs.count(node.outputs[0]) == 1 and reads_half(
+            users[0], users[0].inputs.index(node.outputs[0]), x.dtype
+        )
 
     def _tree(self, root: Node, i: int) -> Group:
         members: list[Node] = []
@@ -100,7 +124,7 @@ class _Grouping:
             for v in node.inputs:
                 p = self.producer.get(v) if v is not None else None
                 if p is not None and p not in self.taken and p.op.kind == "elementwise" and self.users[v] == [node]:  # type: ignore[index]
-                    if v not in self.outputs and v.shape == node.outputs[0].shape:  # type: ignore[union-attr]
+                    if v not in self.outputs and (v.shape == node.outputs[0].shape or is_widening(p)):  # type: ignore[union-attr]
                         take(p)
 
         take(root)
@@ -115,10 +139,17 @@ class _Grouping:
             grown = self._absorb(tail, shape, i, set(members))
             if grown is None:
                 break
-            if anchor.op.name in SAME_DTYPE and grown[1].dtype is not anchor.outputs[0].dtype:
+            rounds = grown[1].dtype in HALVES and grown[0][-1].op.name == "cast"
+            rounds = rounds and anchor.outputs[0].dtype is DType.f32
+            is_other = grown[1].dtype is not anchor.outputs[0].dtype
+            if anchor.op.name in SAME_DTYPE and is_other and not rounds:
+                break
+            if anchor.op.name in ROUNDED_ONLY and not (rounds and len(grown[0]) == 1):
                 break
             nodes, tail = grown
             members += nodes
+            if rounds and anchor.op.name in SAME_DTYPE | ROUNDED_ONLY:
+                break
         self.taken.update(members)
         for n in members:
             self._exists(n, i)
@@ -136,6 +167,8 @@ class _Grouping:
                 return None
             node = min(ready, key=self.index.__getitem__)
             if node in self.taken or node.op.kind != "elementwise" or node.outputs[0].shape != shape:
+                return None
+            if is_widening(node) and node.inputs[0] is tail:  # what was rounded is to be stored
                 return None
             known = inside | set(run)
             pending: list[Node] = []

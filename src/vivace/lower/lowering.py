@@ -23,7 +23,9 @@ from vivace.base.dtypes import DType
 from vivace.base.errors import UnknownSizeError
 from vivace.base.machine import Isa
 from vivace.graph.graph import Graph, Node, Value, substitute_dims
+from vivace.loops.kernel import Cast
 from vivace.lower.group import VIEWS, Group, group
+from vivace.lower.halves import is_bf16, is_widening
 from vivace.lower.plan import Instruction, Operand, Plan, Spec, Step
 from vivace.lower.views import Storage, View, dense, iota
 
@@ -42,6 +44,7 @@ class Lowering:
         self.without: frozenset[str] = without if parent is None else parent.without
         self.storages: list[Storage] = [] if parent is None else parent.storages
         self.packed: dict[object, Storage] = {} if parent is None else parent.packed
+        self.answers: dict[object, bool] = {} if parent is None else parent.answers
         self.body: list[Instruction] = []
         self.views: dict[Value, View] = {}
         self.producer = graph.producers()
@@ -87,9 +90,11 @@ class Lowering:
         name, attrs, y = node.op.name, node.attrs, node.outputs[0]
         if name == "iota":
             return iota(y.shape, attrs["axis"], y.dtype)
-        assert name in VIEWS, node
         assert node.inputs[0] is not None
         x = self.view(node.inputs[0])
+        if is_widening(node):
+            return self._widened(node, x)
+        assert name in VIEWS, node
         match name:
             case "transpose":
                 return x.transpose(attrs["perm"])
@@ -102,6 +107,31 @@ class Lowering:
             moved = self.contiguous(x, y.name, (node,)).reshape(y.shape)
             assert moved is not None
         return moved
+
+    def operand(self, value: Value) -> View:
+        """Where a value lies; in half precision where it is the widening of one, for rules that convert what they
+        load."""
+        n = self.producer.get(value) if value not in self.views else None
+        if n is not None and is_widening(n):
+            assert n.inputs[0] is not None
+            return self.view(n.inputs[0])
+        return self.view(value)
+
+    def fits_bf16(self, w: Value) -> bool:
+        """Whether bf16 holds all elements of a constant."""
+        assert w.data is not None
+        key = ("fits bf16", id(w.data))
+        if key not in self.answers:
+            self.answers[key] = is_bf16(w.data)
+        return self.answers[key]
+
+    def _widened(self, node: Node, x: View) -> View:
+        """A widening that its reader does not apply itself."""
+        from vivace.lower.rules.elementwise import emit_pointwise
+
+        out = self.temporary(node.outputs[0].name, node.outputs[0].dtype, x.shape)
+        emit_pointwise(self, "cast", [x], out, lambda xs: Cast(out.dtype, xs[0]), (node,))
+        return out
 
     def contiguous(self, view: View, name: str, nodes: tuple[Node, ...] = ()) -> View:
         """A dense copy of a view, or the view itself when it is dense already."""

@@ -15,6 +15,8 @@ from vivace.base.dtypes import DType
 from vivace.graph.build import Builder, constant
 from vivace.graph.graph import Graph, Node, Type, Value, freeze
 from vivace.graph.ops.quantized import BYTES, RANGES
+from vivace.graph.passes import remove_dead
+from vivace.lower.halves import is_widening
 
 _HALF = (DType.f16, DType.bf16)
 _IN_F32 = frozenset({"matmul", "conv", "conv_transpose", "attention", "softmax", "log_softmax", "lstm", "gru", "rnn"})
@@ -22,7 +24,7 @@ _IN_F32 = frozenset({"matmul", "conv", "conv_transpose", "attention", "softmax",
 
 def prepare(graph: Graph) -> Graph:
     """All of them."""
-    return split_pads(widen_halves(graph))
+    return remove_dead(split_pads(spread_dequantize(widen_halves(graph))))
 
 
 def widen_halves(graph: Graph) -> Graph:
@@ -72,7 +74,7 @@ def spread_dequantize(graph: Graph) -> Graph:
             continue
         y = n.outputs[0]
         readers = [u for u in users.get(y, []) if u.op.kind == "elementwise"]
-        last = max((v for v in n.inputs if v in made), key=lambda v: made[v], default=None)  # type: ignore[index]
+        last = max((v for v in n.inputs if v in made), key=lambda v: made[v], default=None)
         for k, u in enumerate(readers):
             if k == 0 and len(readers) == len(users[y]) and y not in outputs:
                 copies[y, u] = y  # all readers have their own: the first keeps this one
@@ -109,6 +111,7 @@ def split_pads(graph: Graph) -> Graph:
     """
     nodes: list[Node] = []
     padded: dict[object, Value] = {}
+    producer = graph.producers()
     for n in graph.nodes:
         pads: tuple[tuple[Dim, ...], tuple[Dim, ...]] = (n.attrs.get("before", ()), n.attrs.get("after", ()))
         if n.op.name in ("conv", "conv_integer", "max_pool") and any(d != 0 for p in pads for d in p):
@@ -122,14 +125,20 @@ def split_pads(graph: Graph) -> Graph:
             if fill is None:
                 nodes.append(n)
                 continue
-            key = (x, tuple(before), tuple(after), fill)
+            cast = producer.get(x)
+            narrow = cast.inputs[0] if cast is not None and is_widening(cast) else None
+            source = narrow or x  # halves are padded as halves
+            key = (source, tuple(before), tuple(after), fill)
             if key not in padded:
                 b = Builder(n.origin, prefix=f"{x.name}_pad", count=len(padded))
-                padded[key] = b.pad(x, before=tuple(before), after=tuple(after), mode="constant", value=fill)
+                padded[key] = b.pad(source, before=tuple(before), after=tuple(after), mode="constant", value=fill)
+                nodes += b.nodes
+            wide = padded[key]
+            if narrow is not None:
+                b = Builder(n.origin, prefix=f"{x.name}_wide", count=len(nodes))
+                wide = b.cast(wide, to=x.dtype)
                 nodes += b.nodes
             zeros = (0,) * len(pads[0])
-            n = replace(
-                n, inputs=(padded[key], *n.inputs[1:]), attrs=freeze({**n.attrs, "before": zeros, "after": zeros})
-            )
+            n = replace(n, inputs=(wide, *n.inputs[1:]), attrs=freeze({**n.attrs, "before": zeros, "after": zeros}))
         nodes.append(n)
     return replace(graph, nodes=tuple(nodes))

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from vivace.base.dims import Dim, maximum, minimum, prod, symbol
 from vivace.base.dtypes import DType
+from vivace.base.mapped import forget
 from vivace.graph.graph import Value
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
 from vivace.loops.kernel import Binary, Buffer, Const, Expr, For, Index, Kernel, Reduce, Select, Store
+from vivace.lower.arithmetic import arithmetic_of, choose_arithmetic
 from vivace.lower.group import Group
+from vivace.lower.halves import is_widening, reads_half
 from vivace.lower.lowering import Lowering
-from vivace.lower.pack import pack_panels
+from vivace.lower.pack import contiguous_run, pack_groups, pack_panels
 from vivace.lower.rules import narrow, winograd
 from vivace.lower.rules.elementwise import Params, Tree, emit_pointwise
 from vivace.lower.rules.epilogue import Epilogue, tail_flops
@@ -49,7 +53,8 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
     if y.dtype is not DType.f32:
         _integer_matmul(ctx, g)
         return
-    a, b = ctx.view(a_value), ctx.view(b_value)
+    half = _is_half_product(ctx, a_value, b_value)
+    a, b = ctx.operand(a_value) if half else ctx.view(a_value), ctx.view(b_value)
     a = _two_d(a, column=False)
     b = _two_d(b, column=True)
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
@@ -61,7 +66,7 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
     target = ctx.target(g.output)
     out = _required(target.reshape(full)) if target.shape != full else target
     if out.strides[-1] != 1 and n != 1:
-        out = ctx.temporary(f"{y.name}_dense", y.dtype, full)
+        out = ctx.temporary(f"{y.name}_dense", g.output.dtype, full)
     b_full = b.expand((*lead, k, n))
     batched = [not (s == 0 or d == 1) for d, s in zip(lead, b_full.strides, strict=False)]
     names = [f"m{i}" for i in range(len(lead) + 1)]
@@ -73,6 +78,14 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
     rows = tuple(x for x, is_b in zip(axes, [*batched, False], strict=True) if not is_b)
     index = [symbol(x, 0) for x in names] + [symbol("n", 0)]
     epilogue = Epilogue(ctx, g, None, _index_for(y.shape, full, index))
+    if half and not batch:
+        c, places = _half_contraction(
+            ctx, b_value, "matmul", lambda: np.asarray(_matrix(b, b_value))[None], (), rows, (Axis("k", k, 1),), n, a, out, epilogue
+        )  # fmt: skip
+        emit_contraction(ctx, "matmul", c, places, g, tail_flops(g))
+        if out.storage is not target.storage:
+            ctx.copy(_required(out.reshape(target.shape)), target)
+        return
     if b_value.data is not None and not batch:
         lanes = panel_lanes(n, ctx.isa)
         b_view = _packed(ctx, b_value, lanes, "matmul", lambda: np.asarray(_matrix(b, b_value))[None])
@@ -125,6 +138,45 @@ def _matrix(view: View, value: Value) -> np.ndarray:
     return data.reshape(data.shape[-2:]) if data.ndim > 1 else data.reshape(-1, 1)
 
 
+def _is_half_product(ctx: Lowering, x: Value, w: Value) -> bool:
+    """Whether a product reads bf16: its operand widens bf16, and the weights are constants that bf16 holds."""
+    n = ctx.producer.get(x)
+    if n is None or not is_widening(n) or w.data is None or n.inputs[0] is None or n.inputs[0].dtype is not DType.bf16:
+        return False
+    return x not in ctx.views and ctx.fits_bf16(w)
+
+
+def arithmetic_of_half(ctx: Lowering) -> bool:
+    """Whether products of bf16 have instructions of their own."""
+    return choose_arithmetic(DType.bf16, DType.bf16, ctx.isa).kind != "split16"
+
+
+def _half_contraction(
+    ctx: Lowering, w: Value, how: str, make: Callable[[], np.ndarray], batch: tuple[Axis, ...], rows: tuple[Axis, ...],
+    taps: tuple[Axis, ...], n: Dim, a: View, out: View, epilogue: Epilogue,
+) -> tuple[Contraction, dict[Buffer, View]]:  # fmt: skip
+    """A product of bf16 with constant weights `make()` [batch, k, n], and the views of its operands."""
+    a_buf, out_buf = a.buffer("a"), out.buffer("out", writable=True)
+    b_buf = Buffer("b", DType.bf16, (0,), (1,))
+    c = Contraction(
+        "k", batch, rows, taps, n, a_buf, b_buf, out_buf, Packing("panels", 1), epilogue.expr, epilogue.extra
+    )
+    arithmetic = arithmetic_of(c, ctx.isa)
+    run, lanes = contiguous_run(c), panel_lanes(n, ctx.isa, arithmetic)
+    key = ("groups", how, id(w.data), lanes, arithmetic.group, run)
+    if key in ctx.packed:
+        s = ctx.packed[key]
+        assert s.data is not None
+        b = ctx.constant(s.data, s.name, key)
+    else:
+        halves = np.ascontiguousarray(make()).astype(DType.bf16.numpy)
+        b = ctx.constant(pack_groups(halves, lanes, arithmetic.group, run), f"{w.name}_pairs", key)
+    b_buf = b.buffer("b")
+    batch = tuple(replace(x, b=prod(b.shape[1:])) for x in batch)
+    c = replace(c, batch=batch, b=b_buf, packing=Packing("panels", lanes))
+    return c, {a_buf: a, b_buf: b, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
+
+
 def _packed(ctx: Lowering, value: Value, lanes: int, how: str, make: object) -> View:
     key = ("panels", how, id(value.data), lanes)
     if key in ctx.packed:
@@ -132,6 +184,8 @@ def _packed(ctx: Lowering, value: Value, lanes: int, how: str, make: object) -> 
         assert s.data is not None
         return ctx.constant(s.data, s.name, key)
     data = pack_panels(np.ascontiguousarray(make(), np.float32), lanes)  # type: ignore[operator]
+    assert value.data is not None
+    forget(value.data)
     return ctx.constant(data, f"{value.name}_panels", key)
 
 
@@ -203,7 +257,8 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
     groups: int = attrs["group"]
     last = attrs["layout"] == "NHWC"
     to_last = tuple(range(rank)) if last else (0, *range(2, rank), 1)
-    x = ctx.view(x_value).transpose(to_last)
+    half = _is_half_product(ctx, x_value, w_value) and reads_half(node, 0)
+    x = (ctx.operand(x_value) if half else ctx.view(x_value)).transpose(to_last)
     if x.strides[-1] != 1 and x.shape[-1] != 1:
         x = ctx.contiguous(x, f"{x_value.name}_nhwc")
     elif x.strides[-1] != 1:
@@ -211,7 +266,7 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
     target = ctx.target(g.output)
     out = target.transpose(to_last)
     if out.strides[-1] != 1 and out.shape[-1] != 1:
-        out = ctx.temporary(f"{y.name}_nhwc", y.dtype, out.shape)
+        out = ctx.temporary(f"{y.name}_nhwc", g.output.dtype, out.shape)
     oc, cg = w_value.shape[0], w_value.shape[1]
     n_spatial = rank - 2
     strides, dilations = attrs["strides"], attrs["dilations"]
@@ -225,7 +280,8 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
     bias = None if bias_value is None else ctx.view(bias_value)
     if bias is not None and not last:
         bias = replace(bias, shape=(*bias.shape, *(1,) * n_spatial), strides=(*bias.strides, *(0,) * n_spatial))
-    if "winograd" not in ctx.without and (m := winograd.choose(node, ctx.isa)):
+    is_fast = half and arithmetic_of_half(ctx)
+    if "winograd" not in ctx.without and (m := winograd.choose(node, ctx.isa, is_fast)):
         winograd.lower_winograd(ctx, g, m, x, out, bias, last)
         if out.storage is not target.storage:
             ctx.copy(out, target.transpose(to_last))
@@ -244,7 +300,9 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
         narrow.lower_narrow(ctx, g, x, out, rows, (*spatial_taps, Axis("kc", cg, 1)), epilogue)
     elif depthwise:
         assert w_value.data is not None
-        w = ctx.constant(_depthwise_weights(w_value), f"{w_value.name}_taps", ("depthwise", id(w_value.data)))
+        kind = DType.bf16 if half else DType.f32
+        weights = _depthwise_weights(w_value).astype(kind.numpy)
+        w = ctx.constant(weights, f"{w_value.name}_taps", ("depthwise", id(w_value.data), kind))
         b_buf = w.buffer("b")
         step: Dim = oc
         taps = []
@@ -258,6 +316,15 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
         n = oc // groups
         batch: tuple[Axis, ...] = () if groups == 1 else (Axis("g", groups, cg, 0, n),)
         channel_tap = Axis("kc", cg, 1)
+        if half:
+            c, places = _half_contraction(
+                ctx, w_value, f"conv{groups}", lambda: _conv_weights(w_value, groups), batch, rows,
+                (*spatial_taps, channel_tap), n, x, out, epilogue,
+            )  # fmt: skip
+            emit_contraction(ctx, "conv", c, places, g, tail_flops(g))
+            if out.storage is not target.storage:
+                ctx.copy(out, target.transpose(to_last))
+            return
         if w_value.data is not None:
             lanes = panel_lanes(n, ctx.isa)
             w = _packed(ctx, w_value, lanes, f"conv{groups}", lambda: _conv_weights(w_value, groups))
@@ -358,7 +425,7 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
     target = ctx.target(g.output)
     out = target.transpose(to_last)
     if out.strides[-1] != 1 and out.shape[-1] != 1:
-        out = ctx.temporary(f"{y.name}_nhwc", y.dtype, out.shape)
+        out = ctx.temporary(f"{y.name}_nhwc", g.output.dtype, out.shape)
     oc = w_value.shape[1]
     c = x.shape[-1]
     rows = tuple(

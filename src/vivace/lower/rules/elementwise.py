@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from vivace.base.dims import Dim, ceildiv, minimum, prod, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Node, Value
-from vivace.loops.kernel import Buffer, Expr, For, Index, Kernel, Load, Stmt, Store
+from vivace.loops.kernel import Buffer, Const, Expr, For, Index, Kernel, Load, Stmt, Store
 from vivace.lower.group import Group
+from vivace.lower.halves import HALVES
 from vivace.lower.lowering import Lowering
+from vivace.lower.magnitude import BOUNDED, magnitude
+from vivace.lower.requantize import quantize
 from vivace.lower.scalar import literal, scalar
 from vivace.lower.views import View, collapse
 
@@ -75,6 +78,15 @@ class Tree:
             elif not is_scalar_constant(v):
                 self.leaves[v] = self.ctx.view(v).expand(self.root.shape)
 
+    def _element(self, n: Node, args: list[Expr]) -> Expr:
+        """What a node does to one element; bytes that are stored are clipped as integers where they are known to fit
+        i32."""
+        x, zero = args[0], args[-1]
+        is_last = n.op.name == "quantize" and n.outputs[0] is self.root and isinstance(zero, Const)
+        if is_last and args[1] == Const(1.0, DType.f32) and magnitude(n.inputs[0], self.ctx.producer) < BOUNDED:
+            return quantize(x, int(zero.value), n.outputs[0].dtype, is_bounded=True)  # type: ignore[union-attr]
+        return scalar(n, args)
+
     def expr(self, leaf: Callable[[Value], Expr], given: dict[Value, Expr] | None = None) -> Expr:
         """The root as an expression. Shared nodes share one object, which the code generator computes once."""
         made: dict[Value, Expr] = dict(given or {})
@@ -82,7 +94,7 @@ class Tree:
         def visit(v: Value) -> Expr:
             if v not in made:
                 if v in self.inside:
-                    made[v] = scalar(self.inside[v], [visit(u) for u in self.inside[v].inputs if u is not None])
+                    made[v] = self._element(self.inside[v], [visit(u) for u in self.inside[v].inputs if u is not None])
                 elif is_scalar_constant(v):
                     assert v.data is not None
                     made[v] = literal(v.data.reshape(-1)[0], v.dtype)
@@ -215,7 +227,7 @@ def _turned_axis(shape: tuple[Dim, ...], inner: int, out: View, leaves: Sequence
 
 def _narrow_axis(shape: tuple[Dim, ...], inner: int, out: View, leaves: Sequence[View]) -> int | None:
     """An axis of a few elements that is contiguous in the result, of which the innermost loop steps over whole runs."""
-    if any(v.strides[inner] not in (0, 1) for v in leaves) or out.dtype.size_bytes != 4:
+    if any(v.strides[inner] not in (0, 1) for v in leaves) or (out.dtype.size_bytes != 4 and out.dtype not in HALVES):
         return None
     for axis, n in enumerate(shape):
         if axis != inner and out.strides[axis] == 1 and isinstance(n, int) and 2 <= n <= 8 and out.strides[inner] == n:

@@ -23,7 +23,7 @@ def lower_pool(ctx: Lowering, g: Group) -> None:
     rank = y.rank
     last = attrs["layout"] == "NHWC"
     to_last = tuple(range(rank)) if last else (0, *range(2, rank), 1)
-    x = ctx.view(x_value).transpose(to_last)
+    x = ctx.operand(x_value).transpose(to_last)
     rest = [n for n in g.nodes if n is not node]
     tree = Tree(ctx, rest, g.output, given=[y]) if rest else None
     out = ctx.target(g.output).transpose(to_last)
@@ -50,6 +50,8 @@ def lower_pool(ctx: Lowering, g: Group) -> None:
     assert isinstance(load, Load)
     is_max = node.op.name == "max_pool"
     value: Expr = replace(load, inside=tuple(inside))
+    if x.dtype is not x_value.dtype:
+        value = Cast(x_value.dtype, value)
     if is_max and inside:
         lowest = Const(
             float("-inf") if y.dtype.is_float else 0 if not y.dtype.is_signed else -(1 << (8 * y.dtype.size_bytes - 1)),

@@ -71,7 +71,8 @@ class Rows:
         self.anchor, self.group = g.anchor, g
         self.tree = Tree(ctx, self.rest, g.output, given=[y]) if self.rest else None
         leaves = list(self.tree.leaves.values()) if self.tree else []
-        self.x, self.out = ctx.view(x_value), ctx.target(g.output)
+        self.x, self.out = ctx.operand(x_value), ctx.target(g.output)
+        self.dtype = x_value.dtype
         views = [self.x, self.out, *extra, *leaves]
         rows, cols = y.shape[:first], y.shape[first:]
         _, row_views, row_runs = collapse(rows, [_leading(v, first) for v in views])
@@ -105,7 +106,7 @@ class Rows:
         return inner[0]
 
     def load_x(self) -> Expr:
-        return self.params.load(self.x, self.at)
+        return _as(self.params.load(self.x, self.at), self.dtype)
 
     def load(self, view: View) -> Expr:
         return self.params.load(view, self.at)
@@ -266,7 +267,7 @@ def lower_reduce(ctx: Lowering, g: Group) -> None:
     assert x_value is not None
     axes = sorted({a % x_value.rank for a in node.attrs["axes"]})
     keep = [a for a in range(x_value.rank) if a not in axes]
-    x = ctx.view(x_value)
+    x = ctx.operand(x_value)
     kept_shape = tuple(x.shape[a] for a in keep)
     rest = [n for n in g.nodes if n is not node]
     tree = Tree(ctx, rest, g.output, given=[y]) if rest else None
@@ -294,7 +295,7 @@ def lower_reduce(ctx: Lowering, g: Group) -> None:
     if block:
         index[-1] = symbol("b", 0) * LANES + symbol(f"i{rank - 1}", 0)
     x_all = View(x.storage, x.dtype, (*shape, *red_shape), (*merged[1].strides, *red[0].strides), x.offset)
-    value: Expr = params.load(x_all, (*index, *taps))
+    value: Expr = _as(params.load(x_all, (*index, *taps)), x_value.dtype)
     for i in reversed(range(len(red_shape))):
         value = Reduce(_REDUCE[node.op.name], f"r{i}", red_shape[i], value)
     if node.op.name == "reduce_mean":

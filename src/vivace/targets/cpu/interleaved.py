@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from vivace.loops.kernel import Expr, For, Store
+from vivace.base.dtypes import DType
+from vivace.loops.kernel import Cast, Expr, For, Store, dtype_of
 from vivace.targets.cpu.builder import Value, literal
 from vivace.targets.cpu.env import Env, lane_stride
 from vivace.targets.cpu.memory import flat_index, memory_type, register_type, write_vector
@@ -25,14 +26,21 @@ def store_interleaved(env: Env, loop: For, emit: Callable[[Env, Expr], Value]) -
     if env.lane is None or not isinstance(s, int) or not 2 <= s <= _MOST or len(loop.body) != 1 or n < 4:
         return False
     body = loop.body[0]
-    if not isinstance(body, Store) or memory_type(body.buffer.dtype) not in ("float", "i32"):
+    if not isinstance(body, Store):
+        return False
+    dtype, value = body.buffer.dtype, body.value
+    if dtype in (DType.f16, DType.bf16):  # interleaved as f32, rounded when stored
+        value = value.x if isinstance(value, Cast) and value.dtype is dtype else value
+        if dtype_of(value) is not DType.f32:
+            return False
+    elif memory_type(dtype) not in ("float", "i32"):
         return False
     flat = flat_index(body.buffer, body.index)
     at = env.at({loop.var: literal(0, "i64")})
-    if lane_stride(at, flat) != s or linear_in(flat, loop.var) != 1 or register_type(body.buffer.dtype) == "i1":
+    if lane_stride(at, flat) != s or linear_in(flat, loop.var) != 1 or register_type(dtype) == "i1":
         return False
     b = env.b
-    values = [b.widen(emit(env.at({loop.var: literal(k, "i64")}), body.value), n) for k in range(s)]
+    values = [b.widen(emit(env.at({loop.var: literal(k, "i64")}), value), n) for k in range(s)]
     for k, vector in enumerate(interleave(b, values)):
         mask = None
         if env.mask is not None:

@@ -44,7 +44,7 @@ from vivace.targets.cpu.arithmetic import cast
 from vivace.targets.cpu.builder import Builder, Value, literal
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.env import Env, scalar
-from vivace.targets.cpu.expr import emit
+from vivace.targets.cpu.expr import emit, emit_stored
 from vivace.targets.cpu.interleaved import store_interleaved
 from vivace.targets.cpu.isa import has_masks
 from vivace.targets.cpu.lanes import tail_mask
@@ -174,7 +174,7 @@ class _Generator:
             case Let(expr=e):
                 self._name(env, s, emit(env, e))
             case Store(buffer=buffer, index=index, value=e):
-                store(env, buffer, index, emit(env, e))
+                store(env, buffer, index, emit_stored(env, e, buffer.dtype))
             case Guard(cond=c, body=body):
                 cond = emit(env, c)
                 if cond.lanes:

@@ -57,8 +57,11 @@ def from_memory(b: Builder, v: Value, t: DType) -> Value:
 
 
 def to_memory(b: Builder, v: Value, t: DType) -> Value:
-    """The element as it is stored, rounded to nearest even."""
+    """The element as it is stored, rounded to nearest even; AVX512-BF16 takes denormals as 0."""
     if t is DType.bf16:
+        if b.isa.has("avx512_bf16") and v.lanes in (4, 8, 16):
+            half = b.inst(f"fptrunc {v} to <{v.lanes} x bfloat>", "half", v.lanes, v)
+            return b.inst(f"bitcast <{v.lanes} x bfloat> {half.text} to <{v.lanes} x i16>", "i16", v.lanes, half)
         bits = b.bitcast(v, "i32")
         odd = b.op("and", b.op("lshr", bits, literal(16, "i32")), literal(1, "i32"))
         rounded = b.op("add", bits, b.op("add", odd, literal(0x7FFF, "i32")))

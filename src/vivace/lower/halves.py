@@ -1,0 +1,63 @@
+"""Where f32 arithmetic reads numbers that are stored in half precision.
+
+A *widening* is a cast from bf16 or f16 to f32. In front of an element-wise node it fuses as any element-wise node does.
+In front of the first operand of the ops below it is no step of its own either: their kernels load halves and convert
+them in registers (`Lowering.operand`). A product of widened bf16 by constants that bf16 can hold is a product of bf16
+with f32 sums, which the CPU may have instructions for.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vivace.base.dtypes import DType
+from vivace.graph.graph import Node, Value
+
+HALVES = (DType.f16, DType.bf16)
+# Their kernels convert what they load, from either half type.
+_CONVERTING = frozenset(
+    {"layer_norm", "rms_norm", "softmax", "log_softmax", "max_pool", "avg_pool",
+     "reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod"}
+)  # fmt: skip
+NARROW_RESULTS = 2  # per pixel and group: so few are computed along the taps (`rules/narrow.py`), in f32
+
+
+def is_widening(n: Node) -> bool:
+    """Whether a node is a cast from a half type to f32."""
+    x = n.inputs[0] if n.inputs else None
+    return n.op.name == "cast" and n.attrs["to"] is DType.f32 and x is not None and x.dtype in HALVES
+
+
+def reads_half(n: Node, operand: int, half: DType = DType.bf16) -> bool:
+    """Whether the kernel of `n` can read an operand in a half type where the graph says f32."""
+    x = n.inputs[operand]
+    if operand != 0 or x is None or n.outputs[0].dtype is not DType.f32:
+        return False
+    if n.op.name in _CONVERTING:
+        return True
+    if half is not DType.bf16 or len(n.inputs) < 2 or (w := n.inputs[1]) is None or w.data is None:
+        return False
+    match n.op.name:
+        case "matmul":
+            return x.rank > 0 and isinstance(x.shape[-1], int) and _is_matrix(w)
+        case "conv":
+            groups = n.attrs["group"]
+            return w.data.size > 0 and not (groups <= 4 and w.data.shape[0] // groups <= NARROW_RESULTS)
+    return False
+
+
+def _is_matrix(w: Value) -> bool:
+    assert w.data is not None
+    return w.rank >= 2 and w.data.size > 0 and all(d == 1 for d in w.data.shape[:-2])
+
+
+def rounded(data: np.ndarray, half: DType = DType.bf16) -> np.ndarray:
+    """f32 numbers rounded to what a half type holds, still in f32."""
+    with np.errstate(over="ignore"):
+        return data.astype(half.numpy).astype(np.float32)
+
+
+def is_bf16(data: np.ndarray) -> bool:
+    """Whether bf16 holds every one of these f32 numbers."""
+    bits = np.ascontiguousarray(data, np.float32).view(np.uint32)
+    return not bool((bits & 0xFFFF).any())

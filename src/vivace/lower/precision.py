@@ -1,0 +1,253 @@
+"""Reduced precision: what lies in memory between kernels in bf16 (or f16), what is computed in f32.
+
+    before  %y: f32 = relu(conv(%x, %w))
+    after   %y_bf16: bf16 = cast{to=@bf16}(relu(conv(cast{to=@f32}(%x_bf16), %w_rounded)))
+
+Every operator keeps its meaning in f32: sums, statistics and element-wise chains round as before. Only the value that a
+group of nodes (`group.py`) leaves in memory is rounded, once, by a cast that its kernel applies before it stores; who
+reads it converts on the way into registers. Weights of products with such an operand are rounded too.
+
+Rules:
+* INTERFACE: inputs and outputs of the model, and of the graphs inside it, keep their types.
+* GIVEN: an input of the model that a product reads is rounded in the step that brings it into the product's order.
+* FUSED: a value is only stored narrow where whoever makes it can round it, and where those who read it can convert it,
+  so that a cast is a step of its own only for a value that both a product and an f32-only operator read.
+* SMALL: what no product reads and is small stays f32: nothing is gained.
+
+Error: each stored value and each weight is off by at most 2**-9 of its magnitude (8 bits of mantissa, to nearest).
+
+Not handled: branches and loops (they stay f32), f64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from vivace.base.dtypes import DType
+from vivace.graph.build import Builder, constant
+from vivace.graph.graph import Graph, Node, Type, Value
+from vivace.graph.ops import OPS
+from vivace.lower.group import VIEWS, WITH_EPILOGUE, Group, group
+from vivace.lower.halves import reads_half, rounded
+
+# They hand elements on, so they run on narrow ones, and what they make is narrow.
+MOVERS = frozenset({"concat", "pad", "resize", "gather"})
+_PRODUCTS = frozenset({"conv", "matmul"})
+_SMALL = 4096  # elements
+
+
+@dataclass(frozen=True, slots=True)
+class Narrowed:
+    """The graph, how many values are stored narrow, and how many products read them."""
+
+    graph: Graph
+    n_values: int
+    n_products: int
+
+
+def narrow(graph: Graph, half: DType = DType.bf16) -> Narrowed:
+    """The graph with its intermediate values stored in a half type."""
+    groups = group(graph)
+    chosen = _Choice(graph, groups, half).stored
+    made = _Rebuild(graph, groups, half, chosen)
+    return Narrowed(made.run(), len(chosen), made.n_products)
+
+
+class _Choice:
+    """Which group outputs are stored narrow."""
+
+    def __init__(self, graph: Graph, groups: list[Group], half: DType) -> None:
+        self.graph, self.half = graph, half
+        self.users, self.producer = graph.users(), graph.producers()
+        self.outputs = set(graph.outputs)
+        self.maker = {g.output: g for g in groups}
+        self.readers = {v: self._readers(v) for v in self.maker}
+        self.stored = {v for v in self.maker if self._can_be_narrow(v)}
+        while dropped := {v for v in self.stored if not self._stays(v)}:
+            self.stored -= dropped
+
+    def _readers(self, v: Value) -> list[tuple[Node | None, int]]:
+        """Nodes that read `v`, through views, and at which operand; None stands for the model's outputs."""
+        found: list[tuple[Node | None, int]] = [(None, 0)] if v in self.outputs else []
+        for n in self.users.get(v, []):
+            if n.op.name in VIEWS and n.inputs[0] is v:
+                found += self._readers(n.outputs[0])
+            else:
+                found += [(n, i) for i, x in enumerate(n.inputs) if x is v]
+        return found
+
+    def _can_be_narrow(self, v: Value) -> bool:
+        """Whether its kernel can round it (FUSED)."""
+        g = self.maker[v]
+        anchor = g.anchor
+        return v.dtype is DType.f32 and (
+            anchor.op.kind == "elementwise" or anchor.op.name in WITH_EPILOGUE | MOVERS
+        )
+
+    def _stays(self, v: Value) -> bool:
+        readers = self.readers[v]
+        if any(n is None for n, _ in readers) or not readers:  # INTERFACE
+            return False
+        g = self.maker[v]
+        if g.anchor.op.name in MOVERS and g.output is g.anchor.outputs[0] and not self._all_narrow(g.anchor):
+            return False
+        able = [n is not None and self._converts(n, i) for n, i in readers]
+        if any(n is not None and n.op.name in _PRODUCTS and ok for (n, _), ok in zip(readers, able, strict=True)):
+            return True
+        size = v.type.size
+        return all(able) and not (isinstance(size, int) and size <= _SMALL)  # SMALL
+
+    def _converts(self, n: Node, operand: int) -> bool:
+        if n.op.kind == "elementwise":
+            return True
+        if n.op.name in MOVERS:
+            return self._moves(n, operand)
+        return reads_half(n, operand, self.half)
+
+    def _moves(self, n: Node, operand: int) -> bool:
+        if n.op.name != "concat" and operand != 0:
+            return False
+        g = self.maker.get(n.outputs[0])
+        return self._all_narrow(n) and (g is None or n.outputs[0] in self.stored)
+
+    def _all_narrow(self, n: Node) -> bool:
+        """Whether all the data that a mover reads is narrow, or constant."""
+        return n.outputs[0].dtype is DType.f32 and all(
+            x is not None and (x.data is not None or self._root(x) in self.stored) for x in moved(n)
+        )
+
+    def _root(self, v: Value) -> Value:
+        while (n := self.producer.get(v)) is not None and n.op.name in VIEWS:
+            assert n.inputs[0] is not None
+            v = n.inputs[0]
+        return v
+
+
+def moved(n: Node) -> tuple[Value | None, ...]:
+    """The operands whose elements a mover hands on."""
+    return n.inputs if n.op.name == "concat" else n.inputs[:1]
+
+
+class _Rebuild:
+    """The graph in the order of its groups, with casts where values are stored and read."""
+
+    def __init__(self, graph: Graph, groups: list[Group], half: DType, stored: set[Value]) -> None:
+        self.graph, self.groups, self.half, self.stored = graph, groups, half, stored
+        self.producer = graph.producers()
+        self.nodes: list[Node] = []
+        self.done: set[Node] = set()
+        self.narrow: dict[Value, Value] = {}
+        self.weights: dict[int, Value] = {}
+        self.n_products = 0
+
+    def run(self) -> Graph:
+        for g in self.groups:
+            self._group(g)
+        for v in self.graph.outputs:
+            self._exists(v)
+        return replace(self.graph, nodes=tuple(self.nodes))
+
+    def _group(self, g: Group) -> None:
+        inside = {v for n in g.nodes for v in n.outputs}
+        for n in g.nodes:
+            for x in n.inputs:
+                if x is not None and x not in inside:
+                    self._exists(x)
+        # What an epilogue reads must exist before the anchor runs (rule ORDER of `group.py`).
+        made = {n: self._widened(n, inside) for n in g.nodes}
+        for n in g.nodes:
+            self._node(g, n, made[n])
+
+    def _widened(self, n: Node, inside: set[Value]) -> Node:
+        """The node with its narrow operands converted, or taken as they are where it moves them."""
+        if self._is_moved_narrow(n):
+            return self._mover(n)
+        inputs = list(n.inputs)
+        for i, x in enumerate(n.inputs):
+            if x is None or x in inside:
+                continue
+            if i == 0 and n.op.name in _PRODUCTS and self._is_given(x) and reads_half(n, 0, self.half):
+                self.narrow.setdefault(x, self._cast(x, self.half, n.origin))
+            if x not in self.narrow:
+                continue
+            inputs[i] = self._cast(self.narrow[x], DType.f32, n.origin)
+            if i == 0 and n.op.name in _PRODUCTS and reads_half(n, 0, self.half):
+                inputs[1] = self._weight(n.inputs[1])
+                self.n_products += 1
+        return replace(n, inputs=tuple(inputs))
+
+    def _is_given(self, x: Value) -> bool:
+        """Whether a value is an input of the model, or a view of one."""
+        while (n := self.producer.get(x)) is not None and n.op.name in VIEWS:
+            assert n.inputs[0] is not None
+            x = n.inputs[0]
+        return x in self.graph.inputs and x.dtype is DType.f32
+
+    def _is_moved_narrow(self, n: Node) -> bool:
+        if n.op.name not in MOVERS or n.outputs[0].dtype is not DType.f32:
+            return False
+        data = [x for x in moved(n) if x is not None and x.data is None]
+        return all(x in self.narrow for x in data) and (bool(data) or n.outputs[0] in self.stored)
+
+    def _mover(self, n: Node) -> Node:
+        data = len(moved(n))
+        ins = tuple(
+            self._constant(x) if i < data and x is not None and x.data is not None else self.narrow.get(x, x)  # type: ignore[arg-type]
+            for i, x in enumerate(n.inputs)
+        )
+        y = n.outputs[0]
+        return replace(n, inputs=ins, outputs=(Value(f"{y.name}_{self.half}", Type(self.half, y.shape)),))
+
+    def _node(self, g: Group, n: Node, changed: Node) -> None:
+        y = n.outputs[0]
+        self.done.add(n)
+        self.nodes.append(changed)
+        result = changed.outputs[0]
+        if result is not y:  # a mover
+            self.narrow[y] = result
+            if y is not g.output or y not in self.stored:
+                self.nodes.append(_cast_to(result, y, n.origin))
+                if y not in self.stored:
+                    del self.narrow[y]
+        elif y is g.output and y in self.stored:
+            self.narrow[y] = self._cast(y, self.half, n.origin)
+
+    def _exists(self, v: Value) -> None:
+        """Emit the views and the like behind a value that groups do not hold."""
+        n = self.producer.get(v)
+        if n is None or n in self.done:
+            return
+        self.done.add(n)
+        for x in n.inputs:
+            if x is not None:
+                self._exists(x)
+        x = n.inputs[0] if n.inputs else None
+        if n.op.name in VIEWS and x in self.narrow:
+            y = n.outputs[0]
+            self.narrow[y] = Value(f"{y.name}_{self.half}", Type(self.half, y.shape))
+            n = replace(n, inputs=(self.narrow[x], *n.inputs[1:]), outputs=(self.narrow[y],))
+        self.nodes.append(n)
+
+    def _cast(self, v: Value, to: DType, origin: tuple[str, ...]) -> Value:
+        y = Value(f"{v.name}_{to}", Type(to, v.shape))
+        self.nodes.append(_cast_to(v, y, origin))
+        return y
+
+    def _weight(self, w: Value | None) -> Value:
+        assert w is not None and w.data is not None
+        if id(w.data) not in self.weights:
+            self.weights[id(w.data)] = constant(rounded(w.data, self.half), w.name)
+        return self.weights[id(w.data)]
+
+    def _constant(self, x: Value) -> Value:
+        assert x.data is not None
+        with np.errstate(over="ignore"):
+            return constant(x.data.astype(self.half.numpy), x.name)
+
+
+def _cast_to(x: Value, y: Value, origin: tuple[str, ...]) -> Node:
+    b = Builder(origin)
+    b.emit(OPS["cast"], [x], {"to": y.dtype})
+    return replace(b.nodes[0], outputs=(y,))
