@@ -11,7 +11,7 @@ import pytest
 from vivace.base.cache import Cache
 from vivace.base.errors import InputError
 from vivace.base.machine import ISAS, best_isa, host, missing_flags
-from vivace.measure.peaks import Peak, Peaks, _is_disturbed, _Task, machine_peaks
+from vivace.measure.peaks import _FORMAT, Peak, Peaks, _is_disturbed, _Task, machine_peaks
 from vivace.targets.cpu.jit import assembly
 from vivace.targets.cpu.peaks import arithmetic_text, arithmetics, n_operations, peak_kernels, stream_text
 
@@ -97,7 +97,7 @@ def test_peaks_are_read_back_from_the_cache(tmp_path) -> None:  # type: ignore[n
     peaks = _peaks()
     assert Peaks.from_json(peaks.to_json()) == peaks
     machine, isa = host(), best_isa(host())
-    store.put("peaks", f"3 {machine.fingerprint()} {isa.name} 4", peaks.to_json().encode())
+    store.put("peaks", f"{_FORMAT} {machine.fingerprint()} {isa.name} 4", peaks.to_json().encode())
     assert machine_peaks(4, store=store) == peaks
 
 
