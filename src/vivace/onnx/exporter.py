@@ -18,7 +18,7 @@ from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper
 from vivace.base.errors import InputError, UnsupportedError
 from vivace.graph.graph import Graph, Node, Value
 from vivace.graph.rewrite import rewrite
-from vivace.onnx import export_compute, export_movement, export_quantized
+from vivace.onnx import export_compute, export_movement, export_quantized, export_trees
 from vivace.onnx.export_attention import operator_guards_itself
 from vivace.onnx.export_control import write_onnx_node, write_subgraph_node
 from vivace.onnx.tensors import data_type_of
@@ -29,7 +29,7 @@ _IR_VERSION = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 LIMIT_BYTES = 1_900_000_000
 """A protobuf message ends at 2 GiB; above this the weights go to a file beside the model."""
 
-WRITERS = {**export_compute.WRITERS, **export_movement.WRITERS, **export_quantized.WRITERS}
+WRITERS = {**export_compute.WRITERS, **export_movement.WRITERS, **export_quantized.WRITERS, **export_trees.WRITERS}
 
 
 def export(graph: Graph, opset: int = DEFAULT) -> ModelProto:

@@ -18,6 +18,7 @@ from vivace.graph.ops import (
     recurrent,
     reduction,
     resampling,
+    trees,
 )
 
 OPS: dict[str, Op] = {
@@ -33,6 +34,7 @@ OPS: dict[str, Op] = {
         resampling,
         recurrent,
         control,
+        trees,
     )
     for op in family.FAMILY
 }

@@ -25,6 +25,7 @@ from vivace.lower.rules.resize import lower_resize
 from vivace.lower.rules.rowwise import lower_norm, lower_reduce, lower_softmax
 from vivace.lower.rules.scan import lower_arg, lower_cumsum
 from vivace.lower.rules.topk import lower_topk
+from vivace.lower.rules.trees import lower_tree_ensemble
 
 RULES: dict[str, Callable[[Lowering, Group], None]] = {
     "elementwise": lower_elementwise,
@@ -55,6 +56,7 @@ RULES: dict[str, Callable[[Lowering, Group], None]] = {
     "gather_nd": lower_gather_nd,
     "scatter_elements": lower_scatter_elements,
     "scatter_nd": lower_scatter_nd,
+    "tree_ensemble": lower_tree_ensemble,
     "if": lower_if,
     "loop": lower_loop,
     "onnx": lower_onnx,

@@ -18,6 +18,7 @@ from vivace.onnx.ops import (
     reduction,
     resize,
     shape,
+    trees,
 )
 
 FAMILIES = (
@@ -36,4 +37,5 @@ FAMILIES = (
     reduction,
     resize,
     shape,
+    trees,
 )
