@@ -19,6 +19,7 @@ from vivace.optimize.report import Report, count_ops, moved_bytes
 from vivace.optimize.rules import (
     activations,
     attention,
+    causal,
     constants,
     identities,
     indices,
@@ -87,8 +88,8 @@ PIPELINE: tuple[Pass, ...] = (
         function=put_channels_last, requires=frozenset({"simple"}), ensures=frozenset({"channels_last"}),
     ),
     Pass(
-        "finish_layout", "join the transposes and reshapes that remain; constant gathers become views", Level.LAYOUT,
-        rules=(*SIMPLIFY, *weights.RULES, *transposes.NATIVE_RULES, *movement.NATIVE_RULES),
+        "finish_layout", "join what remains; constant gathers become views, causal masks a flag", Level.LAYOUT,
+        rules=(*SIMPLIFY, *weights.RULES, *transposes.NATIVE_RULES, *movement.NATIVE_RULES, *causal.RULES),
         requires=frozenset({"channels_last"}),
     ),
     Pass(
