@@ -74,10 +74,23 @@ def _quantize(args: list[Expr], to: DType) -> Expr:
 
 def _dequantize(args: list[Expr]) -> Expr:
     q, scale, zero = args
+    if isinstance(zero, Const) and (rounded := _rounded(q, int(zero.value))) is not None:
+        return Binary("mul", rounded, scale)
     wide: Expr = Cast(DType.i32, q)
     if not (isinstance(zero, Const) and zero.value == 0):
         wide = Binary("sub", wide, Cast(DType.i32, zero))
     return Binary("mul", Cast(DType.f32, wide), scale)
+
+
+def _rounded(q: Expr, zero: int) -> Expr | None:
+    """q - zero as the f32 that `quantize` rounds, where `q` is its expression: integers that nobody stores are never
+    made."""
+    match q:
+        case Cast(x=Binary(fn="add", a=Cast(dtype=DType.i32, x=Unary(fn="round") as x), b=Const(value=added))):
+            return x if added == zero else None
+        case Cast(x=Cast(dtype=DType.i32, x=Unary(fn="round") as x)):
+            return x if zero == 0 else None
+    return None
 
 
 def scalar(node: Node, args: list[Expr]) -> Expr:
