@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-
 from benchmarks.models.catalogue import find, inputs
 from benchmarks.models.fetch import cache_dir, sha256_of, write_atomically
 from benchmarks.models.making import materialise

@@ -157,7 +157,8 @@ class Lowering:
         return self.views[value]
 
     def emit(
-        self, label: str, spec: Spec, views: Sequence[View], written: int | Sequence[int], nodes: Sequence[Node], flops: Dim,
+        self, label: str, spec: Spec, views: Sequence[View], written: int | Sequence[int], nodes: Sequence[Node],
+        flops: Dim,
         moved: Dim | None = None, updates: bool = False,
     ) -> None:  # fmt: skip
         """Append a step. `views` follow the kernel's params; those at `written` (an index or several) are the results.

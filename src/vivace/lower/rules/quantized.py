@@ -73,7 +73,9 @@ class _Start:
 
         def load(v: View) -> Expr:
             size = v.shape
-            spread = replace(v, shape=(*size, *(1,) * (len(shape) - 1 - axis)), strides=(*v.strides, *(0,) * (len(shape) - 1 - axis)))
+            spread = replace(
+                v, shape=(*size, *(1,) * (len(shape) - 1 - axis)), strides=(*v.strides, *(0,) * (len(shape) - 1 - axis))
+            )
             return params.load((spread if size else v).expand(shape), index)
 
         total: Expr = Binary("add", ACC, load(self.total))
@@ -114,7 +116,8 @@ def lower_matmul_integer(ctx: Lowering, g: Group) -> None:
     offset = activation_offset(a.dtype, ctx.isa)
     start = _Start(ctx, g, w_value, _sums(w_value, (0,)), offset)
     epilogue = Epilogue(ctx, g, lambda p: start.expr(p, y.shape, index, y.rank - 1), index)
-    c = Contraction("k", (), rows, (Axis("k", k, 1),), n, a.buffer("a"), a.buffer("b"), out.buffer("out", writable=True),
+    c = Contraction("k", (), rows, (Axis("k", k, 1),), n, a.buffer("a"), a.buffer("b"),
+                    out.buffer("out", writable=True),
                     Packing("panels"), epilogue.expr, epilogue.extra, DType.i32, offset)  # fmt: skip
     w, packing = _packed(ctx, w_value, c, w_value.data[None], offset)
     _emit(ctx, "matmul_integer", replace(c, b=w.buffer("b"), packing=packing), a, w, out, epilogue, g)
@@ -166,7 +169,7 @@ def lower_conv_integer(ctx: Lowering, g: Group) -> None:
         d = Depthwise("k", rows, with_b, oc, a_buf, w.buffer("b"), out_buf, epilogue.expr, epilogue.extra)
         _emit(ctx, "depthwise_integer", d, x, w, out, epilogue, g)
     else:
-        batch = () if groups == 1 else (Axis("g", groups, cg, 0, n),)
+        batch: tuple[Axis, ...] = () if groups == 1 else (Axis("g", groups, cg, 0, n),)
         c = Contraction("k", batch, rows, (*taps, Axis("kc", cg, 1)), n, a_buf, a_buf, out_buf, Packing("panels"),
                         epilogue.expr, epilogue.extra, DType.i32, offset)  # fmt: skip
         w, packing = _packed(ctx, w_value, c, _matrices(weights, groups), offset)

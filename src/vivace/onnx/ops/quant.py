@@ -1,6 +1,7 @@
 """Quantization: QuantizeLinear, DequantizeLinear, the integer products, QLinear*, MatMulNBits.
 
-Numbers of 4 to 16 bits become the core ops `quantize` and `dequantize`, products with constant i8 weights `conv_integer`
+Numbers of 4 to 16 bits become the core ops `quantize` and `dequantize`, products with constant i8 weights
+`conv_integer`
 and `matmul_integer`; the rest is composed: integers widened to i32, products summed in i32, the scale applied in f32.
 Source: `y = saturate(round_half_even(x / scale) + zero_point)`, `x = (q - zero_point) * scale`.
 """

@@ -94,7 +94,9 @@ def _fits(depth: int, bias: Array | None) -> bool:
 
 def _column(values: Array, rank: int, axis: int) -> Array:
     """Numbers along one axis, in a shape that broadcasts; one number stands for all."""
-    return values.reshape(()) if values.size == 1 else values.reshape([-1 if i == axis else 1 for i in range(axis, rank)])
+    return (
+        values.reshape(()) if values.size == 1 else values.reshape([-1 if i == axis else 1 for i in range(axis, rank)])
+    )
 
 
 def _example_bytes(e: Example, kind: str, scale: float = 0.5, zero: int = 1) -> Value:
@@ -107,7 +109,11 @@ def _example_weights(e: Example, *shape: int, axis: int = 0, dtype: type = np.in
     q = e.const(e.random.integers(low, high, shape).astype(dtype))
     wide = [1] * len(shape)
     wide[axis] = shape[axis]
-    return e.dequantize(q, e.const(e.random.uniform(0.01, 0.02, wide).astype(F32)), e.const(np.full(wide, 0 if dtype is np.int8 else 128, dtype)))
+    return e.dequantize(
+        q,
+        e.const(e.random.uniform(0.01, 0.02, wide).astype(F32)),
+        e.const(np.full(wide, 0 if dtype is np.int8 else 128, dtype)),
+    )
 
 
 def _example_conv(e: Example, kind: str = "u8[1,4,5,5]", bias: str = "", dtype: type = np.int8) -> Value:
@@ -152,7 +158,9 @@ def conv_in_integers(n: Node, at: At) -> Outcome:
     y = at.op.mul(at.op.cast(total, to=DType.f32), at.const(_column(scale, rank, axis), "scale"))
     if bias is None or whole is not None:
         return y
-    return at.op.add(y, at.op.reshape(bias, shape=tuple(filters.shape[0] if i == axis else 1 for i in range(axis, rank))))
+    return at.op.add(
+        y, at.op.reshape(bias, shape=tuple(filters.shape[0] if i == axis else 1 for i in range(axis, rank)))
+    )
 
 
 @rule(
@@ -250,7 +258,11 @@ def _divided(v: Value | None, t: np.float32, at: At) -> Value | None:
     x = n.inputs[0]
     if n.op.name == "dequantize":
         s = n.inputs[1]
-        return None if s is None or s.data is None else at.op.dequantize(x, at.const(np.asarray(s.data / t, F32)), n.inputs[2])
+        return (
+            None
+            if s is None or s.data is None
+            else at.op.dequantize(x, at.const(np.asarray(s.data / t, F32)), n.inputs[2])
+        )
     if not at.only_use(v):
         return None
     match n.op.name:
@@ -310,7 +322,14 @@ def quantized_already(n: Node, at: At) -> Outcome:
     return m.inputs[0]
 
 
-_WINDOW = {"kernel": (2, 2), "strides": (1, 1), "dilations": (1, 1), "before": (1, 0), "after": (0, 1), "layout": "NCHW"}
+_WINDOW = {
+    "kernel": (2, 2),
+    "strides": (1, 1),
+    "dilations": (1, 1),
+    "before": (1, 0),
+    "after": (0, 1),
+    "layout": "NCHW",
+}
 
 
 @rule(
