@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -98,9 +99,12 @@ class Engine:
         `outputs` may give arrays to write results into (right dtype and shape, C-contiguous); the rest are allocated.
         Raises: InputError for a missing, unknown or ill-fitting input.
         """
-        if len(inputs) != len(self._names) or any(n not in inputs for n in self._names):
+        if len(inputs) != len(self._names):
             self._refuse_names(inputs)
-        given = [inputs[n] for n in self._names]
+        try:
+            given = [inputs[n] for n in self._names]
+        except KeyError:
+            self._refuse_names(inputs)
         results = self._run(given, outputs)
         return {s.name: a for s, a in zip(self.outputs, results, strict=True)}
 
@@ -135,7 +139,7 @@ class Engine:
                 bound = None
                 self._bind(context, call.dims)
                 bound = call
-            context.run(addresses_of(given), addresses_of(results))
+            context.run(addresses_of([*given, *results]))
         finally:
             self._idle.append((context, bound))
         return results
@@ -179,7 +183,7 @@ class Engine:
             )
         return array
 
-    def _refuse_names(self, inputs: Mapping[str, np.ndarray]) -> None:
+    def _refuse_names(self, inputs: Mapping[str, np.ndarray]) -> NoReturn:
         missing = [n for n in self._names if n not in inputs]
         unknown = [n for n in inputs if n not in self._names]
         what = " and ".join(

@@ -18,6 +18,7 @@ Not handled: shapes of inputs, dtypes, layouts (the session's), stopping a run f
 from __future__ import annotations
 
 import ctypes
+import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ class Context:
         self._base = self._memory.address
         self._io = (ctypes.c_int64 * (executable.n_inputs + executable.n_outputs))()
         self._io_address = ctypes.addressof(self._io)
+        self._write_io = struct.Struct(f"{len(self._io)}q").pack_into
         self._arena = Buffer(0)
         self._scratch = Buffer(0)
         self._ring: Buffer | None = None
@@ -135,8 +137,8 @@ class Context:
             self._words[Header.SCRATCH_STRIDE] = stride
             self.dims = dict(dims)
 
-    def run(self, inputs: Sequence[int], outputs: Sequence[int]) -> None:
-        """Runs the program once on the memory at these addresses.
+    def run(self, inputs: Sequence[int], outputs: Sequence[int] = ()) -> None:
+        """Runs the program once on the memory at these addresses; `inputs` may hold those of the outputs as well.
 
         Raises: whatever a `Call` step raised; InternalError when the context is in use or not bound.
         """
@@ -145,7 +147,7 @@ class Context:
         try:
             if self.dims is None:
                 raise InternalError("the context is not bound to dims", expected="bind before run")
-            self._io[:] = [*inputs, *outputs]
+            self._write_io(self._io, 0, *inputs, *outputs)
             status = self._run(self._base, self._io_address)
             while status:
                 if status != Status.NEEDS_WORKERS:
