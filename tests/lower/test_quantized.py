@@ -1,0 +1,310 @@
+"""Quantized graphs in integers: to the last bit what the rewritten graph says, at most one quantum from the graph as
+it was written, equal to ONNX Runtime's QLinear operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import vivace
+from vivace.base.machine import host, isa, missing_flags
+from vivace.graph.graph import Graph
+from vivace.graph.reference import evaluate
+from vivace.graph.rewrite import Example
+from vivace.onnx.importer import import_model
+from vivace.optimize.pipeline import optimize
+
+ort = pytest.importorskip("onnxruntime")
+Array = np.ndarray
+U8, S8 = np.uint8, np.int8
+each_target = pytest.mark.parametrize(
+    "target", [n for n in ("sse", "avx2", "avx512", "host") if n == "host" or not missing_flags(host(), isa(n))]
+)
+
+
+def numbers(seed: int, dtype: type, *shape: int) -> Array:
+    """Random bytes, half of them extreme."""
+    random = np.random.default_rng(seed)
+    limits = np.iinfo(dtype)
+    anything = random.integers(limits.min, limits.max + 1, shape)
+    extremes = random.choice([limits.min, limits.max], shape)
+    return np.where(random.random(shape) < 0.5, anything, extremes).astype(dtype)
+
+
+class Model:
+    """A model under construction; every operand but the input is an initializer."""
+
+    def __init__(self, dtype: type, shape: tuple[int, ...]) -> None:
+        kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        self.inputs = [helper.make_tensor_value_info("x", kind, shape)]
+        self.nodes: list[Any] = []
+        self.constants: list[Any] = []
+
+    def const(self, data: Any) -> str:
+        name = f"c{len(self.constants)}"
+        self.constants.append(numpy_helper.from_array(np.asarray(data), name))
+        return name
+
+    def emit(self, op: str, *ins: str, domain: str = "", **attrs: Any) -> str:
+        name = f"v{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, list(ins), [name], domain=domain, **attrs))
+        return name
+
+    def add_input(self, name: str, dtype: type, shape: tuple[int, ...]) -> str:
+        self.inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape))
+        return name
+
+    def finish(self, y: str, dtype: type) -> onnx.ModelProto:
+        out = helper.make_tensor_value_info(y, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), None)
+        graph = helper.make_graph(self.nodes, "g", self.inputs, [out], self.constants)
+        domains = [helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)]
+        model = helper.make_model(graph, opset_imports=domains, ir_version=8)
+        return onnx.shape_inference.infer_shapes(model)
+
+
+def dequantized(m: Model, q: str, scale: Any, zero: Any, **attrs: int) -> str:
+    return m.emit("DequantizeLinear", q, m.const(np.float32(scale)), m.const(zero), **attrs)
+
+
+def quantized(m: Model, x: str, scale: float, zero: Any) -> str:
+    return m.emit("QuantizeLinear", x, m.const(np.float32(scale)), m.const(zero))
+
+
+def ran_by_ort(model: onnx.ModelProto, feeds: dict[str, Array], level: int = 0) -> Array:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = [
+        ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    ][level]  # fmt: skip
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, feeds)[0])
+
+
+def compiled(model: onnx.ModelProto | Graph, feeds: dict[str, Array], target: str, threads: int = 2) -> Array:
+    engine = vivace.compile(
+        model if isinstance(model, Graph) else model.SerializeToString(), target=target, threads=threads, providers="native"
+    )
+    (found,) = engine.run(feeds).values()
+    return np.asarray(found)
+
+
+def gap(a: Array, b: Array) -> int:
+    assert a.shape == b.shape and a.dtype == b.dtype
+    return int(np.abs(a.astype(np.int64) - b.astype(np.int64)).max(initial=0))
+
+
+def check(model: onnx.ModelProto, feeds: dict[str, Array], target: str, quanta: int = 1) -> list[str]:
+    """Compares a model with an integer result; the ops that the native graph has."""
+    graph = import_model(model.SerializeToString())
+    native = optimize(graph)
+    got = compiled(model, feeds, target)
+    np.testing.assert_array_equal(got, evaluate(native, feeds)[0])
+    assert gap(got, evaluate(graph, feeds)[0]) <= quanta
+    assert gap(got, ran_by_ort(model, feeds)) <= quanta
+    return [n.op.name for n in native.nodes]
+
+
+CONVOLUTIONS = [
+    # channels, filters, groups, kernel, stride, dilation, pad
+    (8, 20, 1, 3, 1, 1, 1),
+    (3, 33, 1, 7, 2, 1, 3),
+    (16, 48, 1, 1, 1, 1, 0),
+    (12, 24, 3, 3, 1, 1, 1),
+    (40, 40, 40, 3, 2, 1, 1),
+    (17, 17, 17, 5, 1, 2, 4),
+    (6, 1, 1, 3, 1, 2, 0),
+]
+
+
+def convolution(case: tuple[int, ...], x_dtype: type, bias: bool, per_channel: bool) -> tuple[Any, dict[str, Array]]:
+    c, oc, groups, k, stride, dilation, pad = case
+    random = np.random.default_rng(c * oc)
+    m = Model(x_dtype, (2, c, 11, 13))
+    zero = x_dtype(7) if x_dtype is U8 else x_dtype(-3)
+    w = numbers(oc, S8, oc, c // groups, k, k)
+    scales = random.uniform(0.01, 0.03, oc if per_channel else 1).astype(np.float32)
+    scales = scales if per_channel else scales.reshape(())
+    axis = {"axis": 0} if per_channel else {}
+    ins = [dequantized(m, "x", 0.04, zero), dequantized(m, m.const(w), scales, np.zeros(scales.shape, S8), **axis)]
+    if bias:
+        b = random.integers(-30000, 30000, oc).astype(np.int32)
+        wide = np.broadcast_to(np.float32(0.04) * scales, (oc,)).astype(np.float32)
+        ins.append(dequantized(m, m.const(b), wide, np.zeros(oc, np.int32), axis=0))
+    y = m.emit("Conv", *ins, strides=[stride] * 2, dilations=[dilation] * 2, pads=[pad] * 4, group=groups)
+    y = quantized(m, m.emit("Relu", y), 3.7, U8(0) if x_dtype is U8 else S8(-9))
+    return m.finish(y, x_dtype), {"x": numbers(1, x_dtype, 2, c, 11, 13)}
+
+
+@each_target
+@pytest.mark.parametrize("x_dtype", [U8, S8])
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolutions(target: str, x_dtype: type, case: tuple[int, ...]) -> None:
+    model, feeds = convolution(case, x_dtype, bias=True, per_channel=True)
+    assert "conv_integer" in check(model, feeds, target)
+
+
+@pytest.mark.parametrize(("bias", "per_channel"), [(False, False), (True, False), (False, True)])
+def test_bias_and_scales_may_be_left_out(bias: bool, per_channel: bool) -> None:
+    model, feeds = convolution(CONVOLUTIONS[0], U8, bias, per_channel)
+    assert "conv_integer" in check(model, feeds, "host")
+
+
+@each_target
+@pytest.mark.parametrize("x_dtype", [U8, S8])
+def test_padding_holds_the_zero_point(target: str, x_dtype: type) -> None:
+    """An input that is zero everywhere gives the bias everywhere, the border included."""
+    model, feeds = convolution(CONVOLUTIONS[0], x_dtype, bias=True, per_channel=True)
+    feeds["x"][...] = 7 if x_dtype is U8 else -3
+    got = compiled(model, feeds, target)
+    assert (got == got[:1, :, :1, :1]).all()
+
+
+def qlinear_conv(x_dtype: type) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    m = Model(x_dtype, (1, 8, 9, 9))
+    random = np.random.default_rng(5)
+    zero = m.const(x_dtype(5))
+    w, w_scale = m.const(numbers(2, S8, 24, 8, 3, 3)), m.const(random.uniform(0.01, 0.03, 24).astype(np.float32))
+    bias = m.const(random.integers(-30000, 30000, 24).astype(np.int32))
+    y = m.emit("QLinearConv", "x", m.const(np.float32(0.04)), zero, w, w_scale, m.const(np.zeros(24, S8)),
+               m.const(np.float32(3.1)), m.const(x_dtype(11)), bias, pads=[1] * 4)  # fmt: skip
+    return m.finish(y, x_dtype), {"x": numbers(3, x_dtype, 1, 8, 9, 9)}
+
+
+@each_target
+@pytest.mark.parametrize("x_dtype", [U8, S8])
+def test_qlinear_conv_is_that_of_onnxruntime(target: str, x_dtype: type) -> None:
+    model, feeds = qlinear_conv(x_dtype)
+    np.testing.assert_array_equal(compiled(model, feeds, target), ran_by_ort(model, feeds))
+
+
+@each_target
+@pytest.mark.parametrize("x_dtype", [U8, S8])
+@pytest.mark.parametrize(("m_rows", "k", "n"), [(1, 5, 3), (37, 64, 96), (19, 515, 40)])
+def test_matrix_products(target: str, x_dtype: type, m_rows: int, k: int, n: int) -> None:
+    random = np.random.default_rng(k)
+    m = Model(x_dtype, (2, m_rows, k))
+    scales = random.uniform(0.01, 0.03, n).astype(np.float32)
+    w = dequantized(m, m.const(numbers(4, S8, k, n)), scales, np.zeros(n, S8), axis=1)
+    y = m.emit("MatMul", dequantized(m, "x", 0.05, x_dtype(3)), w)
+    bias = random.integers(-9000, 9000, n).astype(np.int32)
+    y = m.emit("Add", y, dequantized(m, m.const(bias), np.float32(0.05) * scales, np.zeros(n, np.int32), axis=0))
+    model = m.finish(quantized(m, y, 1.9, x_dtype(20)), x_dtype)
+    ops = check(model, {"x": numbers(5, x_dtype, 2, m_rows, k)}, target)
+    assert "matmul_integer" in ops and "dequantize" not in ops
+
+
+@each_target
+def test_dynamic_quantization(target: str) -> None:
+    """The zero point is only known at run time; sums and rounding are exact, the products with the scale in f32."""
+    m = Model(np.float32, (3, 21, 64))
+    m.nodes.append(helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]))
+    total = m.emit("MatMulInteger", "q", m.const(numbers(4, S8, 64, 50)), "z", m.const(np.full(50, 0, S8)))
+    number = m.emit("Cast", total, to=TensorProto.FLOAT)
+    y = m.emit("Mul", number, m.emit("Mul", "s", m.const(np.float32(0.02))))
+    model = m.finish(y, np.float32)
+    feeds = {"x": np.random.default_rng(0).standard_normal((3, 21, 64)).astype(np.float32)}
+    assert "matmul_integer" in [n.op.name for n in optimize(import_model(model.SerializeToString())).nodes]
+    np.testing.assert_allclose(compiled(model, feeds, target), ran_by_ort(model, feeds), rtol=1e-6, atol=1e-6)
+
+
+def residual_block(scale: float = 0.8) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    m = Model(U8, (1, 32, 9, 9))
+    x = dequantized(m, "x", 0.05, U8(9))
+    y = x
+    for i, k in enumerate((1, 3)):
+        w = dequantized(m, m.const(numbers(i, S8, 32, 32, k, k)), np.full(32, 0.01, np.float32), np.zeros(32, S8), axis=0)
+        y = m.emit("Conv", y, w, pads=[k // 2] * 4)
+        y = dequantized(m, quantized(m, y, 1.3, U8(120)), 1.3, U8(120))
+    y = m.emit("Relu", m.emit("Add", y, x))
+    return m.finish(quantized(m, y, scale, U8(0)), U8), {"x": numbers(9, U8, 1, 32, 9, 9)}
+
+
+@each_target
+def test_a_residual_block_has_no_step_but_its_convolutions(target: str) -> None:
+    model, feeds = residual_block()
+    check(model, feeds, target, quanta=2)  # two roundings one after the other, the first one of 1.6 quanta of the second
+    engine = vivace.compile(model.SerializeToString(), target=target, providers="native")
+    labels = [e.kernel.split(":")[1] for e in engine.profile(feeds)]
+    assert [x for x in labels if x not in ("copy", "fill", "conv_integer")] == []
+    assert labels.count("conv_integer") == 2
+
+
+@each_target
+@pytest.mark.parametrize("x_dtype", [U8, S8])
+def test_bytes_pass_through_movement_and_pools(target: str, x_dtype: type) -> None:
+    m = Model(x_dtype, (1, 6, 8, 8))
+    m.add_input("x2", x_dtype, (1, 2, 8, 8))
+    zero = x_dtype(4)
+    x, x2 = (dequantized(m, v, 0.25, zero) for v in ("x", "x2"))
+    y = m.emit("Concat", x, x2, axis=1)
+    y = m.emit("MaxPool", y, kernel_shape=[3, 3], pads=[1] * 4, strides=[2, 2])
+    y = m.emit("Transpose", y, perm=[0, 2, 3, 1])
+    y = m.emit("Reshape", y, m.const(np.array([16, 8])))
+    model = m.finish(quantized(m, y, 0.25, zero), x_dtype)
+    feeds = {"x": numbers(1, x_dtype, 1, 6, 8, 8), "x2": numbers(2, x_dtype, 1, 2, 8, 8)}
+    ops = check(model, feeds, target, quanta=0)
+    assert not {"quantize", "dequantize"} & set(ops)
+
+
+def test_operands_of_a_concatenation_take_its_scale() -> None:
+    m = Model(U8, (1, 6, 4, 4))
+    m.add_input("x2", U8, (1, 3, 4, 4))
+    x, x2 = dequantized(m, "x", 0.25, U8(4)), dequantized(m, "x2", 0.125, U8(100))
+    model = m.finish(quantized(m, m.emit("Concat", x, x2, axis=1), 0.3, U8(50)), U8)
+    check(model, {"x": numbers(1, U8, 1, 6, 4, 4), "x2": numbers(2, U8, 1, 3, 4, 4)}, "host")
+
+
+@each_target
+@pytest.mark.parametrize("n", [*range(1, 19), 31, 33, 65])
+def test_a_last_vector_of_any_width_stays_in_bounds(target: str, n: int) -> None:
+    """Channels of a depthwise convolution and columns of a product; pixels lie side by side, so that a store that is
+    too wide would show in the next one."""
+    model, feeds = convolution((n, n, n, 3, 1, 1, 1), U8, bias=True, per_channel=True)
+    check(model, feeds, target)
+    m = Model(U8, (6, 8))
+    y = m.emit("MatMul", dequantized(m, "x", 0.05, U8(3)), dequantized(m, m.const(numbers(n, S8, 8, n)), 0.02, S8(0)))
+    check(m.finish(quantized(m, y, 1.5, U8(90)), U8), {"x": numbers(5, U8, 6, 8)}, target)
+
+
+def test_activations_between_integers() -> None:
+    for op, attrs in (("Sigmoid", {}), ("HardSwish", {}), ("Tanh", {}), ("LeakyRelu", {"alpha": 0.1})):
+        m = Model(U8, (3, 40))
+        y = m.emit(op, dequantized(m, "x", 0.05, U8(128)), **attrs)
+        check(m.finish(quantized(m, y, 0.02, U8(100)), U8), {"x": np.arange(120, dtype=U8).reshape(3, 40) * 2}, "host")
+
+
+def test_weights_with_a_zero_point() -> None:
+    """Unsigned weights around 128 fit i8; those around 5 do not, and stay in f32."""
+    for zero, ops in ((128, "matmul_integer"), (5, "matmul")):
+        m = Model(U8, (4, 32))
+        w = dequantized(m, m.const(numbers(3, U8, 32, 24)), 0.02, U8(zero))
+        model = m.finish(quantized(m, m.emit("MatMul", dequantized(m, "x", 0.05, U8(3)), w), 1.5, U8(90)), U8)
+        assert ops in check(model, {"x": numbers(5, U8, 4, 32)}, "host")
+
+
+def test_weight_only_quantization_folds() -> None:
+    m = Model(np.float32, (4, 32))
+    y = m.emit("MatMul", "x", dequantized(m, m.const(numbers(3, S8, 32, 24)), 0.02, S8(0)))
+    model = m.finish(y, np.float32)
+    feeds = {"x": np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)}
+    assert [n.op.name for n in optimize(import_model(model.SerializeToString())).nodes] == ["matmul"]
+    np.testing.assert_allclose(compiled(model, feeds, "host"), ran_by_ort(model, feeds), rtol=1e-4, atol=1e-4)
+
+
+def test_sums_that_may_not_fit_stay_in_floats() -> None:
+    e = Example()
+    depth = 70_000
+    x = e.dequantize(e.x(f"u8[1,{depth}]"), e.const(np.float32(1)), e.const(U8(0)))
+    w = e.dequantize(e.const(np.full((depth, 1), 127, S8)), e.const(np.float32(1)), e.const(S8(0)))
+    graph = e.finish([e.matmul(x, w)])
+    assert "matmul_integer" not in [n.op.name for n in optimize(graph).nodes]
+
+
+def test_thread_counts_agree() -> None:
+    model, feeds = residual_block()
+    wanted = compiled(model, feeds, "host", threads=1)
+    for threads in (2, 3, 5):
+        np.testing.assert_array_equal(compiled(model, feeds, "host", threads=threads), wanted)
