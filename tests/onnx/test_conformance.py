@@ -65,7 +65,7 @@ FALLBACK: dict[tuple[str, str], int] = {
     ("StringSplit", "it works on strings"): 6,
     ("TensorScatter", "it is not written with core ops"): 3,
     ("TfIdfVectorizer", "it is not written with core ops"): 7,
-    ("TreeEnsemble", "it is not written with core ops"): 2,
+    ("TreeEnsemble", "its input is f64"): 1,
     ("Unique", "it is not written with core ops"): 7,
     ("expanded bernoulli", "it is not written with core ops"): 3,
 }
