@@ -108,6 +108,7 @@ def _compile_native(
     progress: Progress | None,
     precision: str = "f32",
 ) -> Engine:
+    from vivace.optimize.islands import float_islands
     from vivace.runtime.engine import Engine
 
     started = time.perf_counter()
@@ -124,7 +125,7 @@ def _compile_native(
     image = link_image(plan, target, cache, progress)
     image.facts.update(facts)
     image.facts["compile_seconds"] = time.perf_counter() - started
-    rest = (placements(image), make_foreign(threads), lambda: portable_model(source, shapes))
+    rest = (placements(image, float_islands(graph)), make_foreign(threads), lambda: portable_model(source, shapes))
     if knobs.check:
         from vivace.shadow import ShadowedEngine
 
@@ -309,14 +310,18 @@ def make_foreign(threads: int) -> MakeForeign:
     return make
 
 
-def placements(image: Image) -> list[Placement]:
-    """One record per ONNX node and the kernel that computes it."""
+def placements(image: Image, islands: Mapping[str, str] | None = None) -> list[Placement]:
+    """One record per ONNX node and the kernel that computes it; the reason says why not in the first provider, or why
+    a node of a quantized model is no integer arithmetic (`optimize.islands`)."""
     from vivace.runtime.engine import Placement
 
     found: list[Placement] = []
     for i, line in enumerate(image.lines):
         if line.kind in ("run", "foreign"):
             provider = "native" if line.kind == "run" else "onnxruntime"
-            reason = "" if line.kind == "run" else "vivace has no kernel for this operator"
-            found += [Placement(node, line.label, f"{i}:{line.label}", provider, reason) for node in line.nodes]
+            foreign = "" if line.kind == "run" else "vivace has no kernel for this operator"
+            found += [
+                Placement(node, line.label, f"{i}:{line.label}", provider, foreign or (islands or {}).get(node, ""))
+                for node in line.nodes
+            ]
     return found
