@@ -30,6 +30,7 @@ from vivace.lower.image import ForeignEntry, Image, LineEntry, estimate_ns
 from vivace.runtime.binding import MemoryPlanner, ShapeSolver
 from vivace.runtime.buffer import addresses_of
 from vivace.runtime.executable import Context, Executable
+from vivace.runtime.pages import collapse
 from vivace.runtime.saved import save
 from vivace.targets.cpu import jit, steps
 
@@ -82,6 +83,7 @@ class Engine:
         self._planner = MemoryPlanner(image)
         self._library = jit.load(image.objects) if image.objects else None
         self._constants = [_aligned(c) for c in image.constants]
+        collapse(self._constants)
         runners = [make_foreign(f) if make_foreign else None for f in image.foreign]
         self._symbols = _symbols_of(image)
         self._line_of_step: list[int] = []
