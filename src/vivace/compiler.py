@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vivace.base.cache import default_cache
-from vivace.base.errors import EngineError, InputError, ModelError, UnknownSizeError, UnsupportedError
+from vivace.base.errors import EngineError, InputError, ModelError, UnknownSizeError, UnsupportedError, VivaceError
 from vivace.base.events import warn
 from vivace.base.knobs import knobs
 from vivace.base.machine import ISAS, Isa, best_isa, host, isa, missing_flags
 from vivace.base.specs import TensorSpec
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from vivace.graph.graph import Graph, Node
     from vivace.lower.image import ForeignEntry, Image
     from vivace.lower.plan import Plan
@@ -40,6 +42,7 @@ def compile(
     level: int | str = 99,
     disable: Sequence[str] = (),
     progress: Progress | None = None,
+    calibration: Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]] = (),
 ) -> Engine | HostedEngine:
     """Compile a model for this machine.
 
@@ -50,19 +53,24 @@ def compile(
     `disable` names passes and rules of the optimizer (docs/rules.md) to leave out, and `winograd`.
     `tune` has no effect yet: tiles come from a model of the machine. `progress(stage, done, total)` is called as work
     goes on.
+    `precision` is `f32`, or `bf16`: values between kernels and weights of products are stored in bf16, sums stay in
+    f32 (see `vivace.lower.precision`). Where the CPU has no bf16 products it would not pay, and f32 is used:
+    `engine.stats["precision_note"]` says so. With inputs in `calibration` the error against f32 is measured on them,
+    `engine.stats["precision_error"]`.
     Raises: ModelError, UnsupportedError (a node has no provider), InputError (a bad option).
     """
     if precision not in PRECISIONS:
         raise UnsupportedError(f"precision {precision!r} is not available", expected=", ".join(PRECISIONS))
     names = tuple(providers.split(",")) if isinstance(providers, str) else tuple(providers)
     n_threads = threads_for(threads)
+    samples = [calibration] if isinstance(calibration, Mapping) else list(calibration)
     for name in names:
         if name not in (*PROVIDERS, "auto"):
             raise InputError(f"unknown provider {name!r}", where="providers", expected=", ".join((*PROVIDERS, "auto")))
 
     def native() -> Engine:
         return _compile_native(
-            source, n_threads, names, choose_isa(target), cache, shapes, level, disable, progress, precision
+            source, n_threads, names, choose_isa(target), cache, shapes, level, disable, progress, precision, samples
         )
 
     if names == ("auto",):
@@ -107,6 +115,7 @@ def _compile_native(
     disable: Sequence[str],
     progress: Progress | None,
     precision: str = "f32",
+    samples: Sequence[Mapping[str, np.ndarray]] = (),
 ) -> Engine:
     from vivace.optimize.islands import float_islands
     from vivace.runtime.engine import Engine
@@ -120,6 +129,7 @@ def _compile_native(
 
     without = frozenset(disable) & OPTIONS.keys()
     graph = optimize_for_native(graph, level, [name for name in disable if name not in without])
+    exact = graph
     graph, facts = apply_precision(graph, precision, target)
     plan = make_plan(graph, target, providers, without)
     image = link_image(plan, target, cache, progress)
@@ -130,7 +140,27 @@ def _compile_native(
         from vivace.shadow import ShadowedEngine
 
         return ShadowedEngine(plan, image, threads, *rest)
-    return Engine(image, threads, *rest)
+    engine = Engine(image, threads, *rest)
+    if samples and graph is not exact:
+        plan = make_plan(exact, target, providers, without)
+        f32 = Engine(link_image(plan, target, cache, progress), threads, (), make_foreign(threads))
+        image.facts["precision_error"] = measure_error(engine, f32, samples)
+    return engine
+
+
+def measure_error(engine: Engine, f32: Engine, samples: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, object]]:
+    """For each output of floats how far an engine is from another on the worst of some inputs."""
+    from vivace.measure.compare import Difference, compare
+
+    worst: dict[str, Difference] = {}
+    for sample in samples:
+        for d in compare(engine.run(sample), f32.run(sample)):
+            if d.name not in worst or d.snr_db < worst[d.name].snr_db:
+                worst[d.name] = d
+    return [
+        {"output": d.name, "snr_db": d.snr_db, "max_absolute": d.max_absolute, "n_special": d.n_special}
+        for d in worst.values()
+    ]
 
 
 def load(path: str | Path, *, threads: int | None = None) -> Engine | HostedEngine:
@@ -149,7 +179,8 @@ def load(path: str | Path, *, threads: int | None = None) -> Engine | HostedEngi
             raise EngineError(
                 f"needs a CPU with {', '.join(missing)}", where=str(path), hint="compiling the model on this machine"
             )
-        return compile(model, threads=threads)
+        precision = saved.header["image"]["facts"].get("precision", "f32")
+        return compile(model, threads=threads, precision=precision)
     n_threads = threads_for(threads)
     placement = [Placement(*p) for p in saved.header["placement"]]
     return Engine(saved.image(), n_threads, placement, make_foreign(n_threads), lambda: saved.checked_bytes("portable"))
@@ -202,13 +233,13 @@ def load_graph(source: object, shapes: Mapping[str, Sequence[int]] | None) -> Gr
     except ModelError as refusal:
         if not shapes:
             raise
-        try:
-            graph = import_model(source)  # type: ignore[arg-type]
-        except ModelError:
-            raise refusal from None
         from vivace.measure.inputs import check_shapes
 
-        check_shapes([TensorSpec(v.name, v.dtype, v.shape) for v in graph.inputs], shapes)
+        try:
+            graph = import_model(source)  # type: ignore[arg-type]
+            check_shapes([TensorSpec(v.name, v.dtype, v.shape) for v in graph.inputs], shapes)
+        except VivaceError:
+            raise refusal from None
         warn("compile", f"the shapes stay symbolic: {refusal}")
         return graph
 

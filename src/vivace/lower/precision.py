@@ -12,7 +12,7 @@ Rules:
 * GIVEN: an input of the model that a product reads is rounded in the step that brings it into the product's order.
 * FUSED: a value is only stored narrow where whoever makes it can round it, and where those who read it can convert it,
   so that a cast is a step of its own only for a value that both a product and an f32-only operator read.
-* SMALL: what no product reads and is small stays f32: nothing is gained.
+* SMALL: what is small stays f32, where neither a product nor a mover (`MOVERS`) reads it: nothing would be gained.
 
 Error: each stored value and each weight is off by at most 2**-9 of its magnitude (8 bits of mantissa, to nearest).
 
@@ -94,10 +94,12 @@ class _Choice:
         if g.anchor.op.name in MOVERS and g.output is g.anchor.outputs[0] and not self._all_narrow(g.anchor):
             return False
         able = [n is not None and self._converts(n, i) for n, i in readers]
-        if any(n is not None and n.op.name in _PRODUCTS and ok for (n, _), ok in zip(readers, able, strict=True)):
+        wanted = [n.op.name for (n, _), ok in zip(readers, able, strict=True) if ok and n is not None]
+        if any(name in _PRODUCTS for name in wanted):
             return True
         size = v.type.size
-        return all(able) and not (isinstance(size, int) and size <= _SMALL)  # SMALL
+        is_small = isinstance(size, int) and size <= _SMALL and not any(name in MOVERS for name in wanted)  # SMALL
+        return all(able) and not is_small
 
     def _converts(self, n: Node, operand: int) -> bool:
         if n.op.kind == "elementwise":

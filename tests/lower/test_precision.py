@@ -1,0 +1,228 @@
+"""bf16 between kernels: what is stored narrow, what that costs in accuracy, and that no cast stands alone.
+
+Tolerance: generated code and the reference round the same values, but sums in another order may round to the
+neighbouring bf16, 2**-8 away; a few products deep such differences stay below 2**-6 of the largest result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from tests.lower.harness import build
+
+import vivace
+from vivace import compiler
+from vivace.base import events
+from vivace.base.dims import symbol
+from vivace.base.dtypes import DType
+from vivace.base.errors import UnsupportedError
+from vivace.base.knobs import knobs
+from vivace.base.machine import best_isa, host, isa, missing_flags
+from vivace.graph import reference
+from vivace.graph.build import Builder
+from vivace.graph.graph import Graph, Type, Value
+from vivace.graph.verify import verify
+from vivace.lower.halves import is_bf16, rounded
+from vivace.lower.lowering import lower
+from vivace.lower.plan import steps_of
+from vivace.lower.precision import Narrowed, narrow
+from vivace.runtime.engine import Engine
+
+ISAS = ("sse", "avx2", "avx512", "avx512+avx512_bf16")
+each_isa = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.skipif(bool(missing_flags(host(), isa(n))), reason="not on this CPU"))
+        for n in ISAS
+    ],
+)
+F32 = DType.f32
+
+
+def weights(*shape: Any, seed: int = 0) -> np.ndarray:
+    fan_in = int(np.prod(shape[1:])) if len(shape) > 2 else shape[0]
+    return (np.random.default_rng(seed).standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)
+
+
+def conv(b: Builder, x: Value, n: int, k: int = 1, group: int = 1, seed: int = 0, stride: int = 1) -> Value:
+    pad = (k // 2, k // 2)
+    w = b.const(weights(n, x.shape[-1] // group, k, k, seed=seed))
+    bias = b.const(weights(n, 1, seed=seed + 1)[:, 0])
+    return b.conv(
+        x, w, bias, strides=(stride, stride), dilations=(1, 1), before=pad, after=pad, group=group, layout="NHWC"
+    )
+
+
+def residual_net(b: Builder, x: Value) -> Value:
+    """A stem, a residual block, a depthwise block with a gate of its own (squeeze and excite), pools, a classifier."""
+    y = b.relu(conv(b, b.transpose(x, perm=(0, 2, 3, 1)), 32, 3, stride=2))
+    y = b.max_pool(y, kernel=(3, 3), strides=(2, 2), dilations=(1, 1), before=(1, 1), after=(1, 1), layout="NHWC")
+    y = b.relu(b.add(conv(b, b.relu(conv(b, y, 48, 3, seed=2)), 32, seed=3), y))
+    z = b.clip(conv(b, y, 64, seed=4), min=0.0, max=6.0)
+    z = b.clip(conv(b, z, 64, 3, group=64, seed=5), min=0.0, max=6.0)
+    gate = b.reduce_mean(z, axes=(1, 2), keepdims=True)
+    z = b.mul(z, b.sigmoid(conv(b, b.relu(conv(b, gate, 16, seed=6)), 64, seed=7)))
+    y = b.concat(conv(b, z, 32, seed=8), y, axis=3)
+    y = b.avg_pool(
+        conv(b, y, 64, 3, seed=9), kernel=(2, 2), strides=(2, 2), dilations=(1, 1), before=(0, 0), after=(0, 0),
+        count_include_pad=False, layout="NHWC",
+    )  # fmt: skip
+    y = b.reduce_mean(y, axes=(1, 2), keepdims=False)
+    return b.softmax(b.matmul(y, b.const(weights(64, 10))), axis=1)
+
+
+def encoder(b: Builder, x: Value) -> Value:
+    """One layer of a transformer over x [B, S, 48], 3 heads."""
+    d, heads = 48, 3
+
+    def linear(v: Value, n: int, seed: int) -> Value:
+        w = b.const(weights(v.shape[-1], n, seed=seed))  # type: ignore[arg-type]
+        return b.add(b.matmul(v, w), b.const(weights(n, 1, seed=seed)[:, 0]))
+
+    def norm(v: Value) -> Value:
+        return b.layer_norm(v, b.const(weights(d, 1)[:, 0] + 1), b.const(weights(d, 1)[:, 0]), axis=2, epsilon=1e-5)
+
+    def split(v: Value) -> Value:
+        return b.transpose(b.reshape(v, shape=(*v.shape[:2], heads, d // heads)), perm=(0, 2, 1, 3))
+
+    q, k, v = (split(linear(x, d, seed)) for seed in (1, 2, 3))
+    y = b.attention(q, k, v, scale=0.25, causal=False, softcap=0.0)
+    y = b.reshape(b.transpose(y, perm=(0, 2, 1, 3)), shape=x.shape)
+    x = norm(b.add(linear(y, d, 4), x))
+    return norm(b.add(linear(b.gelu(linear(x, 96, 5), approximate="none"), d, 6), x))
+
+
+IMAGE = Type(F32, (1, 3, 32, 40))
+NETS: dict[str, tuple[Callable[..., Value], Type]] = {
+    "image": (residual_net, IMAGE),
+    "tokens": (encoder, Type(F32, (2, 7, 48))),
+}
+
+
+def numbers(t: Type, seed: int = 0) -> np.ndarray:
+    shape = [d if isinstance(d, int) else 5 for d in t.shape]
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def made(name: str) -> tuple[Graph, Narrowed, np.ndarray]:
+    net, t = NETS[name]
+    graph = build(net, t)
+    return graph, narrow(graph), numbers(t)
+
+
+def off(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def engine(graph: Graph, name: str, threads: int = 2) -> Engine:
+    return Engine(compiler.build_image(graph, isa(name), False, ("native",), None), threads, [])
+
+
+@pytest.mark.parametrize("net", NETS)
+@each_isa
+def test_generated_code_means_the_narrowed_graph(net: str, name: str) -> None:
+    graph, found, x = made(net)
+    verify(found.graph)
+    (want,) = reference.evaluate(found.graph, [x])
+    for threads in (1, 2):
+        got = engine(found.graph, name, threads).run({graph.inputs[0].name: x})[graph.outputs[0].name]
+        assert got.dtype == np.float32 and np.isfinite(got).all()
+        assert off(got, want) <= 2**-6
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_error_against_f32(net: str) -> None:
+    """Each product adds two roundings of at most 2**-9, and so does each of the few other values on the way."""
+    graph, found, x = made(net)
+    (want,), (got,) = reference.evaluate(graph, [x]), reference.evaluate(found.graph, [x])
+    assert 0 < off(got, want) <= 4 * found.n_products * 2**-9
+    assert found.n_products == {"image": 10, "tokens": 6}[net]
+
+
+@pytest.mark.parametrize("net", NETS)
+def test_no_cast_stands_alone(net: str) -> None:
+    """But for the model's input, where the step that orders it rounds it."""
+    _, found, _ = made(net)
+    plan = lower(found.graph, best_isa(host()))
+    casts = [s for s in steps_of(plan.body) if set(s.label.split("+")) == {"cast"}]
+    assert all(any(r.kind == "input" for r in s.reads) for s in casts) and len(casts) <= 1
+    stored = [s.dtype for s in plan.storages if s.kind == "arena" and isinstance(s.size, int) and s.size > 4096]
+    assert net == "tokens" or set(stored) == {DType.bf16}
+
+
+def test_sizes_that_show_when_it_runs() -> None:
+    t = Type(F32, (symbol("batch", 0), symbol("tokens", 0), 48))
+    graph = build(encoder, t)
+    made = engine(narrow(graph).graph, best_isa(host()).level)
+    for shape in ((1, 1, 48), (2, 9, 48), (1, 70, 48)):
+        x = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+        (want,) = reference.evaluate(graph, [x])
+        assert off(made.run({graph.inputs[0].name: x})[graph.outputs[0].name], want) <= 24 * 2**-9
+
+
+@each_isa
+def test_nan_and_infinity_pass(name: str) -> None:
+    def net(b: Builder, x: Value) -> Value:
+        return b.matmul(b.relu(b.matmul(x, b.const(weights(8, 16)))), b.const(weights(16, 5)))
+
+    graph = build(net, Type(F32, (4, 8)))
+    x = numbers(Type(F32, (4, 8)))
+    x[1, 3], x[2, 0] = np.nan, np.inf
+    got = engine(narrow(graph).graph, name).run({graph.inputs[0].name: x})[graph.outputs[0].name]
+    assert np.isnan(got[1]).all() and not np.isfinite(got[2]).any() and np.isfinite(got[[0, 3]]).all()
+
+
+@each_isa
+def test_half_input_with_one_pad_for_two_readers(name: str) -> None:
+    """Both convolutions read one padded buffer of halves; results of one or two channels are computed in f32."""
+
+    def net(b: Builder, x: Value) -> list[Value]:
+        y = b.relu(conv(b, x, 24))
+        return [conv(b, y, 16, 3, seed=1), conv(b, y, 2, 3, seed=2)]
+
+    graph = build(net, Type(F32, (1, 9, 11, 8)))
+    found = narrow(graph).graph
+    x = numbers(graph.inputs[0].type)
+    got = engine(found, name).run({graph.inputs[0].name: x})
+    for v, want in zip(graph.outputs, reference.evaluate(found, [x]), strict=True):
+        assert off(got[v.name], want) <= 2**-6
+
+
+def test_what_is_read_in_f32_only_stays_f32() -> None:
+    def net(b: Builder, x: Value) -> Value:
+        return b.cumsum(b.relu(b.matmul(x, b.const(weights(64, 256)))), axis=1, exclusive=False, reverse=False)
+
+    assert narrow(build(net, Type(F32, (64, 64)))).n_values == 0
+
+
+def test_rounding() -> None:
+    x = np.array([1.0, 1 + 2**-9, 1 + 3 * 2**-9, -np.inf, 3.4e38], np.float32)
+    y = rounded(x)
+    assert not is_bf16(x) and is_bf16(y)
+    np.testing.assert_array_equal(y, np.array([1, 1, 1 + 2**-7, -np.inf, np.inf], np.float32))
+
+
+def test_falls_back_to_f32_and_says_so() -> None:
+    graph = build(encoder, NETS["tokens"][1])
+    with events.collecting() as heard:
+        engine = vivace.compile(graph, precision="bf16", target="sse", threads=1)
+    assert engine.stats["precision"] == "f32" and "sse" in str(engine.stats["precision_note"])
+    assert any(isinstance(r, events.Notice) and r.source == "precision" for r in heard)
+
+
+def test_emulated_when_forced_and_measured_on_inputs() -> None:
+    graph = build(encoder, NETS["tokens"][1])
+    sample = {graph.inputs[0].name: numbers(NETS["tokens"][1])}
+    with knobs.scope(emulate=True):
+        engine = vivace.compile(graph, precision="bf16", target="sse", threads=1, calibration=sample)
+    assert engine.stats["precision"] == "bf16" and engine.stats["n_narrow_products"] == 6
+    error = cast(Any, engine.stats["precision_error"])[0]
+    assert 30 < error["snr_db"] < 60 and error["n_special"] == 0
+
+
+def test_unknown_precision_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="f7"):
+        vivace.compile(build(encoder, NETS["tokens"][1]), precision="f7")
