@@ -18,18 +18,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from benchmarks.models.catalogue import find, inputs
+from benchmarks.models.catalogue import inputs
 from benchmarks.models.fetch import cache_dir, sha256_of, write_atomically
 from benchmarks.models.making import materialise
 
 RECIPE = 1
+OPSET = 13  # the first with an axis in QuantizeLinear
 FORMS = ("qdq", "qdq-signed", "qlinear", "dynamic")
 N_CALIBRATION = 8
 FIRST_SEED = 100
 # What the quantizer leaves in f32: operators that are no faster in integers in any runtime would only lose accuracy.
 _OPERATORS = ["Conv", "MatMul", "Gemm", "Add", "MaxPool", "GlobalAveragePool", "AveragePool", "Concat", "Relu", "Clip",
               "Reshape", "Transpose", "Flatten", "Mul"]  # fmt: skip
-_OF_TRANSFORMERS = ["MatMul", "Gemm"]
+_OF_ENCODERS = ["MatMul", "Gemm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +99,10 @@ def _quantize(base: str, form: str, source: Path, target: Path) -> None:
     )
 
     CalibrationDataReader.register(_Samples)
-    is_transformer = "transformer" in find(base).kind or "sentence" in find(base).kind or "minilm" in base
+    is_encoder = base.startswith(("minilm", "bert"))
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         prepared = Path(folder) / "prepared.onnx"
-        _prepare(source, prepared, base)
+        _prepare(source, prepared)
         if form == "dynamic":
             quantize_dynamic(prepared, target, op_types_to_quantize=["MatMul"], weight_type=QuantType.QInt8)
             return
@@ -109,7 +110,7 @@ def _quantize(base: str, form: str, source: Path, target: Path) -> None:
         quantize_static(
             str(prepared), str(target), _Samples(base),
             quant_format=QuantFormat.QOperator if form == "qlinear" else QuantFormat.QDQ,
-            op_types_to_quantize=_OF_TRANSFORMERS if is_transformer else _OPERATORS,
+            op_types_to_quantize=_OF_ENCODERS if is_encoder else _OPERATORS,
             per_channel=True,
             activation_type=QuantType.QInt8 if signed else QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -117,10 +118,10 @@ def _quantize(base: str, form: str, source: Path, target: Path) -> None:
         )  # fmt: skip
 
 
-def _prepare(source: Path, target: Path, base: str) -> None:
-    """The model as the quantizer wants it: shapes of the first case fixed nowhere, constants folded, opset 17 or
-    later."""
+def _prepare(source: Path, target: Path) -> None:
+    """The model as the quantizer wants it: constants folded, BatchNormalization gone, scales per axis in its opset."""
     import onnx
+    import onnx.version_converter
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -129,4 +130,6 @@ def _prepare(source: Path, target: Path, base: str) -> None:
     options.log_severity_level = 3
     onnxruntime.InferenceSession(str(source), options, providers=["CPUExecutionProvider"])
     model = onnx.load(str(target))
+    if next(i.version for i in model.opset_import if not i.domain) < OPSET:
+        model = onnx.version_converter.convert_version(model, OPSET)
     onnx.save(model, str(target))
