@@ -202,7 +202,7 @@ def _limit(job: Job, notes: list[str], progress: Any) -> tuple[Total | None, Pea
 
         graph = optimize(load_graph(job.model, job.shapes), level=2)
         peaks = machine_peaks(progress=progress)
-        return total(graph, job.sizes, peaks, job.threads), peaks
+        return total(graph, job.sizes, peaks, job.threads, job.precision), peaks
     except (VivaceError, ImportError) as error:
         notes.append(f"no limit: {error}")
         return None, None
@@ -278,7 +278,7 @@ def print_report(report: Report) -> None:
         limit_s = duration(report.total.seconds)
         weights = size(report.total.weight_bytes)
         print(f"limit    {limit_s} for {amount(report.total.flops)}FLOP and {weights} of weights at the measured peaks"
-              f" ({amount(report.peaks.operations('f32', report.job.threads))}FLOP/s)")  # fmt: skip
+              f" ({amount(report.peaks.operations(report.job.precision, report.job.threads))}FLOP/s)")  # fmt: skip
     noise, bench = report.bench.noise, report.bench
     quiet = "quiet" if noise.is_quiet else "NOT QUIET"
     print(f"measured {bench.n_rounds} rounds in {duration(bench.seconds)}; machine {quiet}: others used "
