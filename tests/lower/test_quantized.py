@@ -66,7 +66,7 @@ class Model:
         return onnx.shape_inference.infer_shapes(model)
 
 
-def dequantized(m: Model, q: str, scale: Any, zero: Any, **attrs: int) -> str:
+def dequantized(m: Model, q: str, scale: Any, zero: Any, **attrs: Any) -> str:
     return m.emit("DequantizeLinear", q, m.const(np.float32(scale)), m.const(zero), **attrs)
 
 
@@ -85,7 +85,10 @@ def ran_by_ort(model: onnx.ModelProto, feeds: dict[str, Array], level: int = 0) 
 
 def compiled(model: onnx.ModelProto | Graph, feeds: dict[str, Array], target: str, threads: int = 2) -> Array:
     engine = vivace.compile(
-        model if isinstance(model, Graph) else model.SerializeToString(), target=target, threads=threads, providers="native"
+        model if isinstance(model, Graph) else model.SerializeToString(),
+        target=target,
+        threads=threads,
+        providers="native",
     )
     (found,) = engine.run(feeds).values()
     return np.asarray(found)
@@ -127,7 +130,7 @@ def convolution(case: tuple[int, ...], x_dtype: type, bias: bool, per_channel: b
     w = numbers(oc, S8, oc, c // groups, k, k)
     scales = random.uniform(0.01, 0.03, oc if per_channel else 1).astype(np.float32)
     scales = scales if per_channel else scales.reshape(())
-    axis = {"axis": 0} if per_channel else {}
+    axis: dict[str, Any] = {"axis": 0} if per_channel else {}
     ins = [dequantized(m, "x", 0.04, zero), dequantized(m, m.const(w), scales, np.zeros(scales.shape, S8), **axis)]
     if bias:
         b = random.integers(-30000, 30000, oc).astype(np.int32)
@@ -215,7 +218,9 @@ def residual_block(scale: float = 0.8) -> tuple[onnx.ModelProto, dict[str, Array
     x = dequantized(m, "x", 0.05, U8(9))
     y = x
     for i, k in enumerate((1, 3)):
-        w = dequantized(m, m.const(numbers(i, S8, 32, 32, k, k)), np.full(32, 0.01, np.float32), np.zeros(32, S8), axis=0)
+        w = dequantized(
+            m, m.const(numbers(i, S8, 32, 32, k, k)), np.full(32, 0.01, np.float32), np.zeros(32, S8), axis=0
+        )
         y = m.emit("Conv", y, w, pads=[k // 2] * 4)
         y = dequantized(m, quantized(m, y, 1.3, U8(120)), 1.3, U8(120))
     y = m.emit("Relu", m.emit("Add", y, x))
@@ -225,7 +230,9 @@ def residual_block(scale: float = 0.8) -> tuple[onnx.ModelProto, dict[str, Array
 @each_target
 def test_a_residual_block_has_no_step_but_its_convolutions(target: str) -> None:
     model, feeds = residual_block()
-    check(model, feeds, target, quanta=2)  # two roundings one after the other, the first one of 1.6 quanta of the second
+    check(
+        model, feeds, target, quanta=2
+    )  # two roundings one after the other, the first one of 1.6 quanta of the second
     engine = vivace.compile(model.SerializeToString(), target=target, providers="native")
     labels = [e.kernel.split(":")[1] for e in engine.profile(feeds)]
     assert [x for x in labels if x not in ("copy", "fill", "conv_integer")] == []
@@ -270,7 +277,13 @@ def test_a_last_vector_of_any_width_stays_in_bounds(target: str, n: int) -> None
 
 
 def test_activations_between_integers() -> None:
-    for op, attrs in (("Sigmoid", {}), ("HardSwish", {}), ("Tanh", {}), ("LeakyRelu", {"alpha": 0.1})):
+    chains: list[tuple[str, dict[str, Any]]] = [
+        ("Sigmoid", {}),
+        ("HardSwish", {}),
+        ("Tanh", {}),
+        ("LeakyRelu", {"alpha": 0.1}),
+    ]
+    for op, attrs in chains:
         m = Model(U8, (3, 40))
         y = m.emit(op, dequantized(m, "x", 0.05, U8(128)), **attrs)
         check(m.finish(quantized(m, y, 0.02, U8(100)), U8), {"x": np.arange(120, dtype=U8).reshape(3, 40) * 2}, "host")

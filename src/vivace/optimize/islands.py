@@ -1,7 +1,7 @@
 """Which nodes of a quantized model broke a chain of integers, and why.
 
-An *island* is a node that computes in f32 what came from integers, and whose result becomes integers again. Element-wise
-nodes are none: they run on what is in registers, between the integers of their neighbours.
+An *island* is a node that computes in f32 what came from integers, and whose result becomes integers again.
+Element-wise nodes are none: they run on what is in registers, between the integers of their neighbours.
 """
 
 from __future__ import annotations
