@@ -13,10 +13,62 @@ from vivace.loops.kernel import Binary, Cast, Const, Expr, Select, Unary, dtype_
 from vivace.lower.requantize import quantize
 
 _DIRECT_UNARY = frozenset(
-    ["neg", "abs", "sqrt", "exp", "log", "log1p", "expm1", "erf", "sin", "cos", "tan", "asin", "acos", "atan", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "sigmoid", "floor", "ceil", "round", "sign", "not", "bitnot", "isnan", "isinf"]
+    [
+        "neg",
+        "abs",
+        "sqrt",
+        "exp",
+        "log",
+        "log1p",
+        "expm1",
+        "erf",
+        "sin",
+        "cos",
+        "tan",
+        "asin",
+        "acos",
+        "atan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "asinh",
+        "acosh",
+        "atanh",
+        "sigmoid",
+        "floor",
+        "ceil",
+        "round",
+        "sign",
+        "not",
+        "bitnot",
+        "isnan",
+        "isinf",
+    ]
 )
 _DIRECT_BINARY = frozenset(
-    ["add", "sub", "mul", "div", "pow", "max", "min", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "bitand", "bitor", "bitxor", "shl", "shr"]
+    [
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "pow",
+        "max",
+        "min",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "and",
+        "or",
+        "xor",
+        "bitand",
+        "bitor",
+        "bitxor",
+        "shl",
+        "shr",
+    ]
 )
 
 

@@ -57,7 +57,8 @@ def block_check(data: np.ndarray) -> str:
 
 
 def save(path: Path, image: Image, isa: Isa, portable: bytes, placement: list[list[str]]) -> int:
-    """Write an engine atomically; returns its size in bytes. Raises: EngineError where the disk refuses; no part stays."""
+    """Write an engine atomically; returns its size in bytes. Raises: EngineError where the disk refuses; no part
+    stays."""
     sections: dict[str, tuple[bytes | np.ndarray, str]] = {}
     for i, code in enumerate(image.objects):
         sections[f"code/{i}"] = (code, hashlib.sha256(code).hexdigest())

@@ -80,7 +80,8 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
     epilogue = Epilogue(ctx, g, None, _index_for(y.shape, full, index))
     if half and not batch:
         c, places = _half_contraction(
-            ctx, b_value, "matmul", lambda: np.asarray(_matrix(b, b_value))[None], (), rows, (Axis("k", k, 1),), n, a, out, epilogue
+            ctx, b_value, "matmul", lambda: np.asarray(_matrix(b, b_value))[None],
+            (), rows, (Axis("k", k, 1),), n, a, out, epilogue
         )  # fmt: skip
         emit_contraction(ctx, "matmul", c, places, g, tail_flops(g))
         if out.storage is not target.storage:
@@ -240,7 +241,7 @@ def finish(ctx: Lowering, g: Group, result: View) -> None:
     )
 
 
-# ---- convolutions -------------------------------------------------------------------------------------------------------
+# ---- convolutions ---------------------------------------------------------------------------------------------------
 
 
 def lower_conv(ctx: Lowering, g: Group) -> None:
@@ -369,7 +370,9 @@ def _plain_conv(ctx: Lowering, g: Group) -> None:
         value = Reduce("add", f"k{i}", w_value.shape[2 + i], value)
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         value = Binary("add", value, params.load(ctx.view(node.inputs[2]), (grp * n + col,)))
-    body: For = For("n", n, (Store(params.buffer(result, writable=True), (img, *outs, grp * n + col), value),), "vector")
+    body: For = For(
+        "n", n, (Store(params.buffer(result, writable=True), (img, *outs, grp * n + col), value),), "vector"
+    )
     body = For("g", groups, (body,), "parallel")
     for i in reversed(range(n_spatial)):
         body = For(f"o{i}", result.shape[i + 1], (body,), "parallel")
@@ -417,7 +420,8 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
     kernel, strides = w_value.shape[2:], attrs["strides"]
     plain = (
         tuple(kernel) == tuple(strides) and attrs["group"] == 1 and w_value.data is not None
-        and not any((*attrs["before"], *attrs["after"], *attrs["output_padding"])) and all(d == 1 for d in attrs["dilations"])
+        and not any((*attrs["before"], *attrs["after"], *attrs["output_padding"]))
+        and all(d == 1 for d in attrs["dilations"])
     )  # fmt: skip
     if not plain or y.dtype is not DType.f32:
         _gather_transpose(ctx, g, x, to_last)

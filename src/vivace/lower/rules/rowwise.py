@@ -240,7 +240,9 @@ def lower_norm(ctx: Lowering, g: Group) -> None:
     body.append(
         Let(
             "scale",
-            Binary("div", number(1, t), Unary("sqrt", add(mul(rows.reduce("add", mul(centered, centered)), inverse), eps))),
+            Binary(
+                "div", number(1, t), Unary("sqrt", add(mul(rows.reduce("add", mul(centered, centered)), inverse), eps))
+            ),
         )
     )
     value: Expr = mul(centered, Read("scale", t))
