@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= test,check,bench
 PYTEST_ARGS ?=
+WORKERS ?= 2
 BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
@@ -20,7 +21,7 @@ INSTALLED := $(VENV)/installed-$(subst $(comma),-,$(EXTRAS))
 .PHONY: test check demo bench docs constraints clean install
 
 test: check
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 check: install
 	$(BIN)/ruff check .
