@@ -28,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
-from vivace.base.machine import Isa, best_isa, host
+from vivace.base.machine import Isa
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing
 from vivace.loops.kernel import Binary, Buffer, Const, Expr, Load, Read
 from vivace.lower.arithmetic import arithmetic_of
@@ -37,7 +37,7 @@ from vivace.lower.requantize import ACC, requantize
 from vivace.lower.tile import panel_lanes
 from vivace.measure.peaks import machine_peaks
 from vivace.targets.cpu import jit
-from vivace.targets.cpu.amx import with_amx
+from vivace.targets.cpu.amx import host_isa
 from vivace.targets.cpu.contraction import emit_contraction
 from vivace.targets.cpu.depthwise import emit_depthwise
 
@@ -373,7 +373,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("f32", "bf16", "int8"), default="f32")
     parser.add_argument("--seconds", type=float, default=0.3, help="per layer")
     options = parser.parse_args()
-    isa = with_amx(best_isa(host()))
+    isa = host_isa()
     peak = machine_peaks().operations("i8" if options.dtype == "int8" else options.dtype, 1) / 1e9
     print(f"{isa.name}, {options.dtype}, 1 thread, peak {peak:.1f} G operations/s")
     print(f"{'layer':36} {'ours us':>9} {'share':>6} {'ORT us':>9} {'ratio':>6} {'OV us':>9} {'ratio':>6} {'error':>8}")

@@ -12,7 +12,7 @@ from vivace.base.cache import default_cache
 from vivace.base.errors import EngineError, InputError, ModelError, UnknownSizeError, UnsupportedError, VivaceError
 from vivace.base.events import warn
 from vivace.base.knobs import knobs
-from vivace.base.machine import ISAS, Isa, best_isa, host, isa, missing_flags
+from vivace.base.machine import ISAS, Isa, host, isa, missing_flags
 from vivace.base.specs import TensorSpec
 
 if TYPE_CHECKING:
@@ -170,9 +170,10 @@ def load(path: str | Path, *, threads: int | None = None) -> Engine | HostedEngi
     """
     from vivace.runtime.engine import Engine, Placement
     from vivace.runtime.saved import SavedEngine
+    from vivace.targets.cpu.amx import missing_here
 
     saved = SavedEngine(Path(path))
-    missing = sorted(set(saved.header["flags"]) - set(host().flags))
+    missing = missing_here(saved.header["flags"])
     if missing:
         model = saved.checked_bytes("portable")
         if not model:
@@ -198,7 +199,9 @@ def choose_isa(target: str) -> Isa:
     """The instruction set to generate for. Raises: InputError when this CPU lacks it or the name is unknown."""
     name = knobs.isa or ("" if target == "host" else target)
     if not name:
-        return best_isa(host())
+        from vivace.targets.cpu.amx import host_isa
+
+        return host_isa()
     if name not in ISAS:
         raise InputError(f"unknown target {name!r}", expected="host, " + ", ".join(ISAS))
     missing = missing_flags(host(), isa(name))

@@ -10,8 +10,9 @@ import pytest
 
 from vivace.base.cache import Cache
 from vivace.base.errors import InputError
-from vivace.base.machine import ISAS, best_isa, host, missing_flags
+from vivace.base.machine import ISAS, host, missing_flags
 from vivace.measure.peaks import _FORMAT, Peak, Peaks, _is_disturbed, _Task, machine_peaks
+from vivace.targets.cpu.amx import host_isa
 from vivace.targets.cpu.jit import assembly
 from vivace.targets.cpu.peaks import arithmetic_text, arithmetics, n_operations, peak_kernels, stream_text
 
@@ -66,7 +67,7 @@ def test_read_adds_every_vector(name: str) -> None:
 
 
 def test_texts_of_streams_differ() -> None:
-    isa = best_isa(host())
+    isa = host_isa()
     assert "store" in stream_text("c", isa, is_copy=True).split("loop:")[1].split("next:")[0]
     assert ctypes.sizeof(ctypes.c_void_p) == 8
 
@@ -96,7 +97,7 @@ def test_peaks_are_read_back_from_the_cache(tmp_path) -> None:  # type: ignore[n
     store = Cache(tmp_path, 1 << 20)
     peaks = _peaks()
     assert Peaks.from_json(peaks.to_json()) == peaks
-    machine, isa = host(), best_isa(host())
+    machine, isa = host(), host_isa()
     store.put("peaks", f"{_FORMAT} {machine.fingerprint()} {isa.name} 4", peaks.to_json().encode())
     assert machine_peaks(4, store=store) == peaks
 

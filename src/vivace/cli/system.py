@@ -43,15 +43,17 @@ def show_system(
 
 def machine_facts(machine: Machine) -> dict[str, Any]:
     """What a report says about the machine that it was made on."""
-    from vivace.base.machine import ISAS, best_isa, missing_flags
+    from vivace.base.machine import ISAS, missing_flags
+    from vivace.targets.cpu.amx import host_isa
 
+    used = host_isa()
     return {
         "cpu": machine.model,
         "vendor": machine.vendor,
         "arch": machine.arch,
         "instruction_sets": [name for name, isa in ISAS.items() if not missing_flags(machine, isa)],
-        "used_instruction_set": best_isa(machine).level,
-        "extras": [flag for flag in _EXTRAS if flag in machine.flags],
+        "used_instruction_set": used.level,
+        "extras": [flag for flag in _EXTRAS if used.has(flag)],
         "caches": [
             {
                 "level": c.level,
@@ -72,7 +74,7 @@ def machine_facts(machine: Machine) -> dict[str, Any]:
     }
 
 
-_EXTRAS = ("avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16")
+_EXTRAS = ("avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16")
 
 
 def _data(machine: Machine, engines: Any, peaks: Peaks | None) -> dict[str, Any]:

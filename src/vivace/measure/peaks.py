@@ -25,7 +25,8 @@ import numpy as np
 from vivace.base.cache import Cache, default_cache
 from vivace.base.errors import InputError
 from vivace.base.events import warn
-from vivace.base.machine import Isa, Machine, best_isa, host
+from vivace.base.machine import Isa, Machine, host
+from vivace.targets.cpu.amx import host_isa
 from vivace.targets.cpu.peaks import Native, n_operations, peak_kernels
 
 _FORMAT = 4
@@ -111,7 +112,7 @@ def machine_peaks(
     """The peaks for one thread and for `threads` (by default all usable cores), measured once (CACHED)."""
     machine, store = host(), store or default_cache()
     n_threads = threads or machine.n_compute_threads
-    isa = best_isa(machine)
+    isa = host_isa()
     key = f"{_FORMAT} {machine.fingerprint()} {isa.name} {n_threads}"
     cached = None if renew else store.get("peaks", key)
     if cached is not None:

@@ -21,7 +21,7 @@ import numpy as np
 
 from vivace.base.dims import Dim, Expr, evaluate, maximum, symbol
 from vivace.base.dtypes import DType
-from vivace.base.errors import InputError
+from vivace.base.errors import EngineError, InputError
 from vivace.base.events import Event
 from vivace.base.machine import isa
 from vivace.base.mapped import forget
@@ -33,6 +33,7 @@ from vivace.runtime.executable import Context, Executable
 from vivace.runtime.pages import collapse
 from vivace.runtime.saved import save
 from vivace.targets.cpu import jit, steps
+from vivace.targets.cpu.amx import missing_here
 
 # Below this much work a run stays on the calling thread: waking a sleeping worker takes 30 to 50 us, and two threads
 # broke even with one near 100 us of shared work.
@@ -72,6 +73,8 @@ class Engine:
         portable: bytes | Callable[[], bytes] | None = None,
     ) -> None:  # fmt: skip
         started = time.perf_counter()
+        if missing := missing_here(isa(image.isa).flags):
+            raise EngineError(f"this process cannot use {', '.join(missing)}", where="engine", hint="compiling it here")
         self.image = image
         self.threads = threads
         self.inputs: tuple[TensorSpec, ...] = image.inputs
