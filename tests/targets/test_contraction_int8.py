@@ -15,7 +15,7 @@ from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError, UnsupportedError
 from vivace.base.machine import ISAS, Isa, isa
-from vivace.loops.contraction import Packing
+from vivace.loops.contraction import Contraction, Packing
 from vivace.loops.kernel import Binary, Load
 from vivace.lower.arithmetic import activation_offset, choose_arithmetic
 from vivace.lower.pack import pack_groups
@@ -41,6 +41,12 @@ def check(case: Case, target: Isa) -> None:
     np.testing.assert_array_equal(case.run(target), case.expected)
 
 
+def wanted_offset(a: np.ndarray, b: np.ndarray, target: Isa) -> int:
+    c = product(a, b, np.int32, isa("sse")).c
+    assert isinstance(c, Contraction)
+    return activation_offset(c, target)
+
+
 @each_isa
 @pytest.mark.parametrize("a_dtype", [UNSIGNED, SIGNED])
 @pytest.mark.parametrize("offset", [0, 128])
@@ -61,7 +67,7 @@ def test_extremes_do_not_saturate(target: Isa, a: int, b: int) -> None:
     left, right = np.full((1, 20, 515), a, a_dtype), np.full((1, 515, 40), b, SIGNED)
     check(product(left, right, np.int32, target), target)
     if a_dtype is SIGNED:
-        check(product(left, right, np.int32, target, activation_offset(DType.i8, target)), target)
+        check(product(left, right, np.int32, target, wanted_offset(left, right, target)), target)
 
 
 @each_isa
@@ -79,7 +85,7 @@ def test_convolution(target: Isa, symbolic: bool, size: int, ci: int, co: int, k
 def test_rows_at_run_time(target: Isa) -> None:
     for m in (1, 2, 31, 75):
         a, b = numbers(m, SIGNED, 2, m, 30), numbers(5, SIGNED, 2, 30, 70)
-        check(product(a, b, np.int32, target, activation_offset(DType.i8, target), symbolic=True), target)
+        check(product(a, b, np.int32, target, wanted_offset(a, b, target), symbolic=True), target)
 
 
 @each_isa
@@ -154,8 +160,8 @@ def test_random_shapes(m: int, k: int, n: int, a_dtype: type, data: st.DataObjec
     target = data.draw(
         st.sampled_from([p.values[0] for p in isas(*ISAS, "avx512+avx512_vnni") if not p.marks[0].args[0]])
     )  # type: ignore[attr-defined]
-    offset = activation_offset(DType.of(a_dtype), target)
-    check(product(numbers(m, a_dtype, 1, m, k), numbers(n, SIGNED, 1, k, n), np.int32, target, offset), target)
+    a, b = numbers(m, a_dtype, 1, m, k), numbers(n, SIGNED, 1, k, n)
+    check(product(a, b, np.int32, target, wanted_offset(a, b, target)), target)
 
 
 def test_runs_are_filled_up_to_whole_groups() -> None:
@@ -173,7 +179,10 @@ def test_the_arithmetic_follows_the_instruction_set() -> None:
 
     assert [kind("avx2"), kind("avx512+avx512_vnni"), kind("avx512+avx512_vnni", 128)] == ["wide8", "wide8", "dot8"]
     assert kind("avx512+amx_int8+amx_tile") == "tile8"
-    assert [activation_offset(DType.i8, isa(x)) for x in ("avx2", "avx2+avx_vnni")] == [0, 128]
+    a, b, few = numbers(1, SIGNED, 1, 20, 64), numbers(2, SIGNED, 1, 64, 32), numbers(3, SIGNED, 1, 3, 64)
+    assert [wanted_offset(a, b, isa(x)) for x in ("avx2", "avx2+avx_vnni")] == [0, 128]
+    tiles = isa("avx512+amx_int8+amx_tile+avx512_vnni")
+    assert [wanted_offset(x, b, tiles) for x in (a, few)] == [0, 128]  # too few rows for tiles
 
 
 def test_what_has_no_kernel_is_refused() -> None:

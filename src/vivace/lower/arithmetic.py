@@ -108,12 +108,14 @@ def chunk_bytes(run_bytes: int) -> int:
     return fits[0] if fits and (fits[0] >= _TILE_BYTES // 2 or run_bytes < _TILE_BYTES) else 0
 
 
-def activation_offset(a: DType, isa: Isa) -> int:
-    """What a kernel wants added to A (`Contraction.a_offset`): with 128, i8 becomes u8, which vpdpbusd asks for.
+def activation_offset(c: Contraction, isa: Isa) -> int:
+    """What the kernel of a contraction wants added to A (`Contraction.a_offset`): with 128, i8 becomes u8, which
+    vpdpbusd asks for.
 
     Whoever builds the contraction takes it back: `sum((a + offset) * b) = sum(a * b) + offset * sum(b)`.
     """
-    return SIGN_OFFSET if a is DType.i8 and _has_dot8(isa) and not isa.has("amx_int8") else 0
+    wants = c.a.dtype is DType.i8 and _has_dot8(isa) and not arithmetic_of(c, isa).is_tile
+    return SIGN_OFFSET if wants else 0
 
 
 def _has_dot8(isa: Isa) -> bool:

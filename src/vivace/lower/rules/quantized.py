@@ -20,7 +20,7 @@ from vivace.base.dtypes import DType
 from vivace.graph.graph import Value
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
 from vivace.loops.kernel import Binary, Buffer, Cast, Expr, Read
-from vivace.lower.arithmetic import activation_offset, choose_arithmetic
+from vivace.lower.arithmetic import activation_offset, arithmetic_of
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.pack import contiguous_run, pack_groups
@@ -32,6 +32,7 @@ from vivace.lower.views import View
 
 Array = np.ndarray
 ACC = Read("acc", DType.i32)
+_WEIGHTS = Buffer("b", DType.i8, (0,), (1,))  # stands for the packed ones, whose layout the contraction decides
 
 
 def _operand(g: Group, i: int) -> Value | None:
@@ -86,9 +87,9 @@ class _Start:
         return total
 
 
-def _packed(ctx: Lowering, w: Value, c: Contraction, matrix: Array, offset: int) -> tuple[View, Packing]:
+def _packed(ctx: Lowering, w: Value, c: Contraction, matrix: Array) -> tuple[View, Packing]:
     """The weights [batch, k, n] in the panels of the contraction's arithmetic."""
-    arithmetic = choose_arithmetic(c.a.dtype, DType.i8, ctx.isa, offset)
+    arithmetic = arithmetic_of(c, ctx.isa)
     lanes, group, run = panel_lanes(c.n, ctx.isa, arithmetic), arithmetic.group, contiguous_run(c)
     key = ("bytes", id(w.data), lanes, group, run, matrix.shape)
     if key in ctx.packed and (data := ctx.packed[key].data) is not None:
@@ -113,13 +114,13 @@ def lower_matmul_integer(ctx: Lowering, g: Group) -> None:
         out = ctx.temporary(f"{y.name}_dense", g.output.dtype, y.shape)
     rows = tuple(Axis(f"m{i}", y.shape[i], a.strides[i], 0, out.strides[i]) for i in range(y.rank - 1))
     index = (*(symbol(r.name, 0) for r in rows), symbol("n", 0))
-    offset = activation_offset(a.dtype, ctx.isa)
-    start = _Start(ctx, g, w_value, _sums(w_value, (0,)), offset)
+    c = Contraction("k", (), rows, (Axis("k", k, 1),), n, a.buffer("a"), _WEIGHTS, out.buffer("out", writable=True),
+                    Packing("panels"), acc_dtype=DType.i32)  # fmt: skip
+    c = replace(c, a_offset=activation_offset(c, ctx.isa))
+    start = _Start(ctx, g, w_value, _sums(w_value, (0,)), c.a_offset)
     epilogue = Epilogue(ctx, g, lambda p: start.expr(p, y.shape, index, y.rank - 1), index)
-    c = Contraction("k", (), rows, (Axis("k", k, 1),), n, a.buffer("a"), a.buffer("b"),
-                    out.buffer("out", writable=True),
-                    Packing("panels"), epilogue.expr, epilogue.extra, DType.i32, offset)  # fmt: skip
-    w, packing = _packed(ctx, w_value, c, w_value.data[None], offset)
+    c = replace(c, epilogue=epilogue.expr, extra=epilogue.extra)
+    w, packing = _packed(ctx, w_value, c, w_value.data[None])
     _emit(ctx, "matmul_integer", replace(c, b=w.buffer("b"), packing=packing), a, w, out, epilogue, g)
     if out is not target:
         ctx.copy(out, target)
@@ -157,11 +158,14 @@ def lower_conv_integer(ctx: Lowering, g: Group) -> None:
     channel: Dim = lane if groups == 1 or depthwise else symbol("g", 0) * n + lane
     by_last = (*(symbol(s, 0) for s in names), channel)
     index = by_last if last else (by_last[0], by_last[-1], *by_last[1:-1])
-    offset = 0 if depthwise else activation_offset(x.dtype, ctx.isa)
-    start = _Start(ctx, g, w_value, _sums(w_value, tuple(range(1, rank))), offset)
+    a_buf, out_buf = x.buffer("a"), out.buffer("out", writable=True)
+    batch: tuple[Axis, ...] = () if groups == 1 else (Axis("g", groups, cg, 0, n),)
+    c = Contraction("k", batch, rows, (*taps, Axis("kc", cg, 1)), n, a_buf, _WEIGHTS, out_buf, Packing("panels"),
+                    acc_dtype=DType.i32)  # fmt: skip
+    c = replace(c, a_offset=0 if depthwise else activation_offset(c, ctx.isa))
+    start = _Start(ctx, g, w_value, _sums(w_value, tuple(range(1, rank))), c.a_offset)
     axis = rank - 1 if last else 1
     epilogue = Epilogue(ctx, g, lambda p: start.expr(p, y.shape, index, axis), index)
-    a_buf, out_buf = x.buffer("a"), out.buffer("out", writable=True)
     if depthwise:
         data = np.ascontiguousarray(np.moveaxis(weights[:, 0], 0, -1))
         w = ctx.constant(data, f"{w_value.name}_taps", ("depthwise", id(weights)))
@@ -169,10 +173,8 @@ def lower_conv_integer(ctx: Lowering, g: Group) -> None:
         d = Depthwise("k", rows, with_b, oc, a_buf, w.buffer("b"), out_buf, epilogue.expr, epilogue.extra)
         _emit(ctx, "depthwise_integer", d, x, w, out, epilogue, g)
     else:
-        batch: tuple[Axis, ...] = () if groups == 1 else (Axis("g", groups, cg, 0, n),)
-        c = Contraction("k", batch, rows, (*taps, Axis("kc", cg, 1)), n, a_buf, a_buf, out_buf, Packing("panels"),
-                        epilogue.expr, epilogue.extra, DType.i32, offset)  # fmt: skip
-        w, packing = _packed(ctx, w_value, c, _matrices(weights, groups), offset)
+        c = replace(c, epilogue=epilogue.expr, extra=epilogue.extra)
+        w, packing = _packed(ctx, w_value, c, _matrices(weights, groups))
         batch = tuple(replace(b, b=prod(w.shape[1:])) for b in batch)
         _emit(ctx, "conv_integer", replace(c, batch=batch, b=w.buffer("b"), packing=packing), x, w, out, epilogue, g)
     if out is not target:
