@@ -10,8 +10,10 @@ import ctypes
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from random import Random
 
 import numpy as np
+from tests import races
 
 from vivace import compiler
 from vivace.base.dims import Dim, evaluate
@@ -116,8 +118,10 @@ def _step(step: Step, memory: Memory, isa: str | None, parts: int) -> None:
     aligned = scratch.ctypes.data + -scratch.ctypes.data % 64
     units = evaluate(code.units, memory.dims)
     call = _ENTRY(library.address(code.name))
-    edges = [units * k // parts for k in range(parts + 1)]
-    for begin, end in itertools.pairwise(edges):
+    ranges = list(itertools.pairwise(units * k // parts for k in range(parts + 1)))
+    Random(units).shuffle(ranges)  # no order is promised
+    for begin, end in ranges:
+        scratch[:] = 0xC5
         call(args.ctypes.data, begin, end, aligned)
 
 
@@ -165,7 +169,9 @@ def build(make: Callable[..., object], *types: Type) -> Graph:
 def check(
     graph: Graph, *inputs: Array, isas: Sequence[str | None] = (None, BEST), tol: float | None = None, parts: int = 3
 ) -> Plan:
-    """Lower and run a graph; every output must be what the graph means."""
+    """Lower and run a graph; every output must be what the graph means, and the same bits for any way to share the
+    units of a step out.
+    """
     want = graph_reference.evaluate(graph, list(inputs))
     exact = all(n.op.exact for n in graph.walk())
     tol = tol if tol is not None else 0.0 if exact else 2e-5
@@ -177,20 +183,26 @@ def check(
         for i, (g, w) in enumerate(zip(got, want, strict=True)):
             assert g.shape == w.shape and g.dtype == w.dtype
             compare(g, w, tol, f"output {i} on {isa or 'the reference'}")
+        if isa is not None and parts > 1:
+            for i, (g, w) in enumerate(zip(got, run_plan(plan, inputs, dims, isa, 1), strict=True)):
+                assert g.tobytes() == w.tobytes(), f"output {i} on {isa} depends on how the units are shared out"
     assert plan is not None
     return plan
 
 
 def check_engine(graph: Graph, *inputs: Array, threads: int = 2, tol: float = 2e-5, repeats: int = 3) -> None:
     """Compile a graph as it stands, without the optimizer, and run it as users do: one arena, one native call,
-    several threads."""
-    image = compiler.build_image(graph, ISAS[BEST], False, ("native",), None)
+    several threads; then look for races."""
+    feeds = {v.name: x for v, x in zip(graph.inputs, inputs, strict=True)}
+    with races.sharing_all():
+        image = compiler.build_image(graph, ISAS[BEST], False, ("native",), None)
     engine = Engine(image, threads, [])
     want = graph_reference.evaluate(graph, list(inputs))
     for _ in range(repeats):
-        got = engine.run({v.name: x for v, x in zip(graph.inputs, inputs, strict=True)})
+        got = engine.run(feeds)
         for v, w in zip(graph.outputs, want, strict=True):
             compare(got[v.name], w, tol, f"output {v.name} of the engine")
+    races.check(image, feeds)
 
 
 def compare(got: Array, want: Array, tol: float, where: str) -> None:

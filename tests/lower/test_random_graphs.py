@@ -14,6 +14,7 @@ from random import Random
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests import races
 
 from vivace import compiler
 from vivace.base.dims import Dim, evaluate, symbol
@@ -339,6 +340,13 @@ def grow(random: Random, n_nodes: int) -> Graph:
     return g.b.finish(list(dict.fromkeys([*leaves, *extra])) or [g.values[0]])
 
 
+def feed_of(graph: Graph, dims: dict[str, int], numbers: np.random.Generator) -> dict[str, np.ndarray]:
+    """Random inputs of a graph at one size."""
+    return {
+        v.name: numbers.uniform(-2, 2, [evaluate(d, dims) for d in v.shape]).astype(np.float32) for v in graph.inputs
+    }
+
+
 def compare(graph: Graph, seed: int, optimize: bool) -> None:
     """Compile once; run at every size with one thread and with three."""
     prepared = compiler.optimize_for_native(graph) if optimize else graph
@@ -347,10 +355,7 @@ def compare(graph: Graph, seed: int, optimize: bool) -> None:
     for threads in (1, 3):
         engine = Engine(image, threads, [])
         for dims in SIZES:
-            feed = {
-                v.name: numbers.uniform(-2, 2, [evaluate(d, dims) for d in v.shape]).astype(np.float32)
-                for v in graph.inputs
-            }
+            feed = feed_of(graph, dims, numbers)
             with np.errstate(all="ignore"):
                 want = reference.evaluate(graph, feed)
             got = engine.run(feed)
@@ -367,3 +372,14 @@ def compare(graph: Graph, seed: int, optimize: bool) -> None:
 @given(random=st.randoms(use_true_random=False), n_nodes=st.integers(2, 14), optimize=st.booleans())
 def test_random_graphs_match_the_reference(random: Random, n_nodes: int, optimize: bool) -> None:
     compare(grow(random, n_nodes), random.randrange(1 << 30), optimize)
+
+
+@settings(max_examples=40)
+@given(random=st.randoms(use_true_random=False), n_nodes=st.integers(2, 14), optimize=st.booleans())
+def test_random_graphs_do_not_race(random: Random, n_nodes: int, optimize: bool) -> None:
+    graph = grow(random, n_nodes)
+    numbers = np.random.default_rng(random.randrange(1 << 30))
+    with races.sharing_all():
+        prepared = compiler.optimize_for_native(graph) if optimize else graph
+        image = compiler.build_image(prepared, compiler.choose_isa("host"), True, ("native",), None)
+    races.check(image, feed_of(graph, SIZES[1], numbers), repeats=2)

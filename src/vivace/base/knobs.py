@@ -155,6 +155,10 @@ class Knobs:
         "emulate", "0 or 1", _read_flag, lambda: False, "`0`",
         "Computes in the precision asked for where the CPU has no instructions for it: slow, for tests.",
     )  # fmt: skip
+    shuffle = Knob(
+        "shuffle", "0 or 1", _read_flag, lambda: False, "`0`",
+        "Runs the pieces of each step in a changing order and delays threads, so that steps which race differ. Slow.",
+    )  # fmt: skip
 
     @staticmethod
     def all() -> tuple[Knob[Any], ...]:

@@ -28,6 +28,7 @@ from functools import cache
 from vivace.base.cache import default_cache
 from vivace.base.errors import InternalError
 from vivace.base.events import warn
+from vivace.base.knobs import knobs
 from vivace.base.machine import isa
 from vivace.runtime.buffer import Buffer
 from vivace.targets.cpu import jit
@@ -42,8 +43,8 @@ _CALL_NUMBERS = {"x86_64": (202, 204, 203, 186), "aarch64": (98, 123, 122, 178)}
 class Native:
     """The compiled program interpreter."""
 
-    def __init__(self) -> None:
-        library = jit.load([_program_object()])
+    def __init__(self, is_shuffled: bool) -> None:
+        library = jit.load([_program_object(is_shuffled)])
         _immortal(library)
         self.worker_address = library.address("vivace_worker")
         self.run = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)(library.address("vivace_run"))
@@ -53,8 +54,8 @@ class Native:
 class Pool:
     """The team's memory, its workers, and the clock that its times are in."""
 
-    def __init__(self) -> None:
-        self.native = Native()
+    def __init__(self, is_shuffled: bool = False) -> None:
+        self.native = Native(is_shuffled)
         self._libc = ctypes.CDLL(None)
         self._origin = self._sample()
         self._cell = Buffer(8)
@@ -141,12 +142,12 @@ class Pool:
         return max(1, (c1 - c0) * ns // (t1 - t0))
 
 
-def _program_object() -> bytes:
+def _program_object(is_shuffled: bool) -> bytes:
     """The interpreter's machine code; any x86-64 CPU runs it.
 
     Cost: 65 ms the first time, 2 ms from the cache.
     """
-    code, plainest = KernelCode("vivace_run", program_text(), (), ()), isa("sse")
+    code, plainest = KernelCode("vivace_run", program_text(is_shuffled), (), ()), isa("sse")
     key = jit.object_key(code, plainest)
     cache = default_cache()
     found = cache.get("code", key)
@@ -172,10 +173,14 @@ def _symbol(library: ctypes.CDLL, name: str) -> int:
     return address
 
 
-@cache
 def pool() -> Pool:
-    """The pool of this process."""
-    made = Pool()
+    """The pool of this process; with the knob `shuffle` one of its own, which looks for races."""
+    return _pool(knobs.shuffle)
+
+
+@cache
+def _pool(is_shuffled: bool) -> Pool:
+    made = Pool(is_shuffled)
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=made.restart_in_child)
     return made

@@ -28,8 +28,9 @@ from __future__ import annotations
 
 from enum import IntEnum
 
+from vivace.targets.cpu.shuffled import DELAY, shuffled_grains_text
 from vivace.targets.cpu.team import Team
-from vivace.targets.cpu.threads import threads_text
+from vivace.targets.cpu.threads import grains_text, threads_text
 
 
 class Op(IntEnum):
@@ -94,9 +95,13 @@ class Record(IntEnum):
     SIZE = 6
 
 
-def program_text() -> str:
-    """The complete LLVM module (x86-64): `vivace_run`, `vivace_worker`, `vivace_cycles`."""
-    return _HEAD + threads_text() + _EXECUTE + _lead_text() + _run_text()
+def program_text(is_shuffled: bool = False) -> str:
+    """The complete LLVM module (x86-64): `vivace_run`, `vivace_worker`, `vivace_cycles`.
+
+    With `is_shuffled` grains run in a changing order and threads lose time (see `vivace.targets.cpu.shuffled`).
+    """
+    threads = threads_text(delay=DELAY) + shuffled_grains_text() if is_shuffled else threads_text() + grains_text()
+    return _HEAD + threads + _EXECUTE + _lead_text() + _run_text()
 
 
 _HEAD = """
@@ -179,7 +184,7 @@ entry:
   br label %step
 step:
   %at = phi ptr [%start, %entry], [%at.serial, %serial], [%at.jump, %jumps], [%at.set, %set], [%at.count, %count],
-            [%at.call, %call.ok], [%at.parallel, %alone.done]
+            [%at.call, %call.ok], [%at.parallel, %alone]
   %op = load i64, ptr %at
   switch i64 %op, label %end [ {cases} ]
 serial:
@@ -266,16 +271,7 @@ parallel:
   %is.lonely = or i1 %is.alone, %is.small
   br i1 %is.lonely, label %alone, label %together
 alone:
-  %p = phi ptr [%parts, %parallel], [%parts, %together], [%p.next, %alone.next]
-  %p.done = icmp eq ptr %p, %at.parallel
-  br i1 %p.done, label %alone.done, label %alone.next
-alone.next:
-  %units.p = getelementptr i64, ptr %p, i64 2
-  %units = load i64, ptr %units.p
-  call void @execute(ptr %ctx, ptr %p, i64 0, i64 %units, i64 %id)
-  %p.next = getelementptr i64, ptr %p, i64 {PART_WORDS}
-  br label %alone
-alone.done:
+  call void @grains(ptr %ctx, ptr %parts, i64 %total, i64 0, i64 %total, i64 %id, i64 0)
   br label %step
 together:
   %solo.p = getelementptr i8, ptr %team, i64 {t.SOLO}

@@ -26,10 +26,51 @@ from __future__ import annotations
 from vivace.targets.cpu.team import Team, waiting_text
 
 
-def threads_text(cycle_counter: str = "llvm.readcyclecounter") -> str:
+def grains_text(name: str = "grains") -> str:
+    """The LLVM function that runs grains [first, last) of all parts, in order; it calls `execute` of `program_text`."""
+    return f"""
+define internal void @{name}(ptr %ctx, ptr %parts, i64 %total, i64 %first, i64 %last, i64 %id, i64 %salt) {{
+entry:
+  br label %part
+part:
+  %from = phi i64 [%first, %entry], [%from.next, %part.next]
+  %p = phi ptr [%parts, %entry], [%p.next, %part.next]
+  %begins = phi i64 [0, %entry], [%ends, %part.next]
+  %ends.p = getelementptr i8, ptr %p, i64 32
+  %ends = load i64, ptr %ends.p
+  %to = call i64 @llvm.umin.i64(i64 %ends, i64 %last)
+  %nothing = icmp uge i64 %from, %to
+  br i1 %nothing, label %part.skip, label %part.run
+part.run:
+  %units.p = getelementptr i8, ptr %p, i64 16
+  %units = load i64, ptr %units.p
+  %grain.p = getelementptr i8, ptr %p, i64 24
+  %grain = load i64, ptr %grain.p
+  %from.grain = sub i64 %from, %begins
+  %to.grain = sub i64 %to, %begins
+  %from.unit = mul i64 %from.grain, %grain
+  %to.unit.0 = mul i64 %to.grain, %grain
+  %to.unit = call i64 @llvm.umin.i64(i64 %to.unit.0, i64 %units)
+  call void @execute(ptr %ctx, ptr %p, i64 %from.unit, i64 %to.unit, i64 %id)
+  br label %part.skip
+part.skip:
+  %p.next = getelementptr i8, ptr %p, i64 40
+  %from.next = call i64 @llvm.umax.i64(i64 %from, i64 %to)
+  %finished = icmp uge i64 %from.next, %last
+  br i1 %finished, label %done, label %part.next
+part.next:
+  br label %part
+done:
+  ret void
+}}
+"""
+
+
+def threads_text(cycle_counter: str = "llvm.readcyclecounter", delay: str = "") -> str:
     """LLVM functions `publish`, `serve` and the worker's entry `vivace_worker`.
 
-    They call `execute` and `lead` of `program_text`.
+    They call `execute`, `grains` and `lead` of `program_text`. `delay` is a line of text that stands wherever one
+    thread may overtake another.
     """
     t = Team
     return waiting_text(cycle_counter) + f"""
@@ -49,6 +90,7 @@ define internal void @publish(ptr %team, ptr %ctx, ptr %at, ptr %parts, i64 %n_p
                                i64 %members, i64 %divisor, i64 %me) {{
   %members.p = getelementptr i8, ptr %team, i64 {t.MEMBERS}
   store atomic i64 %members, ptr %members.p monotonic, align 8
+{delay}
   %total.p = getelementptr i8, ptr %team, i64 {t.TOTAL}
   store atomic i64 %total, ptr %total.p monotonic, align 8
   %parts.p = getelementptr i8, ptr %team, i64 {t.PARTS}
@@ -70,6 +112,7 @@ define internal void @publish(ptr %team, ptr %ctx, ptr %at, ptr %parts, i64 %n_p
   %high = shl i64 %number.next, 32
   %word = or i64 %high, %total
   %swapped = atomicrmw xchg ptr %claim, i64 %word seq_cst
+{delay}
   call void @wake(ptr %team, i64 %members, i64 %me)
   ret void
 }}
@@ -81,7 +124,7 @@ entry:
   %claim = getelementptr i8, ptr %team, i64 {t.CLAIM}
   br label %retry
 retry:
-  %done.0 = phi i64 [0, %entry], [%done.0, %contended], [%done.2, %chunk.done]
+  %done.0 = phi i64 [0, %entry], [%done.0, %contended], [%done.2, %work]
   %word = load atomic i64, ptr %claim acquire, align 8
   %remaining = and i64 %word, 4294967295
   %none = icmp eq i64 %remaining, 0
@@ -109,6 +152,7 @@ size:
   %at.p = getelementptr i8, ptr %team, i64 {t.AT}
   %at = load atomic ptr, ptr %at.p monotonic, align 8
   %word.next = sub i64 %word, %chunk
+{delay}
   %swap = cmpxchg ptr %claim, i64 %word, i64 %word.next acq_rel monotonic
   %won = extractvalue {{i64, i1}} %swap, 1
   br i1 %won, label %claimed, label %contended
@@ -116,52 +160,27 @@ contended:
   call void @llvm.x86.sse2.pause()
   br label %retry
 claimed:
+{delay}
   %message = icmp eq i64 %n_parts, 0
   br i1 %message, label %lead, label %work
 work:
   %first = sub i64 %total, %remaining
   %last = add i64 %first, %chunk
-  br label %part
-part:
-  %from = phi i64 [%first, %work], [%from.next, %part.next]
-  %p = phi ptr [%parts, %work], [%p.next, %part.next]
-  %begins = phi i64 [0, %work], [%ends, %part.next]
-  %ends.p = getelementptr i8, ptr %p, i64 32
-  %ends = load i64, ptr %ends.p
-  %to = call i64 @llvm.umin.i64(i64 %ends, i64 %last)
-  %nothing = icmp uge i64 %from, %to
-  br i1 %nothing, label %part.skip, label %part.run
-part.run:
-  %units.p = getelementptr i8, ptr %p, i64 16
-  %units = load i64, ptr %units.p
-  %grain.p = getelementptr i8, ptr %p, i64 24
-  %grain = load i64, ptr %grain.p
-  %from.grain = sub i64 %from, %begins
-  %to.grain = sub i64 %to, %begins
-  %from.unit = mul i64 %from.grain, %grain
-  %to.unit.0 = mul i64 %to.grain, %grain
-  %to.unit = call i64 @llvm.umin.i64(i64 %to.unit.0, i64 %units)
-  call void @execute(ptr %ctx, ptr %p, i64 %from.unit, i64 %to.unit, i64 %id)
-  br label %part.skip
-part.skip:
-  %p.next = getelementptr i8, ptr %p, i64 40
-  %from.next = call i64 @llvm.umax.i64(i64 %from, i64 %to)
-  %finished = icmp uge i64 %from.next, %last
-  br i1 %finished, label %chunk.done, label %part.next
-part.next:
-  br label %part
-chunk.done:
+  %number = lshr i64 %word, 32
+  call void @grains(ptr %ctx, ptr %parts, i64 %total, i64 %first, i64 %last, i64 %id, i64 %number)
   %done.2 = add i64 %done.0, %chunk
   br label %retry
 settle:
   %idle = icmp eq i64 %done.0, 0
   br i1 %idle, label %no, label %count
 count:
+{delay}
   %pending.p = getelementptr i8, ptr %team, i64 {t.PENDING}
   %before = atomicrmw sub ptr %pending.p, i64 %done.0 acq_rel
   %is.last = icmp eq i64 %before, %done.0
   br i1 %is.last, label %last.one, label %no
 last.one:
+{delay}
   %at2.p = getelementptr i8, ptr %team, i64 {t.AT}
   %at2 = load atomic ptr, ptr %at2.p monotonic, align 8
   ret ptr %at2
