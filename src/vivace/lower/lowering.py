@@ -24,6 +24,7 @@ from vivace.base.errors import UnknownSizeError
 from vivace.base.machine import Isa
 from vivace.graph.graph import Graph, Node, Value, substitute_dims
 from vivace.loops.kernel import Cast
+from vivace.lower.choices import NO_CHOICES, Choices, Site
 from vivace.lower.group import VIEWS, Group, group
 from vivace.lower.halves import is_bf16, is_widening
 from vivace.lower.plan import Instruction, Operand, Plan, Spec, Step
@@ -38,12 +39,16 @@ class Lowering:
     branch."""
 
     def __init__(
-        self, graph: Graph, isa: Isa, parent: Lowering | None = None, without: frozenset[str] = frozenset()
-    ) -> None:
+        self, graph: Graph, isa: Isa, parent: Lowering | None = None, without: frozenset[str] = frozenset(),
+        choices: Choices = NO_CHOICES, packed: dict[object, Storage] | None = None,
+    ) -> None:  # fmt: skip
         self.graph, self.isa = graph, isa
         self.without: frozenset[str] = without if parent is None else parent.without
         self.storages: list[Storage] = [] if parent is None else parent.storages
-        self.packed: dict[object, Storage] = {} if parent is None else parent.packed
+        self.choices: Choices = choices if parent is None else parent.choices
+        fresh = {} if packed is None else packed
+        self.packed: dict[object, Storage] = fresh if parent is None else parent.packed
+        self.constants: set[object] = set() if parent is None else parent.constants
         self.answers: dict[object, bool] = {} if parent is None else parent.answers
         self.body: list[Instruction] = []
         self.views: dict[Value, View] = {}
@@ -69,9 +74,10 @@ class Lowering:
         """A view of constant data; equal keys share one storage."""
         key = ("id", id(data)) if key is None else key
         if key not in self.packed:
-            s = Storage(name, DType.of(data.dtype), int(data.size), "constant", data)
-            self.storages.append(s)
-            self.packed[key] = s
+            self.packed[key] = Storage(name, DType.of(data.dtype), int(data.size), "constant", data)
+        if key not in self.constants:
+            self.constants.add(key)
+            self.storages.append(self.packed[key])
         return dense(self.packed[key], data.shape)
 
     def view(self, value: Value) -> View:
@@ -159,7 +165,7 @@ class Lowering:
     def emit(
         self, label: str, spec: Spec, views: Sequence[View], written: int | Sequence[int], nodes: Sequence[Node],
         flops: Dim,
-        moved: Dim | None = None, updates: bool = False,
+        moved: Dim | None = None, updates: bool = False, site: Site | None = None,
     ) -> None:  # fmt: skip
         """Append a step. `views` follow the kernel's params; those at `written` (an index or several) are the results.
 
@@ -191,6 +197,7 @@ class Lowering:
                 tuple(nodes),
                 flops,
                 total if moved is None else moved,
+                site,
             )
         )
 
@@ -268,13 +275,17 @@ class Lowering:
 OPTIONS = {"winograd": "3x3 convolutions with fewer products: other rounding, NaN reaches its whole tile"}
 
 
-def lower(graph: Graph, isa: Isa, without: frozenset[str] = frozenset()) -> Plan:
+def lower(
+    graph: Graph, isa: Isa, without: frozenset[str] = frozenset(), choices: Choices = NO_CHOICES,
+    packed: dict[object, Storage] | None = None,
+) -> Plan:  # fmt: skip
     """Lower a graph whose convolutions may be in either layout. Shapes may be symbolic. `without` are names of
-    `OPTIONS`."""
+    `OPTIONS`. `packed` keeps packed weights, for whoever lowers one graph several times: by identity, so that the graph
+    must be prepared already (`prepare`) and outlive it."""
     from vivace.lower.prepare import prepare
 
     graph = prepare(_without_loop_names(graph))
-    state = Lowering(graph, isa, without=without)
+    state = Lowering(graph, isa, without=without, choices=choices, packed=packed)
     for i, v in enumerate(graph.inputs):
         s = Storage(v.name, v.dtype, v.type.size, "input", None, i)
         state.storages.append(s)

@@ -11,6 +11,7 @@ from vivace.graph.graph import Graph, Node, Value
 from vivace.loops.blocked import Blocked
 from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Kernel
+from vivace.lower.choices import Site
 from vivace.lower.views import Storage, View
 
 Spec = Kernel | Contraction | Depthwise | Blocked
@@ -29,7 +30,8 @@ class Step:
     """One kernel call.
 
     `operands` follow the kernel's params; `writes` are the storages it changes. `flops` and `bytes` are the counted
-    work: each operand's elements once. `nodes` are the core nodes it computes, from which the ONNX names come.
+    work: each operand's elements once. `nodes` are the core nodes it computes, from which the ONNX names come. `site`
+    is there where the step could be made in several ways.
     """
 
     label: str
@@ -40,6 +42,7 @@ class Step:
     nodes: tuple[Node, ...]
     flops: Dim
     bytes: Dim
+    site: Site | None = None
 
 
 @dataclass(frozen=True, slots=True)

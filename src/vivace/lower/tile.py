@@ -17,6 +17,7 @@ from vivace.base.dims import Dim, bounds, prod
 from vivace.base.machine import Isa, Machine, host
 from vivace.loops.contraction import Axis, Contraction, merge_axes
 from vivace.lower.arithmetic import F32, Arithmetic, arithmetic_of
+from vivace.lower.choices import DEFAULT, Choice
 
 Segment = tuple[Dim, int]  # count, size
 
@@ -27,6 +28,7 @@ _UNITS_WANTED = 32
 _FLOPS_PER_NS = 100
 _BYTES_PER_NS = 30
 _LEAST_TILES_TO_STAGE = 20  # of 14 rows: between 197 and 1500 rows
+MOST_VECTORS = 4  # per panel: 6 rows of 4 reach the peak with 32 registers
 _LEAST_K_BLOCK = 512  # below it, reading and writing the accumulators once more per pass begins to show
 
 
@@ -66,11 +68,13 @@ def max_rows(nv: int, isa: Isa, n_spare: int = 0) -> int:
     return max(1, min(spare // nv, 14))
 
 
-def panel_lanes(n: Dim, isa: Isa, ar: Arithmetic = F32) -> int:
-    """Columns per panel of packed B."""
+def panel_lanes(n: Dim, isa: Isa, ar: Arithmetic = F32, chosen: int | None = None) -> int:
+    """Columns per panel of packed B; those that were chosen, where they are whole vectors and few enough."""
     if ar.is_tile:
         return 16 if isinstance(n, int) and n <= 16 else 32
     width = isa.n_f32_lanes
+    if chosen and chosen % width == 0 and chosen <= MOST_VECTORS * width:
+        return chosen
     if not isinstance(n, int):
         return 2 * width
     vectors = -(-n // width)
@@ -111,31 +115,43 @@ def pieces(split: tuple[Segment, ...]) -> Dim:
     return total
 
 
-def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None) -> Tile:
-    """The plan of a contraction (merged or not) for an instruction set and the caches of a machine."""
+def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None, choice: Choice = DEFAULT) -> Tile:
+    """The plan of a contraction (merged or not) for an instruction set and the caches of a machine.
+
+    What `choice` sets is taken over, unless it does not fit: a choice may come from a file.
+    """
     machine = machine or host()
     c = merge_axes(c)
     ar = arithmetic_of(c, isa)
     lanes = c.packing.lanes or panel_lanes(c.n, isa, ar)
     nv = lanes // isa.n_f32_lanes
     most = max_rows(nv, isa, ar.n_spare)
+    most = min(most, choice.rows or most)
     outer, inner = _split_for_tiles(c.rows) if ar.is_tile else _split_rows(c.rows, most)
     n_panels = max(1, -(-_known([c.n]) // lanes))
     colliding = not ar.is_tile and collides(c.rows, outer, inner, machine, ar.a_bytes)
-    stage_a = colliding and len(c.taps) == 1 and n_panels > 1 and c.taps[0].a == 1
-    if colliding and len(c.taps) > 1:
+    can_stage = not ar.is_tile and len(c.taps) == 1 and c.taps[0].a == 1
+    stage_a = can_stage and (colliding and n_panels > 1 if choice.stage_a is None else choice.stage_a)
+    if colliding and len(c.taps) > 1 and not choice.rows:
         outer, inner = _split_rows(c.rows, max(1, most // 2))
     n_tiles = max(1, _known([r.extent for r in c.rows[:-2]]) * _known([pieces(outer)]) * _known([pieces(inner)]))
     stage_b = c.packing.kind == "transposed" or (c.packing.kind == "plain" and _pays_to_stage_b(c, isa, n_tiles, lanes))
+    if c.packing.kind == "plain" and choice.stage_b is not None:
+        stage_b = choice.stage_b
     k_block = _k_block(c, ar, machine)
+    if choice.k_block is not None and _is_k_block(choice.k_block, c, ar):
+        k_block = choice.k_block
     steps = k // ar.group if isinstance(k := _channel(c), int) else None
     unroll = next((u for u in (4, 3, 2, 5) if steps is not None and steps % u == 0), 4)
     tiles, panels, rows_outer = _unit(c, ar, n_tiles, n_panels, k_block, machine)
+    tiles, panels = choice.tiles or tiles, choice.panels or panels
+    rows_outer = rows_outer if choice.rows_outer is None else choice.rows_outer
     if stage_b:
         rows_outer = False
         panels = max(1, min(panels, _half_l2(machine) // max(1, _known([_k(c)]) * lanes * 4)))
     b_block = panels * lanes * _known([_k(c)]) * ar.b_bytes
-    tiles_outside = panels > 1 and not k_block and b_block <= machine.cache_bytes(2) // 16
+    fits = b_block <= machine.cache_bytes(2) // 16 if choice.tiles_outside is None else choice.tiles_outside
+    tiles_outside = panels > 1 and not k_block and fits
     return Tile(
         nv, lanes, outer, inner, unroll, tiles, panels, rows_outer or stage_a, stage_a, stage_b, k_block, tiles_outside
     )
@@ -182,6 +198,15 @@ def _k_block(c: Contraction, ar: Arithmetic, machine: Machine) -> int:
         return 0
     divisors = [k // passes for passes in range(2, k // least + 1) if k % (passes * 16) == 0]
     return next((size for size in divisors if rows * size * ar.a_bytes <= room), divisors[-1] if divisors else 0)
+
+
+def _is_k_block(size: int, c: Contraction, ar: Arithmetic) -> bool:
+    """Whether passes of so many steps of the outermost tap are possible."""
+    first = c.taps[0].extent if c.taps else 1
+    if size == 0:
+        return True
+    whole = len(c.taps) > 1 or size % 16 == 0
+    return not ar.is_tile and isinstance(first, int) and size < first and first % size == 0 and whole
 
 
 def _half_l2(machine: Machine) -> int:

@@ -14,6 +14,7 @@ from vivace.graph.graph import Value
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
 from vivace.loops.kernel import Binary, Buffer, Const, Expr, For, Index, Kernel, Reduce, Select, Store
 from vivace.lower.arithmetic import arithmetic_of, choose_arithmetic
+from vivace.lower.choices import DIRECT, Site
 from vivace.lower.group import Group
 from vivace.lower.halves import is_widening, reads_half
 from vivace.lower.lowering import Lowering
@@ -26,9 +27,10 @@ from vivace.lower.views import View
 
 
 def emit_contraction(
-    ctx: Lowering, label: str, c: Contraction, views: dict[Buffer, View], g: Group, flops: Dim
-) -> None:
-    """Append the step, its operands in the order of the kernel's params."""
+    ctx: Lowering, label: str, c: Contraction, views: dict[Buffer, View], g: Group, flops: Dim,
+    ways: tuple[str, ...] = (),
+) -> None:  # fmt: skip
+    """Append the step, its operands in the order of the kernel's params. `ways` are what else could compute it."""
     params = contraction_params(c)
     ordered = [views[p] for p in params]
     moved: Dim = 0
@@ -37,7 +39,13 @@ def emit_contraction(
         for d, s in zip(v.shape, v.strides, strict=True):
             part = part * (1 if s == 0 else d)
         moved = moved + part
-    ctx.emit(label, c, ordered, len(ordered) - 1, g.nodes, flops, moved)
+    site = Site(ctx.choices.key(c), c, ways)
+    ctx.emit(label, c, ordered, len(ordered) - 1, g.nodes, flops, moved, site=site)
+
+
+def unpacked(c: Contraction, dtype: DType = DType.f32) -> Contraction:
+    """The contraction before its constant weights are packed: what `Choices` know it by."""
+    return replace(c, b=Buffer("b", dtype, (0,), (1,)), packing=Packing("panels"))
 
 
 # ---- matrix products
@@ -87,8 +95,13 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
         if out.storage is not target.storage:
             ctx.copy(_required(out.reshape(target.shape)), target)
         return
+    a_buf, out_buf = a.buffer("a"), out.buffer("out", writable=True)
     if b_value.data is not None and not batch:
-        lanes = panel_lanes(n, ctx.isa)
+        tap = Axis("k", k, a.strides[-1] if k != 1 else 1)
+        wanted = unpacked(
+            Contraction("k", (), rows, (tap,), n, a_buf, a_buf, out_buf, Packing(""), epilogue.expr, epilogue.extra)
+        )
+        lanes = panel_lanes(n, ctx.isa, chosen=ctx.choices.of(wanted).lanes)
         b_view = _packed(ctx, b_value, lanes, "matmul", lambda: np.asarray(_matrix(b, b_value))[None])
         packing = Packing("panels", lanes)
     elif b_full.strides[-1] == 1 or n == 1:
@@ -106,7 +119,7 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
         b_view = replace(
             b_view, shape=(*b_view.shape[:-2], n, k), strides=(*b_strides[:-2], b_strides[-1], b_strides[-2])
         )
-    a_buf, b_buf, out_buf = a.buffer("a"), b_view.buffer("b"), out.buffer("out", writable=True)
+    b_buf = b_view.buffer("b")
     c = Contraction("k", batch, rows, (tap,), n, a_buf, b_buf, out_buf, packing, epilogue.expr, epilogue.extra)
     views = {a_buf: a, b_buf: b_view, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
     emit_contraction(ctx, "matmul", c, views, g, tail_flops(g))
@@ -163,7 +176,8 @@ def _half_contraction(
         "k", batch, rows, taps, n, a_buf, b_buf, out_buf, Packing("panels", 1), epilogue.expr, epilogue.extra
     )
     arithmetic = arithmetic_of(c, ctx.isa)
-    run, lanes = contiguous_run(c), panel_lanes(n, ctx.isa, arithmetic)
+    chosen = ctx.choices.of(unpacked(c, DType.bf16)).lanes
+    run, lanes = contiguous_run(c), panel_lanes(n, ctx.isa, arithmetic, chosen)
     key = ("groups", how, id(w.data), lanes, arithmetic.group, run)
     if key in ctx.packed:
         s = ctx.packed[key]
@@ -281,13 +295,8 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
     bias = None if bias_value is None else ctx.view(bias_value)
     if bias is not None and not last:
         bias = replace(bias, shape=(*bias.shape, *(1,) * n_spatial), strides=(*bias.strides, *(0,) * n_spatial))
-    is_fast = half and arithmetic_of_half(ctx)
-    if "winograd" not in ctx.without and (m := winograd.choose(node, ctx.isa, is_fast)):
-        winograd.lower_winograd(ctx, g, m, x, out, bias, last)
-        if out.storage is not target.storage:
-            ctx.copy(out, target.transpose(to_last))
-        return
-    is_narrow = narrow.pays(w_value, groups, (*spatial_taps, Axis("kc", cg, 1)))
+    taps = (*spatial_taps, Axis("kc", cg, 1))
+    is_narrow = narrow.pays(w_value, groups, taps)
     is_depthwise = groups == oc == x_value.shape[-1 if last else 1] and cg == 1 and w_value.data is not None
     depthwise = is_depthwise and not is_narrow
     lane: Dim = symbol("c" if depthwise else "n", 0)
@@ -297,8 +306,19 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
     epilogue = Epilogue(ctx, g, bias, index)
     out_buf, a_buf = out.buffer("out", writable=True), x.buffer("a")
     views = {a_buf: x, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
-    if is_narrow:
-        narrow.lower_narrow(ctx, g, x, out, rows, (*spatial_taps, Axis("kc", cg, 1)), epilogue)
+    n = oc // groups
+    batch: tuple[Axis, ...] = () if groups == 1 else (Axis("g", groups, cg, 0, n),)
+    wanted = unpacked(
+        Contraction("k", batch, rows, taps, n, a_buf, a_buf, out_buf, Packing(""), epilogue.expr, epilogue.extra),
+        DType.bf16 if half else DType.f32,
+    )
+    choice = ctx.choices.of(wanted)
+    is_fast = half and arithmetic_of_half(ctx)
+    ways = () if "winograd" in ctx.without else winograd.ways(node, ctx.isa, is_fast)
+    if m := winograd.size_of(choice.way if choice.way in ways else next(iter(ways), DIRECT)):
+        winograd.lower_winograd(ctx, g, m, x, out, bias, last, Site(ctx.choices.key(wanted), wanted, ways), choice)
+    elif is_narrow:
+        narrow.lower_narrow(ctx, g, x, out, rows, taps, epilogue)
     elif depthwise:
         assert w_value.data is not None
         kind = DType.bf16 if half else DType.f32
@@ -306,40 +326,38 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
         w = ctx.constant(weights, f"{w_value.name}_taps", ("depthwise", id(w_value.data), kind))
         b_buf = w.buffer("b")
         step: Dim = oc
-        taps = []
+        with_b = []
         for t in reversed(spatial_taps):
-            taps.append(replace(t, b=step))
+            with_b.append(replace(t, b=step))
             step = step * t.extent
-        d = Depthwise("k", rows, tuple(reversed(taps)), oc, a_buf, b_buf, out_buf, epilogue.expr, epilogue.extra)
+        d = Depthwise("k", rows, tuple(reversed(with_b)), oc, a_buf, b_buf, out_buf, epilogue.expr, epilogue.extra)
         ordered = [{**views, b_buf: w}[p] for p in contraction_params(d)]
-        ctx.emit("depthwise", d, ordered, len(ordered) - 1, g.nodes, tail_flops(g))
+        site = Site(ctx.choices.key(d), d)
+        ctx.emit("depthwise", d, ordered, len(ordered) - 1, g.nodes, tail_flops(g), site=site)
     else:
-        n = oc // groups
-        batch: tuple[Axis, ...] = () if groups == 1 else (Axis("g", groups, cg, 0, n),)
-        channel_tap = Axis("kc", cg, 1)
         if half:
             c, places = _half_contraction(
                 ctx, w_value, f"conv{groups}", lambda: _conv_weights(w_value, groups), batch, rows,
-                (*spatial_taps, channel_tap), n, x, out, epilogue,
+                taps, n, x, out, epilogue,
             )  # fmt: skip
-            emit_contraction(ctx, "conv", c, places, g, tail_flops(g))
+            emit_contraction(ctx, "conv", c, places, g, tail_flops(g), ways)
             if out.storage is not target.storage:
                 ctx.copy(out, target.transpose(to_last))
             return
         if w_value.data is not None:
-            lanes = panel_lanes(n, ctx.isa)
+            lanes = panel_lanes(n, ctx.isa, chosen=choice.lanes)
             w = _packed(ctx, w_value, lanes, f"conv{groups}", lambda: _conv_weights(w_value, groups))
-            packing, taps_b = Packing("panels", lanes), (*spatial_taps, channel_tap)
+            packing, taps_b = Packing("panels", lanes), taps
             batch = tuple(replace(b, b=prod(w.shape[1:])) for b in batch)
         else:
             perm = (*range(2, rank), 1, 0)  # [oc, c, k..] -> [k.., c, oc]: groups lie side by side in oc
             w = ctx.contiguous(ctx.view(w_value).transpose(perm), f"{w_value.name}_kn")
             packing = Packing("plain")
-            taps_b = tuple(replace(t, b=s) for t, s in zip((*spatial_taps, channel_tap), w.strides[:-1], strict=True))
+            taps_b = tuple(replace(t, b=s) for t, s in zip(taps, w.strides[:-1], strict=True))
             batch = tuple(replace(b, b=n) for b in batch)
         b_buf = w.buffer("b")
         c = Contraction("k", batch, rows, taps_b, n, a_buf, b_buf, out_buf, packing, epilogue.expr, epilogue.extra)
-        emit_contraction(ctx, "conv", c, {**views, b_buf: w}, g, tail_flops(g))
+        emit_contraction(ctx, "conv", c, {**views, b_buf: w}, g, tail_flops(g), ways)
     if out.storage is not target.storage:
         ctx.copy(out, target.transpose(to_last))
 

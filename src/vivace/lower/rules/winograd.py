@@ -36,6 +36,7 @@ from vivace.graph.graph import Node, Value
 from vivace.loops.blocked import BLOCK, PART, Blocked, Stage
 from vivace.loops.contraction import Axis, Contraction, Packing
 from vivace.loops.kernel import Binary, Buffer, Cast, Expr, For, Guard, Index, Kernel, Let, Load, Read, Stmt, Store
+from vivace.lower.choices import DEFAULT, DIRECT, Choice, Site
 from vivace.lower.cook_toom import N_TAPS, PAIRS, n_inputs, transform_input, transform_output, transform_weights
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
@@ -94,6 +95,22 @@ def choose(node: Node, isa: Isa, half: bool = False) -> Size | None:
     return found
 
 
+def ways(node: Node, isa: Isa, half: bool = False) -> tuple[str, ...]:
+    """What could compute a convolution, by name, the default first; none where there is the direct way only."""
+    if not is_possible(node):
+        return ()
+    default = choose(node, isa, half)
+    return tuple(dict.fromkeys("{}x{}".format(*m) if m else DIRECT for m in (default, None, *sizes(node))))
+
+
+def size_of(way: str) -> Size | None:
+    """The inverse of the names."""
+    if way == DIRECT:
+        return None
+    rows, columns = way.split("x")
+    return int(rows), int(columns)
+
+
 def sizes(node: Node) -> list[Size]:
     """What `choose` chooses from."""
     w = node.inputs[1]
@@ -138,7 +155,10 @@ def block_tiles(n_tiles: Dim, tile_bytes: int, machine: Machine) -> int:
     return min(range(_LEAST_TILES, most * 3 // 2 + 1), key=lambda t: (-(-n_tiles // t) * t, abs(t - most)))
 
 
-def lower_winograd(ctx: Lowering, g: Group, m: Size, x: View, out: View, bias: View | None, last: bool) -> None:
+def lower_winograd(
+    ctx: Lowering, g: Group, m: Size, x: View, out: View, bias: View | None, last: bool, site: Site,
+    choice: Choice = DEFAULT,
+) -> None:  # fmt: skip
     """Append the step. `x` and `out` are channels-last views; `bias` is aligned with the anchor's shape, which is
     channels-last if `last`."""
     w = g.anchor.inputs[1]
@@ -146,12 +166,12 @@ def lower_winograd(ctx: Lowering, g: Group, m: Size, x: View, out: View, bias: V
     n_positions = n_inputs(m[0]) * n_inputs(m[1])
     channels, n_out = w.shape[1], w.shape[0]
     assert isinstance(channels, int) and isinstance(n_out, int)
-    lanes = panel_lanes(n_out, ctx.isa)
+    lanes = panel_lanes(n_out, ctx.isa, chosen=choice.lanes)
     parts = -(-n_out // lanes)
     is_line = len(out.shape) == 3
     x, out = (_as_image(v) if is_line else v for v in (x, out))
     n_tiles = out.shape[0] * ceildiv(out.shape[1], m[0]) * ceildiv(out.shape[2], m[1])
-    tiles = block_tiles(n_tiles, n_positions * (channels + lanes) * 4, host())
+    tiles = choice.tiles or block_tiles(n_tiles, n_positions * (channels + lanes) * 4, host())
     grid = _Grid(m, tiles, n_tiles, out.shape)
 
     u = _packed_weights(ctx, w, m, lanes)
@@ -177,7 +197,7 @@ def lower_winograd(ctx: Lowering, g: Group, m: Size, x: View, out: View, bias: V
     ordered = [views[b] for b in spec.params]
     written = [i for i, b in enumerate(spec.params) if b.writable]
     flops = 2 * n_positions * n_tiles * channels * n_out
-    ctx.emit(f"winograd{m[0]}x{m[1]}", spec, ordered, written, g.nodes, flops)
+    ctx.emit(f"winograd{m[0]}x{m[1]}", spec, ordered, written, g.nodes, flops, site=site)
 
 
 def _packed_weights(ctx: Lowering, w: Value, m: Size, lanes: int) -> View:

@@ -13,6 +13,8 @@ from vivace.base.machine import Isa, host
 from vivace.loops.blocked import Blocked
 from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Kernel
+from vivace.lower.choices import NO_CHOICES, Choices
+from vivace.lower.tile import choose_tile
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.contraction import emit_contraction
@@ -22,17 +24,17 @@ _MOST_THREADS = 8  # writing the text takes a fifth of the time of compiling it,
 Spec = Kernel | Contraction | Depthwise | Blocked
 
 
-def emit(spec: Spec, isa: Isa) -> KernelCode:
+def emit(spec: Spec, isa: Isa, choices: Choices = NO_CHOICES) -> KernelCode:
     """The LLVM text of a spec."""
     match spec:
         case Kernel():
             return emit_kernel(spec, isa)
         case Contraction():
-            return emit_contraction(spec, isa)
+            return emit_contraction(spec, isa, choose_tile(spec, isa, choice=choices.of(spec)))
         case Depthwise():
             from vivace.targets.cpu.depthwise import emit_depthwise
 
-            return emit_depthwise(spec, isa)
+            return emit_depthwise(spec, isa, choices.of(spec))
         case Blocked():
             from vivace.targets.cpu.blocked import emit_blocked
 
@@ -40,7 +42,11 @@ def emit(spec: Spec, isa: Isa) -> KernelCode:
 
 
 def generate(
-    specs: Sequence[Spec], isa: Isa, cache: Cache | None, progress: Callable[[int, int], None] | None = None
+    specs: Sequence[Spec],
+    isa: Isa,
+    cache: Cache | None,
+    progress: Callable[[int, int], None] | None = None,
+    choices: Choices = NO_CHOICES,
 ) -> tuple[list[KernelCode], list[int], list[bytes], int]:
     """Compile the distinct specs, several at once: while LLVM works on one, the text of the next is written.
 
@@ -56,7 +62,7 @@ def generate(
             key = hashlib.sha256(repr(spec).encode()).hexdigest()[:24]
             if key not in seen:
                 seen[key] = len(codes)
-                code = emit(replace(spec, name=f"k_{key}"), isa)
+                code = emit(replace(spec, name=f"k_{key}"), isa, choices)
                 found = cache.get("object", jit.object_key(code, isa)) if cache else None
                 objects.append(threads.submit(jit.compile_kernel, code, isa) if found is None else found)
                 codes.append(code)

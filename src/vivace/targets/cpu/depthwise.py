@@ -15,6 +15,7 @@ from vivace.base.dims import Dim, bounds, ceildiv, prod
 from vivace.base.machine import Isa
 from vivace.loops.contraction import Axis, Depthwise, contraction_dims, contraction_params, substitute_expr
 from vivace.loops.kernel import Buffer
+from vivace.lower.choices import DEFAULT, Choice
 from vivace.lower.tile import Segment, split_axis
 from vivace.targets.cpu.builder import Value
 from vivace.targets.cpu.code import KernelCode
@@ -26,6 +27,7 @@ from vivace.targets.cpu.isa import kernel_attributes
 from vivace.targets.cpu.memory import flat_index
 
 _COLUMNS = 7  # widths of images are mostly multiples of 7; with 5 weights and the input it fits 16 registers
+MOST_COLUMNS = 16
 _ROWS_PER_UNIT = 8
 _UNIT_FLOPS = 500_000  # about 15 us: depthwise kernels run at the speed of the caches
 _UNROLLED_TAPS = 5
@@ -93,8 +95,8 @@ class _Plan:
         return f"{self.d.name}.columns{size}{'.tail' if tail else ''}"
 
 
-def emit_depthwise(d: Depthwise, isa: Isa) -> KernelCode:
-    """The kernel of a depthwise convolution."""
+def emit_depthwise(d: Depthwise, isa: Isa, choice: Choice = DEFAULT) -> KernelCode:
+    """The kernel of a depthwise convolution. Of `choice` count `rows`, `tiles` and `panels`."""
     params, dims = contraction_params(d), contraction_dims(d)
     ones: dict[str, Dim] = {x.name: 0 for x in d.rows if x.extent == 1}
     epilogue = None if d.epilogue is None else substitute_expr(d.epilogue, ones)
@@ -102,9 +104,10 @@ def emit_depthwise(d: Depthwise, isa: Isa) -> KernelCode:
     d = replace(d, rows=rows, taps=taps, epilogue=epilogue)
     inner, outer = (rows[-1].extent if rows else 1), (rows[-2].extent if len(rows) > 1 else 1)
     flops_per_vector = 2 * isa.n_f32_lanes * _guess(inner) * _guess(prod([x.extent for x in taps]))
-    rows_per_unit = min(_ROWS_PER_UNIT, max(1, _guess(outer)))
-    vectors_per_unit = max(1, _UNIT_FLOPS // max(1, flops_per_vector * rows_per_unit))
-    p = _Plan(d, isa, params, dims, split_axis(inner, _COLUMNS), rows_per_unit, vectors_per_unit)
+    rows_per_unit = min(choice.tiles or _ROWS_PER_UNIT, max(1, _guess(outer)))
+    vectors_per_unit = choice.panels or max(1, _UNIT_FLOPS // max(1, flops_per_vector * rows_per_unit))
+    columns = split_axis(inner, min(choice.rows or _COLUMNS, MOST_COLUMNS))
+    p = _Plan(d, isa, params, dims, columns, rows_per_unit, vectors_per_unit)
     functions: list[str] = []
     needed: dict[str, str] = {}
     sizes = dict.fromkeys(size for count, size in p.columns if bounds(count)[1] != 0)
