@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vivace.graph.graph import Graph, Node
+    from vivace.lower.choices import Choices
     from vivace.lower.image import ForeignEntry, Image
     from vivace.lower.plan import Plan
     from vivace.runtime.engine import Engine, ForeignRunner, MakeForeign, Placement
@@ -292,8 +293,11 @@ def make_plan(graph: Graph, chosen: Isa, providers: Sequence[str], without: froz
     return lower(graph, chosen, without)
 
 
-def link_image(plan: Plan, chosen: Isa, cache: bool, progress: Progress | None) -> Image:
-    """Generate and link."""
+def link_image(
+    plan: Plan, chosen: Isa, cache: bool, progress: Progress | None, choices: Choices | None = None
+) -> Image:
+    """Generate and link; `choices` are those that the plan was made with."""
+    from vivace.lower.choices import NO_CHOICES
     from vivace.lower.image import KernelEntry
     from vivace.lower.link import Compiled, link
     from vivace.lower.plan import steps_of
@@ -301,7 +305,9 @@ def link_image(plan: Plan, chosen: Isa, cache: bool, progress: Progress | None) 
 
     specs = [s.spec for s in steps_of(plan.body)]
     report = (lambda done, total: progress("compile", done, total)) if progress else None
-    codes, numbers, objects, n_new = generate(specs, chosen, default_cache() if cache else None, report)
+    codes, numbers, objects, n_new = generate(
+        specs, chosen, default_cache() if cache else None, report, choices or NO_CHOICES
+    )
     by_spec = {id(s): n for s, n in zip(specs, numbers, strict=True)}
     entries = [KernelEntry(c.name, c.dims, c.units, c.grain, c.scratch_bytes) for c in codes]
     compiled = Compiled(entries, objects, lambda s: by_spec[id(s)])

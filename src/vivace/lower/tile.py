@@ -144,7 +144,7 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None, choice
     steps = k // ar.group if isinstance(k := _channel(c), int) else None
     unroll = next((u for u in (4, 3, 2, 5) if steps is not None and steps % u == 0), 4)
     tiles, panels, rows_outer = _unit(c, ar, n_tiles, n_panels, k_block, machine)
-    tiles, panels = choice.tiles or tiles, choice.panels or panels
+    tiles, panels = min(choice.tiles or tiles, n_tiles), min(choice.panels or panels, n_panels)
     rows_outer = rows_outer if choice.rows_outer is None else choice.rows_outer
     if stage_b:
         rows_outer = False

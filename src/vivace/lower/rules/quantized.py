@@ -20,9 +20,8 @@ from vivace.base.dtypes import DType
 from vivace.graph.graph import Value
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
 from vivace.loops.kernel import Binary, Buffer, Cast, Expr, Read
-    arithmetic = arithmetic_of(c, ctx.isa)
-    chosen = ctx.choices.of(unpacked(c, DType.i8)).lanes
-    lanes, group, run = panel_lanes(c.n, ctx.isa, arithmetic, chosen), arithmetic.group, contiguous_run(c)
+from vivace.lower.arithmetic import activation_offset, arithmetic_of
+from vivace.lower.choices import Site
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.pack import contiguous_run, pack_groups
@@ -91,14 +90,9 @@ class _Start:
 
 def _packed(ctx: Lowering, w: Value, c: Contraction, matrix: Array) -> tuple[View, Packing]:
     """The weights [batch, k, n] in the panels of the contraction's arithmetic."""
-<<<<<<< HEAD
     arithmetic = arithmetic_of(c, ctx.isa)
-    lanes, group, run = panel_lanes(c.n, ctx.isa, arithmetic), arithmetic.group, contiguous_run(c)
-=======
-    arithmetic = choose_arithmetic(c.a.dtype, DType.i8, ctx.isa, offset)
     chosen = ctx.choices.of(unpacked(c, DType.i8)).lanes
     lanes, group, run = panel_lanes(c.n, ctx.isa, arithmetic, chosen), arithmetic.group, contiguous_run(c)
->>>>>>> 2856f3d (Let a choice change how a product is made)
     key = ("bytes", id(w.data), lanes, group, run, matrix.shape)
     if key in ctx.packed and (data := ctx.packed[key].data) is not None:
         return ctx.constant(data, ctx.packed[key].name, key), Packing("panels", lanes)

@@ -61,6 +61,7 @@ _TRANSFORM_FLOPS = 11  # per position and channel, for C and for K
 _WEIGHT_FLOPS = 15  # per element of U or of the weights
 _LEAST_GAIN = 1.25  # below it the direct way is as good where caches are cold (112x112, 3 to 64 channels)
 _GUESS = 64  # for symbolic dims
+_MOST_TILES = 256  # of a block that was chosen for a symbolic size
 _LEAST_TILES = 6  # rows of a micro-kernel that hide the latency of its sums
 
 
@@ -171,7 +172,8 @@ def lower_winograd(
     is_line = len(out.shape) == 3
     x, out = (_as_image(v) if is_line else v for v in (x, out))
     n_tiles = out.shape[0] * ceildiv(out.shape[1], m[0]) * ceildiv(out.shape[2], m[1])
-    tiles = choice.tiles or block_tiles(n_tiles, n_positions * (channels + lanes) * 4, host())
+    tiles = block_tiles(n_tiles, n_positions * (channels + lanes) * 4, host())
+    tiles = min(choice.tiles or tiles, n_tiles if isinstance(n_tiles, int) else _MOST_TILES)
     grid = _Grid(m, tiles, n_tiles, out.shape)
 
     u = _packed_weights(ctx, w, m, lanes)
