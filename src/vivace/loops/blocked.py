@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from vivace.base.dims import Dim, symbols
 from vivace.loops.contraction import Contraction, contraction_dims, contraction_params
 from vivace.loops.kernel import Buffer, Kernel, dims_of
+from vivace.loops.pack import Pack, pack_dims
 
 BLOCK, PART, STEP = "block", "part", "step"
 
@@ -35,7 +36,7 @@ class Stage:
     `step`. The stage is left out where `when` is 0.
     """
 
-    spec: Kernel | Contraction
+    spec: Kernel | Contraction | Pack
     offsets: tuple[tuple[Buffer, Dim], ...] = ()
     when: Dim = 1
 
@@ -46,7 +47,9 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """A kernel of several stages over blocks, their parts, and steps in these."""
+    """A kernel of several stages over blocks, their parts, and steps in these. `grain`: parts worth handing to a thread
+    at once, where `once` is dear.
+    """
 
     name: str
     blocks: Dim
@@ -56,6 +59,7 @@ class Blocked:
     local: tuple[Buffer, ...]
     steps: Dim = 1
     last: tuple[Stage, ...] = ()
+    grain: Dim = 1
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -71,12 +75,22 @@ class Blocked:
 def blocked_dims(k: Blocked) -> tuple[str, ...]:
     """Names of the run-time dims, sorted."""
     names: set[str] = set()
-    dims: list[Dim] = [k.blocks, k.parts, k.steps, *(d for b in k.local for d in (*b.shape, *b.strides))]
+    dims: list[Dim] = [k.blocks, k.parts, k.steps, k.grain, *(d for b in k.local for d in (*b.shape, *b.strides))]
     for s in k.stages:
-        names.update(contraction_dims(s.spec) if isinstance(s.spec, Contraction) else dims_of(s.spec))
+        names.update(_dims(s.spec))
         dims += [s.when, *(offset for _, offset in s.offsets)]
     names.update(x.name for d in dims for x in symbols(d))
     return tuple(sorted(names - {BLOCK, PART, STEP}))
+
+
+def _dims(spec: Kernel | Contraction | Pack) -> tuple[str, ...]:
+    match spec:
+        case Kernel():
+            return dims_of(spec)
+        case Contraction():
+            return contraction_dims(spec)
+        case Pack():
+            return pack_dims(spec)
 
 
 def extent_of(b: Buffer) -> Dim:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vivace.base.dims import prod
+from vivace.base.dims import Dim, prod
 from vivace.base.dtypes import DType
 from vivace.base.errors import UnsupportedError
 from vivace.base.machine import Isa, without_amx
@@ -97,13 +97,15 @@ def _tiles_fit(c: Contraction, ar: Arithmetic) -> bool:
     if not c.taps:
         return ar.group == 1
     run, step = c.taps[-1].extent, c.taps[-1].a
-    return isinstance(run, int) and step == 1 and chunk_bytes(run * ar.a_bytes) > 0
+    return step == 1 and chunk_bytes(run * ar.a_bytes) > 0
 
 
-def chunk_bytes(run_bytes: int) -> int:
+def chunk_bytes(run_bytes: Dim) -> int:
     """Bytes of A per row that one tile register holds: a multiple of 4 that divides the run, at least half of a
-    cache line; 0 where there is none.
+    cache line; 0 where there is none. A run whose length shows when the model runs must be whole lines.
     """
+    if not isinstance(run_bytes, int):
+        return _TILE_BYTES if run_bytes % _TILE_BYTES == 0 else 0
     fits = [size for size in range(_TILE_BYTES, 0, -4) if run_bytes and run_bytes % size == 0]
     return fits[0] if fits and (fits[0] >= _TILE_BYTES // 2 or run_bytes < _TILE_BYTES) else 0
 

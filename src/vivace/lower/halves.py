@@ -31,7 +31,11 @@ def is_widening(n: Node) -> bool:
 def reads_half(n: Node, operand: int, half: DType = DType.bf16) -> bool:
     """Whether the kernel of `n` can read an operand in a half type where the graph says f32."""
     x = n.inputs[operand]
-    if operand != 0 or x is None or n.outputs[0].dtype is not DType.f32:
+    if x is None or n.outputs[0].dtype is not DType.f32:
+        return False
+    if n.op.name == "attention":
+        return half is DType.bf16 and operand < 3
+    if operand != 0:
         return False
     if n.op.name in _CONVERTING:
         return True

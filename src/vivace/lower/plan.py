@@ -11,10 +11,11 @@ from vivace.graph.graph import Graph, Node, Value
 from vivace.loops.blocked import Blocked
 from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Kernel
+from vivace.loops.pack import Pack
 from vivace.lower.choices import Site
 from vivace.lower.views import Storage, View
 
-Spec = Kernel | Contraction | Depthwise | Blocked
+Spec = Kernel | Contraction | Depthwise | Blocked | Pack
 
 
 @dataclass(frozen=True, slots=True)

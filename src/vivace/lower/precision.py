@@ -37,7 +37,7 @@ from vivace.lower.halves import reads_half, rounded
 
 # They hand elements on, so they run on narrow ones, and what they make is narrow.
 MOVERS = frozenset({"concat", "pad", "resize", "gather"})
-_PRODUCTS = frozenset({"conv", "matmul"})
+_PRODUCTS = frozenset({"conv", "matmul", "attention"})
 _STREAM_READERS = frozenset({"add", "layer_norm", "rms_norm"})
 _SMALL = 4096  # elements
 
@@ -112,7 +112,15 @@ class _Choice:
             return True
         if n.op.name in MOVERS:
             return self._moves(n, operand)
+        if n.op.name == "attention" and operand in (1, 2):  # of halves where the queries are
+            return self._is_half(n.inputs[0])
         return reads_half(n, operand, self.half)
+
+    def _is_half(self, x: Value | None) -> bool:
+        """Whether the first operand of a product will be read as halves."""
+        assert x is not None
+        root = self._root(x)
+        return root in self.stored or root in self.graph.inputs
 
     def _moves(self, n: Node, operand: int) -> bool:
         if n.op.name != "concat" and operand != 0:
@@ -184,7 +192,9 @@ class _Rebuild:
             if source is None:
                 continue
             inputs[i] = self._cast(source, DType.f32, n.origin)
-            if is_factor:
+            if is_factor and n.op.name == "attention":
+                self.n_products += 2
+            elif is_factor:
                 inputs[1] = self._weight(n.inputs[1])
                 self.n_products += 1
         return replace(n, inputs=tuple(inputs))

@@ -9,15 +9,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from vivace.base.dims import Dim, ceildiv, maximum
+from vivace.base.dims import Dim, ceildiv, maximum, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Node
-from vivace.loops.blocked import Blocked, Stage
-from vivace.loops.kernel import Buffer
+from vivace.loops.blocked import BLOCK, PART, Blocked
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
-from vivace.lower.rules.attention_stages import F32, QUERIES, Attention, Operand, operand
+from vivace.lower.rules.attention_halves import HalfAttention, block_queries
+from vivace.lower.rules.attention_stages import F32, QUERIES, Attention, Blocks, Operand, operand
 
 
 def lower_attention(ctx: Lowering, g: Group) -> None:
@@ -43,47 +43,60 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
     out = target
     if out.strides[-1] != 1 and out.shape[-1] != 1:
         out = ctx.temporary(f"{node.outputs[0].name}_dense", out.dtype, out.shape)
-    q, k, v = (ctx.view(x) for x in (q_value, k_value, v_value))
-    if 1 not in (q.strides[3], q.strides[2], depth):
+    q = ctx.operand(q_value)
+    half = q.dtype is DType.bf16
+    k, v = (ctx.operand(x) if half else ctx.view(x) for x in (k_value, v_value))
+    if 1 not in (q.strides[3], depth if half else q.strides[2], depth):  # halves are read in rows
         q = ctx.contiguous(q, f"{q_value.name}_rows")
-    if (1 not in (k.strides[3], depth) and decodes != 0) or k.storage is None:
+    if (1 not in (k.strides[3], depth) and (decodes != 0 or (half and k.strides[2] != 1))) or k.storage is None:
         k = ctx.contiguous(k, f"{k_value.name}_rows")
-    if 1 not in (v.strides[3], v.strides[2], v.shape[3]) or (v.strides[3] != 1 and decodes != 0):
+    if 1 not in (v.strides[3], v.strides[2], v.shape[3]) or (v.strides[3] != 1 and (decodes != 0 or half)):
         v = ctx.contiguous(v, f"{v_value.name}_rows")
     share = heads // groups
+    block, part = symbol(BLOCK, 0), symbol(PART, 0)
+    n_parts = ceildiv(n_queries, block_queries(n_queries) if half else QUERIES)
+    here, shared = (block // heads, block % heads), (block // heads, block % heads // share)
+    if half:  # the heads that share keys follow each other, so that these are packed once
+        of_group = part // n_parts if share > 1 else 0
+        here = (block // groups, block % groups * share + of_group)
+        shared = (block // groups, block % groups)
     a = Attention(
-        node, operand(q, "q", heads), operand(k, "k", heads, share), operand(v, "v", heads, share),
-        operand(out, "o", heads, writable=True), *_masks(ctx, node, heads, decodes)
+        node, operand(q, "q", here), operand(k, "k", shared), operand(v, "v", shared),
+        operand(out, "o", here, writable=True), *_masks(ctx, node, here, half or decodes == 1)
     )  # fmt: skip
-    each: list[Stage] = []
-    last: list[Stage] = []
-    local: list[Buffer] = []
-    steps: Dim = 0
+    found = Blocks([], [], [], 0)
     if decodes != 1:
-        blocks = a.blocks()
-        each, last, steps = blocks.each, blocks.last, blocks.steps
-        local += blocks.local
+        in_head = part % n_parts if share > 1 else part
+        found = HalfAttention(a, in_head, ctx.isa).blocks() if half else a.blocks()
+        if decodes != 0:
+            found = found.unless(decodes)
+    last, local = list(found.last), list(found.local)
     if decodes != 0:
         stage, scores = a.decode()
         last.append(replace(stage, when=decodes))
         local.append(scores)
-    if decodes not in (0, 1):
-        last[:-1] = [replace(s, when=1 - decodes) for s in last[:-1]]
-        steps = steps * (1 - decodes)
-    if steps == 0:
-        each = []
-    parts = ceildiv(n_queries, QUERIES)
-    spec = Blocked("k", q.shape[0] * heads, parts, (), tuple(each), tuple(local), steps, tuple(last))
-    found = {x.buffer: x.view for x in (a.q, a.k, a.v, a.out, a.mask, a.turned) if x is not None}
-    views = [found[b] for b in spec.params]
+    blocks, parts = (groups, share * n_parts) if half else (heads, n_parts)
+    spec = Blocked(
+        "k",
+        q.shape[0] * blocks,
+        parts,
+        found.once,
+        tuple(found.each),
+        tuple(local),
+        found.steps,
+        tuple(last),
+        found.grain,
+    )
+    places = {x.buffer: x.view for x in (a.q, a.k, a.v, a.out, a.mask, a.turned) if x is not None}
+    views = [places[b] for b in spec.params]
     written = [i for i, b in enumerate(spec.params) if b.writable]
     ctx.emit("attention", spec, views, written, g.nodes, node.cost.flops)
     if out is not target:
         ctx.copy(out, target)
 
 
-def _masks(ctx: Lowering, node: Node, heads: int, decodes: Dim) -> tuple[Operand | None, Operand | None]:
-    """The mask as it lies, for one query, and as blocks read it, where queries stand side by side."""
+def _masks(ctx: Lowering, node: Node, at: tuple[Dim, Dim], in_rows: bool) -> tuple[Operand | None, Operand | None]:
+    """The mask as it lies, and where `in_rows` does not say that it is only read so, with queries side by side."""
     if len(node.inputs) < 4 or node.inputs[3] is None:
         return None, None
     q, k = node.inputs[0], node.inputs[1]
@@ -95,13 +108,13 @@ def _masks(ctx: Lowering, node: Node, heads: int, decodes: Dim) -> tuple[Operand
     if mask.storage is None:
         mask = ctx.contiguous(mask, "mask")
     shape = (*q.shape[:3], k.shape[2])
-    as_it_lies = operand(mask.expand(shape), "mask", heads)
+    as_it_lies = operand(mask.expand(shape), "mask", at)
     strides = mask.expand(shape).strides
-    if decodes == 1 or strides[2] in (0, 1):
+    if in_rows or strides[2] in (0, 1):
         return as_it_lies, as_it_lies
     if mask not in ctx.copies:  # once for all layers that share it
         ctx.copies[mask] = ctx.contiguous(mask.transpose((0, 1, 3, 2)), "mask_turned").transpose((0, 1, 3, 2))
-    return as_it_lies, operand(ctx.copies[mask].expand(shape), "turned", heads)
+    return as_it_lies, operand(ctx.copies[mask].expand(shape), "turned", at)
 
 
 def expand_attention(g: Group) -> Graph:

@@ -29,7 +29,7 @@ import numpy as np
 from vivace.base.dims import Dim, ceildiv, maximum, minimum, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Node
-from vivace.loops.blocked import BLOCK, PART, STEP, Stage
+from vivace.loops.blocked import PART, STEP, Stage
 from vivace.loops.contraction import Axis, Contraction, Packing
 from vivace.loops.kernel import (
     Binary,
@@ -78,16 +78,16 @@ class Operand:
         return self.buffer, self.offset + elements
 
 
-def operand(view: View, name: str, heads: int, share: int = 1, writable: bool = False) -> Operand:
-    """The matrix of the head that a block computes; `share` heads have it together."""
-    block = symbol(BLOCK, 0)
-    offset = block // heads * view.strides[0] + block % heads // share * view.strides[1]
+def operand(view: View, name: str, at: tuple[Dim, Dim], writable: bool = False) -> Operand:
+    """The matrix of the batch element and head at `at`, dims over the numbers of block and part."""
+    offset = at[0] * view.strides[0] + at[1] * view.strides[1]
     return Operand(view, Buffer(name, view.dtype, view.shape[2:], view.strides[2:], writable), offset)
 
 
-def _local(name: str, *shape: Dim) -> Buffer:
+def scratch(name: str, *shape: Dim, dtype: DType = F32) -> Buffer:
+    """A dense buffer of a thread."""
     strides = tuple(shape[-1] if i < len(shape) - 1 else 1 for i in range(len(shape)))
-    return Buffer(name, F32, shape, strides, True)
+    return Buffer(name, dtype, shape, strides, True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +96,19 @@ class Blocks:
     last: list[Stage]
     local: list[Buffer]
     steps: Dim
+    once: tuple[Stage, ...] = ()
+    grain: Dim = 1
+
+    def unless(self, other: Dim) -> Blocks:
+        """The same, left out where `other` is 1."""
+        here = 1 - other
+        once, last = ([replace(s, when=s.when * here) for s in stages] for stages in (self.once, self.last))
+        return replace(self, steps=self.steps * here, once=tuple(once), last=last)
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """The stages of one attention."""
+    """The stages of one attention. `mask` is read with keys side by side, `turned` with queries."""
 
     node: Node
     q: Operand
@@ -123,14 +131,14 @@ class Attention:
         attrs = self.node.attrs
         e = product
         if attrs["scale"] != 1.0:
-            e = _mul(e, _number(attrs["scale"]))
+            e = mul(e, number(attrs["scale"]))
         if cap := attrs.get("softcap", 0.0):
-            e = _mul(Unary("tanh", _mul(e, _number(1.0 / cap))), _number(cap))
+            e = mul(Unary("tanh", mul(e, number(1.0 / cap))), number(cap))
         if mask is not None:
             m = Load(mask.buffer, (s, t))
-            e = Select(m, e, _number(-np.inf)) if m.buffer.dtype is DType.bool else Binary("add", e, m)
+            e = Select(m, e, number(-np.inf)) if m.buffer.dtype is DType.bool else Binary("add", e, m)
         if ahead is not None:
-            e = Select(Binary("ge", Index(ahead, DType.i32), Const(0, DType.i32)), e, _number(-np.inf))
+            e = Select(Binary("ge", Index(ahead, DType.i32), Const(0, DType.i32)), e, number(-np.inf))
         return e
 
     def blocks(self) -> Blocks:
@@ -156,7 +164,7 @@ class Attention:
         if not causal and isinstance(n_keys, int) and n_keys % chunk == 0:
             keys = chunk
         row = -(-block // 16) * 16
-        p, inverse = _local("p", chunk, row), _local("inverse", row)
+        p, inverse = scratch("p", chunk, row), scratch("inverse", row)
         s, t, n = symbol("s", 0, block - 1), symbol("t", 0, chunk - 1), symbol("n", 0, block - 1)
         local = [p, inverse]
 
@@ -178,18 +186,18 @@ class Attention:
         packing = Packing("plain") if across == 1 or width == 1 else Packing("transposed", n_stride=across)
         values = Contraction(
             "k", (), (Axis("s", here, 1, 0, self.out.row),), (Axis("t", keys, row, down),), width,
-            p, self.v.buffer, self.out.buffer, packing, self.result(_mul(ACC, Load(inverse, (s,)))), (inverse,),
+            p, self.v.buffer, self.out.buffer, packing, self.result(mul(ACC, Load(inverse, (s,)))), (inverse,),
         )  # fmt: skip
         v_offset, out_offset = self.v.moved(start * down), self.out.moved(first * self.out.row)
         if alone:
             each.append(Stage(_softmax(p, keys, here, (s, t), inverse)))
             each.append(Stage(values, (v_offset, out_offset)))
             return Blocks(each, [], local, steps)
-        top, total, rescale = (_local(name, row) for name in ("top", "total", "rescale"))
-        o = _local("sums", row, -(-width // 16) * 16)
+        top, total, rescale = (scratch(name, row) for name in ("top", "total", "rescale"))
+        o = scratch("sums", row, -(-width // 16) * 16)
         local += [top, total, rescale, o]
         each.append(Stage(_online_softmax(p, keys, here, (s, t), (top, total, rescale))))
-        so_far = Binary("add", ACC, _mul(Load(o, (s, symbol("n", 0))), Load(rescale, (s,))))
+        so_far = Binary("add", ACC, mul(Load(o, (s, symbol("n", 0))), Load(rescale, (s,))))
         is_first = Binary("eq", Index(step), Const(0, DType.i64))
         values = replace(
             values,
@@ -210,17 +218,17 @@ class Attention:
     def divided(self, o: Buffer, total: Buffer, queries: Dim) -> Kernel:
         """The results of a block: weighted sums over sums of weights."""
         s, e, out = symbol("s", 0), symbol("e", 0), self.out.buffer
-        result = self.result(_mul(Load(o, (s, e)), Read("inverse", F32)))
+        result = self.result(mul(Load(o, (s, e)), Read("inverse", F32)))
         columns = For("e", self.v.view.shape[3], (Store(out, (s, e), result),), "vector")
-        inverse = Let("inverse", Binary("div", _number(1), Load(total, (s,))))
+        inverse = Let("inverse", Binary("div", number(1), Load(total, (s,))))
         return Kernel("k", (o, total, out), (For("s", queries, (inverse, columns)),))
 
     def decode(self) -> tuple[Stage, Buffer]:
         """The whole of a head with a single query, and the buffer for its scores."""
         keys, depth, width = self.n_keys, self.q.view.shape[3], self.v.view.shape[3]
-        p = _local("scores", keys)
+        p = scratch("scores", keys)
         t, u, d, e = symbol("t", 0), symbol("u", 0), symbol("d", 0), symbol("e", 0)
-        product = Reduce("add", "d", depth, _mul(Load(self.q.buffer, (0, d)), Load(self.k.buffer, (t, d))))
+        product = Reduce("add", "d", depth, mul(_f32(Load(self.q.buffer, (0, d))), _f32(Load(self.k.buffer, (t, d)))))
         body: list[Stmt] = [For("t", keys, (Store(p, (t,), product),))]
         score = self.score(Load(p, (u,)), self.mask, 0, u, None)
         if not isinstance(score, Load):
@@ -231,11 +239,11 @@ class Attention:
             For(
                 "t1", keys, (Store(p, (t1,), Unary("exp", Binary("sub", Load(p, (t1,)), Read("top", F32)))),), "vector"
             ),
-            Let("inverse", Binary("div", _number(1), Reduce("add", "t2", keys, Load(p, (t2,))))),
+            Let("inverse", Binary("div", number(1), Reduce("add", "t2", keys, Load(p, (t2,))))),
         ]
         t3 = symbol("t3", 0)
-        total = Reduce("add", "t3", keys, _mul(Load(p, (t3,)), Load(self.v.buffer, (t3, e))))
-        result = self.result(_mul(total, Read("inverse", F32)))
+        total = Reduce("add", "t3", keys, mul(Load(p, (t3,)), _f32(Load(self.v.buffer, (t3, e)))))
+        result = self.result(mul(total, Read("inverse", F32)))
         body.append(For("e", width, (Store(self.out.buffer, (0, e), result),), "vector"))
         operands = [x for x in (self.q, self.k, self.v, self.mask) if x is not None]
         kernel = Kernel("k", (*(x.buffer for x in operands), p, self.out.buffer), tuple(body))
@@ -247,9 +255,9 @@ def _softmax(p: Buffer, keys: Dim, queries: Dim, at: tuple[Dim, Dim], inverse: B
     s, t = at
     body = (
         Let("top", Reduce("max", "u", keys, Load(p, (symbol("u", 0), s)))),
-        For("t", keys, (Store(p, (t, s), _exp_below(Load(p, (t, s)), Read("top", F32))),)),
+        For("t", keys, (Store(p, (t, s), exp_below(Load(p, (t, s)), Read("top", F32))),)),
         Let("total", Reduce("add", "w", keys, Load(p, (symbol("w", 0), s)))),
-        Store(inverse, (s,), Binary("div", _number(1), Read("total", F32))),
+        Store(inverse, (s,), Binary("div", number(1), Read("total", F32))),
     )
     return Kernel("k", (p, inverse), (For("s", queries, body, "vector"),))
 
@@ -262,27 +270,32 @@ def _online_softmax(
     top, total, rescale = state
     is_first = Binary("eq", Index(symbol(STEP, 0)), Const(0, DType.i64))
     body = (
-        Let("old", Select(is_first, _number(LOWEST), Load(top, (s,)))),
+        Let("old", Select(is_first, number(LOWEST), Load(top, (s,)))),
         Let("chunk_top", Reduce("max", "u", keys, Load(p, (symbol("u", 0), s)))),
         Let("top", Binary("max", Read("old", F32), Read("chunk_top", F32))),
-        Let("rescale", _exp_below(Read("old", F32), Read("top", F32))),
+        Let("rescale", exp_below(Read("old", F32), Read("top", F32))),
         Store(top, (s,), Read("top", F32)),
         Store(rescale, (s,), Read("rescale", F32)),
-        For("t", keys, (Store(p, (t, s), _exp_below(Load(p, (t, s)), Read("top", F32))),)),
+        For("t", keys, (Store(p, (t, s), exp_below(Load(p, (t, s)), Read("top", F32))),)),
         Let("chunk_total", Reduce("add", "w", keys, Load(p, (symbol("w", 0), s)))),
-        Let("before", Select(is_first, _number(0), _mul(Load(total, (s,)), Read("rescale", F32)))),
+        Let("before", Select(is_first, number(0), mul(Load(total, (s,)), Read("rescale", F32)))),
         Store(total, (s,), Binary("add", Read("before", F32), Read("chunk_total", F32))),
     )
     return Kernel("k", (p, top, total, rescale), (For("s", queries, body, "vector"),))
 
 
-def _mul(a: Expr, b: Expr) -> Expr:
+def mul(a: Expr, b: Expr) -> Expr:
     return Binary("mul", a, b)
 
 
-def _number(x: float) -> Const:
+def _f32(x: Load) -> Expr:
+    """An element that may be stored in half precision."""
+    return x if x.buffer.dtype is F32 else Cast(F32, x)
+
+
+def number(x: float) -> Const:
     return Const(float(x), F32)
 
 
-def _exp_below(x: Expr, top: Expr) -> Expr:
+def exp_below(x: Expr, top: Expr) -> Expr:
     return Unary("exp", Binary("sub", x, top))

@@ -14,11 +14,13 @@ from vivace.base.dims import Dim, bounds, ceildiv, maximum, symbols
 from vivace.base.machine import Isa
 from vivace.loops.blocked import BLOCK, PART, STEP, Blocked, Stage, blocked_dims, extent_of
 from vivace.loops.contraction import Contraction
-from vivace.loops.kernel import Buffer
+from vivace.loops.kernel import Buffer, Kernel
+from vivace.loops.pack import Pack
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.contraction import emit_contraction
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.llvm import emit_kernel
+from vivace.targets.cpu.pack import emit_pack
 
 _ALIGN_BYTES = 64
 
@@ -40,7 +42,7 @@ def emit_blocked(k: Blocked, isa: Isa) -> KernelCode:
     )
     units = k.blocks * k.parts
     return KernelCode(
-        k.name, f"{text}\n{main}\n", k.params, blocked_dims(k), units, 1, local_bytes + most, optimize="light"
+        k.name, f"{text}\n{main}\n", k.params, blocked_dims(k), units, k.grain, local_bytes + most, optimize="light"
     )
 
 
@@ -53,8 +55,14 @@ def _at_most(scratch_bytes: Dim) -> Dim:
     return most
 
 
-def _stage_code(spec: object, isa: Isa) -> KernelCode:
-    return emit_contraction(spec, isa) if isinstance(spec, Contraction) else emit_kernel(spec, isa)  # type: ignore[arg-type]
+def _stage_code(spec: Kernel | Contraction | Pack, isa: Isa) -> KernelCode:
+    match spec:
+        case Kernel():
+            return emit_kernel(spec, isa)
+        case Contraction():
+            return emit_contraction(spec, isa)
+        case Pack():
+            return emit_pack(spec, isa)
 
 
 def _one_module(texts: list[str], declares: Mapping[str, str]) -> str:

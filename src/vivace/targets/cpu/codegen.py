@@ -13,6 +13,7 @@ from vivace.base.machine import Isa, host
 from vivace.loops.blocked import Blocked
 from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Kernel
+from vivace.loops.pack import Pack
 from vivace.lower.choices import NO_CHOICES, Choices
 from vivace.lower.tile import choose_tile
 from vivace.targets.cpu import jit
@@ -21,7 +22,7 @@ from vivace.targets.cpu.contraction import emit_contraction
 from vivace.targets.cpu.llvm import emit_kernel
 
 _MOST_THREADS = 8  # writing the text takes a fifth of the time of compiling it, and is done by one thread
-Spec = Kernel | Contraction | Depthwise | Blocked
+Spec = Kernel | Contraction | Depthwise | Blocked | Pack
 
 
 def emit(spec: Spec, isa: Isa, choices: Choices = NO_CHOICES) -> KernelCode:
@@ -35,6 +36,10 @@ def emit(spec: Spec, isa: Isa, choices: Choices = NO_CHOICES) -> KernelCode:
             from vivace.targets.cpu.depthwise import emit_depthwise
 
             return emit_depthwise(spec, isa, choices.of(spec))
+        case Pack():
+            from vivace.targets.cpu.pack import emit_pack
+
+            return emit_pack(spec, isa)
         case Blocked():
             from vivace.targets.cpu.blocked import emit_blocked
 

@@ -43,7 +43,7 @@ def emit_contraction(c: Contraction, isa: Isa, tile: Tile | None = None) -> Kern
     merged = merge_axes(c)
     ar = arithmetic_of(merged, isa)
     if ar.group > 1:
-        _require_packed(c)
+        _require_packed(c, ar.group)
     tile = tile or choose_tile(merged, isa)
     plan = Plan(c.name, merged, isa, ar, tile, contraction_params(c), contraction_dims(c))
     make = tile_kernel if ar.is_tile else micro_kernel
@@ -63,11 +63,13 @@ def emit_contraction(c: Contraction, isa: Isa, tile: Tile | None = None) -> Kern
     return KernelCode(c.name, llvm_text, plan.params, plan.dims, units, 1, plan.scratch_bytes, "light")
 
 
-def _require_packed(c: Contraction) -> None:
-    contiguous_run(c)
+def _require_packed(c: Contraction, group: int) -> None:
+    taps = merge_axes(c).taps
+    if not taps or taps[-1].a != 1 or taps[-1].extent % group:  # whole groups need not be counted now
+        contiguous_run(c)
     if c.packing.kind != "panels":
         raise UnsupportedError(
-            f"a run-time B of {c.b.dtype}", where=c.name, expected="constant B, packed", hint="computing it in f32"
+            f"B of {c.b.dtype} as it lies", where=c.name, expected="B packed in panels", hint="a `Pack` before it"
         )
     if c.a_offset not in (0, SIGN_OFFSET) or (c.a_offset and c.a.dtype is not DType.i8):
         raise InternalError(f"offset {c.a_offset} of {c.a.dtype}", where=c.name, expected=f"0, or {SIGN_OFFSET} for i8")

@@ -127,7 +127,7 @@ def _sum(t: Text, p: Plan, dims: Mapping[str, Int], outer: int, heights: list[in
 def _taps(t: Text, p: Plan, dims: Mapping[str, Int], one: Callable[[str, str], None], chunk: int) -> None:
     """Calls `one` with the addresses of A and B for every chunk of every tap."""
     outer = p.c.taps[:-1]
-    n_chunks = p.run_bytes // chunk
+    n_chunks = t.dim(p.run_bytes // chunk, dims)
     b_chunk = chunk // (p.ar.group * p.ar.a_bytes) * p.row_bytes
     counts = [t.dim(x.extent, dims) for x in outer]
     total: Int = 1
@@ -139,7 +139,7 @@ def _taps(t: Text, p: Plan, dims: Mapping[str, Int], one: Callable[[str, str], N
         for depth, axis in reversed(list(enumerate(outer))):
             rest, at = t.divmod(rest, counts[depth]) if depth else (0, rest)
             in_a = t.add(in_a, t.mul(at, t.mul(t.dim(axis.a, dims), p.ar.a_bytes)))
-        a, b = t.at("%a", in_a), t.at("%b", t.mul(tap, n_chunks * b_chunk))
+        a, b = t.at("%a", in_a), t.at("%b", t.mul(tap, t.mul(n_chunks, b_chunk)))
         with t.times(n_chunks) as k:
             one(t.at(a, t.mul(k, chunk)), t.at(b, t.mul(k, b_chunk)))
 

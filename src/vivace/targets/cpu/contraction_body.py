@@ -132,13 +132,13 @@ class Sum:
         return self._loop(total, state, tap)
 
     def _channels(self, state: _State) -> _State:
-        extent, unroll = self.t.dim(self._taps[-1].extent, self.dims), self.shape.unroll
+        extent, unroll = self._taps[-1].extent, self.shape.unroll
         if isinstance(extent, int):
             groups, left_over = divmod(extent, self.step.ar.group)
             times, rest = divmod(groups, unroll)
             state = self._steps(self._run(times, state, unroll), rest)
             return self._steps(state, 1, left_over) if left_over else state
-        whole, left = self.t.divmod(extent, unroll)
+        whole, left = self.t.divmod(self.t.dim(extent // self.step.ar.group, self.dims), unroll)
         return self._maybe(left, self._maybe(whole, state, unroll), 1)
 
     def _run(self, times: Int, state: _State, n: int) -> _State:

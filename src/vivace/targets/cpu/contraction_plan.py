@@ -56,11 +56,9 @@ class Plan:
         return prod([x.extent for x in taps[:-1]]) * ceildiv(taps[-1].extent, self.ar.group) if taps else 1
 
     @property
-    def run_bytes(self) -> int:
-        """A contiguous run of A: the innermost tap. Low precision only, where it is known."""
-        extent = self.c.taps[-1].extent if self.c.taps else 1
-        assert isinstance(extent, int)
-        return extent * self.ar.a_bytes
+    def run_bytes(self) -> Dim:
+        """A contiguous run of A: the innermost tap. Low precision only."""
+        return (self.c.taps[-1].extent if self.c.taps else 1) * self.ar.a_bytes
 
     @property
     def row_bytes(self) -> int:

@@ -60,9 +60,9 @@ def transpose_panel(
                 store(t, isa, row, t.at(packed, i * lanes * F32_BYTES), None)
 
 
-def transpose(t: Text, isa: Isa, rows: list[str]) -> list[str]:
+def transpose(t: Text, isa: Isa, rows: list[str], element: str = "float") -> list[str]:
     """A square of as many rows as lanes, mirrored: blocks off the diagonal change places, at each power of two."""
-    kind, w = vector_type(isa), isa.n_f32_lanes
+    kind, w = vector_type(isa, element), isa.n_f32_lanes
     d = w // 2
     while d:
         low = ", ".join(f"i32 {j if not j & d else w + j - d}" for j in range(w))

@@ -1,0 +1,254 @@
+"""The stages of an attention whose products are products of bf16, with f32 sums.
+
+    for (batch, group of heads):
+        k and v packed as such products read them                     once for all heads and queries of the group
+        for each head of the group and block of queries:
+            for each chunk of keys:
+                p[s, t] = score(q[s] . k[t])                          f32
+                softmax over t, with the maximum and the sum so far   f32; w[s, t] = exp(p - maximum) in bf16
+                o[s] = o[s] * exp(old maximum - new) + sum over t of w[s, t] v[t]
+            out[s] = o[s] / sum
+
+Scores stand with keys side by side here: the second product reads weights in runs of keys. A run is filled up to whole
+tile rows (`RUN`), with zeros in the weights and in the packed values. The sum that divides a row is that of its rounded
+weights, so that they add up to one.
+
+Where the number of queries is known, blocks are of even sizes, and the last has stages of its own for its size. What
+else holds for `attention_stages` holds here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from vivace.base.dims import Dim, ceildiv, maximum, minimum, symbol
+from vivace.base.dtypes import DType
+from vivace.base.machine import Isa
+from vivace.loops.blocked import STEP, Stage
+from vivace.loops.contraction import Axis, Contraction, Packing
+from vivace.loops.kernel import Binary, Buffer, Cast, Const, For, Index, Kernel, Let, Load, Read, Reduce, Select, Store
+from vivace.loops.pack import Pack
+from vivace.lower.arithmetic import choose_arithmetic
+from vivace.lower.rules.attention_stages import (
+    F32,
+    LOWEST,
+    Attention,
+    Blocks,
+    exp_below,
+    mul,
+    number,
+    scratch,
+)
+from vivace.lower.rules.epilogue import ACC
+from vivace.lower.tile import panel_lanes, staged_stride
+
+BF16 = DType.bf16
+QUERIES = 64  # of a block, at most
+KEYS = 256  # of a chunk, at most
+RUN = 32  # keys that a row of a tile register holds
+_STATISTICS = ("inverse", "top", "total", "rescale")
+
+
+def block_queries(n_queries: Dim) -> int:
+    """Queries of a block: even blocks where their number is known."""
+    if not isinstance(n_queries, int):
+        return QUERIES
+    return max(1, -(-n_queries // max(1, -(-n_queries // QUERIES))))
+
+
+@dataclass(frozen=True, slots=True)
+class HalfAttention:
+    """The stages of `a`; `part` numbers the blocks of queries of one head."""
+
+    a: Attention
+    part: Dim
+    isa: Isa
+
+    def blocks(self) -> Blocks:
+        a = self.a
+        n_queries, n_keys = a.n_queries, a.n_keys
+        block = block_queries(n_queries)
+        n_parts = ceildiv(n_queries, block)
+        first = self.part * block
+        causal = bool(a.node.attrs["causal"]) and n_queries != 1
+        seen = maximum(1, minimum(n_keys, n_keys - n_queries + first + block)) if causal else n_keys
+        chunk, alone = KEYS, False
+        if isinstance(n_keys, int):
+            n_chunks = -(-n_keys // KEYS)
+            chunk, alone = -(-n_keys // (n_chunks * RUN)) * RUN, n_chunks == 1
+        packs = self._packs(0 if alone else chunk)
+        state = _State.of(block, chunk, a.v.view.shape[3])
+        steps: Dim = 1 if alone else ceildiv(seen, chunk)
+        each, last = [], []
+        for rows, when in _sizes(n_queries, block, n_parts, self.part):
+            some = _Rows(self, rows, first, chunk, seen, causal, alone, packs, state)
+            stages, final = some.stages()
+            each += [replace(s, when=when) for s in stages]
+            last += [replace(s, when=when) for s in final]
+        once = tuple(Stage(p, (operand.moved(0),)) for p, operand in zip(packs, (a.k, a.v), strict=True))
+        used = {b for s in (*each, *last, *once) for b in s.params}
+        local = [b for b in (*(p.out for p in packs), *state.buffers) if b in used]
+        return Blocks(each, last, local, steps, once, maximum(1, n_parts // 4))
+
+    def _packs(self, block: int) -> tuple[Pack, Pack]:
+        a, ar = self.a, choose_arithmetic(BF16, BF16, self.isa)
+        n_keys, depth, width = a.n_keys, a.k.view.shape[3], a.v.view.shape[3]
+        wide = RUN if ar.is_tile else 2 * self.isa.n_f32_lanes
+        lanes = min(wide, panel_lanes(n_keys, self.isa, ar))
+        k = _pack(depth, n_keys, a.k.column, a.k.row, a.k.buffer, lanes)
+        v = _pack(n_keys, width, a.v.row, a.v.column, a.v.buffer, panel_lanes(width, self.isa, ar), RUN, block)
+        return k, v
+
+
+def _pack(
+    k: Dim, n: Dim, k_stride: Dim, n_stride: Dim, b: Buffer, lanes: int, multiple: int = 2, block: int = 0
+) -> Pack:
+    if n == 1:
+        n_stride = 1
+    elif k == 1:
+        k_stride = 1
+    pack = Pack("k", (), k, n, k_stride, n_stride, b, b, lanes, multiple, block)
+    return replace(pack, out=Buffer(f"{b.name}_panels", BF16, (pack.size,), (1,), True))
+
+
+def _sizes(n_queries: Dim, block: int, n_parts: Dim, part: Dim) -> list[tuple[Dim, Dim]]:
+    """Numbers of queries that a block may have, and when (1 or 0) it has them."""
+    if not isinstance(n_queries, int):
+        return [(minimum(block, n_queries - part * block), 1)]
+    assert isinstance(n_parts, int)
+    left = n_queries - (n_parts - 1) * block
+    if left == block:
+        return [(block, 1)]
+    is_last = maximum(0, part - (n_parts - 2))
+    return [(block, 1 - is_last), (left, is_last)]
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What a thread keeps of a block."""
+
+    p: Buffer
+    w: Buffer
+    inverse: Buffer
+    top: Buffer
+    total: Buffer
+    rescale: Buffer
+    sums: Buffer
+
+    @staticmethod
+    def of(block: int, chunk: int, width: Dim) -> _State:
+        def rows(name: str, columns: Dim, dtype: DType) -> Buffer:
+            return Buffer(name, dtype, (block, columns), (staged_stride(columns, dtype.size_bytes), 1), True)
+
+        inverse, top, total, rescale = (scratch(name, ceildiv(block, 16) * 16) for name in _STATISTICS)
+        sums = rows("sums", width, F32)
+        return _State(rows("p", chunk, F32), rows("w", chunk, BF16), inverse, top, total, rescale, sums)
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        return self.p, self.w, self.inverse, self.top, self.total, self.rescale, self.sums
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """The stages of one block of `rows` queries from query `first` on."""
+
+    half: HalfAttention
+    rows: Dim
+    first: Dim
+    chunk: int
+    seen: Dim
+    causal: bool
+    alone: bool
+    packs: tuple[Pack, Pack]
+    state: _State
+
+    def stages(self) -> tuple[list[Stage], list[Stage]]:
+        """Those of a chunk of keys, and those at the end of the block."""
+        a, state, here = self.half.a, self.state, self.rows
+        width, n_keys, v = a.v.view.shape[3], a.n_keys, self.packs[1]
+        start: Dim = 0 if self.alone else symbol(STEP, 0) * self.chunk
+        keys: Dim = self.seen if self.alone else minimum(self.chunk, self.seen - start)
+        packed, in_chunk = ceildiv(n_keys, RUN), self.chunk // RUN
+        run = RUN * (packed if self.alone else minimum(in_chunk, packed - symbol(STEP, 0) * in_chunk))
+        if isinstance(n_keys, int) and not self.causal and n_keys % self.chunk == 0:
+            keys = run = self.chunk
+        each = [self._scores(here, start, keys)]
+        out_offset = a.out.moved(self.first * a.out.row)
+        s, n = symbol("s", 0), symbol("n", 0)
+        values = Contraction(
+            "k", (), (Axis("s", here, state.w.strides[0], 0, a.out.row),), (Axis("t", run, 1),), width,
+            state.w, v.out, a.out.buffer, Packing("panels", v.lanes),
+        )  # fmt: skip
+        if self.alone:
+            epilogue = a.result(mul(ACC, Load(state.inverse, (s,))))
+            each.append(Stage(_softmax(state, here, keys, run)))
+            each.append(Stage(replace(values, epilogue=epilogue, extra=(state.inverse,)), (out_offset,)))
+            return each, []
+        so_far = Binary("add", ACC, mul(Load(state.sums, (s, n)), Load(state.rescale, (s,))))
+        values = replace(
+            values, rows=(Axis("s", here, state.w.strides[0], 0, state.sums.strides[0]),), out=state.sums,
+            epilogue=Select(_is_first(), ACC, so_far), extra=(state.sums, state.rescale),
+        )  # fmt: skip
+        each.append(Stage(_online_softmax(state, here, keys, run)))
+        each.append(Stage(values, ((v.out, start * (v.n_panels * v.lanes)),)))
+        return each, [Stage(a.divided(state.sums, state.total, here), (out_offset,))]
+
+    def _scores(self, here: Dim, start: Dim, keys: Dim) -> Stage:
+        a, k = self.half.a, self.packs[0]
+        s, n = symbol("s", 0), symbol("n", 0, self.chunk - 1)
+        ahead = s + self.first + a.n_keys - a.n_queries - n - start if self.causal else None
+        epilogue = a.score(ACC, a.mask, s, n, ahead)
+        scores = Contraction(
+            "k", (), (Axis("s", here, a.q.row, 0, self.state.p.strides[0]),), (Axis("d", k.k, 1),), keys,
+            a.q.buffer, k.out, self.state.p, Packing("panels", k.lanes),
+            None if epilogue is ACC else epilogue, () if a.mask is None else (a.mask.buffer,),
+        )  # fmt: skip
+        offsets = [a.q.moved(self.first * a.q.row), (k.out, start * k.rows)]
+        if a.mask is not None:
+            offsets.append(a.mask.moved(self.first * a.mask.row + start * a.mask.column))
+        return Stage(scores, tuple(offsets))
+
+
+def _is_first() -> Binary:
+    return Binary("eq", Index(symbol(STEP, 0)), Const(0, DType.i64))
+
+
+def _weights(state: _State, keys: Dim, run: Dim) -> tuple[For | Let, ...]:
+    """w = exp(p - top), and zeros up to the end of the run; the sum of w as `chunk_total`."""
+    s, t, u, z = symbol("s", 0), symbol("t", 0), symbol("u", 0), symbol("z", 0)
+    stored = Cast(BF16, exp_below(Load(state.p, (s, t)), Read("top", F32)))
+    total = Reduce("add", "u", keys, Cast(F32, Load(state.w, (s, u))))
+    found: list[For | Let] = [For("t", keys, (Store(state.w, (s, t), stored),), "vector"), Let("chunk_total", total)]
+    if keys is not run:
+        found.append(For("z", run - keys, (Store(state.w, (s, keys + z), Const(0.0, BF16)),), "vector"))
+    return tuple(found)
+
+
+def _softmax(state: _State, queries: Dim, keys: Dim, run: Dim) -> Kernel:
+    """The weights of a row, and 1 / their sum."""
+    s, t = symbol("s", 0), symbol("v", 0)
+    body = (
+        Let("top", Reduce("max", "v", keys, Load(state.p, (s, t)))),
+        *_weights(state, keys, run),
+        Store(state.inverse, (s,), Binary("div", number(1), Read("chunk_total", F32))),
+    )
+    return Kernel("k", (state.p, state.w, state.inverse), (For("s", queries, body),))
+
+
+def _online_softmax(state: _State, queries: Dim, keys: Dim, run: Dim) -> Kernel:
+    """The weights for the maximum so far, their sum so far, and what earlier sums are to be multiplied with."""
+    s, v = symbol("s", 0), symbol("v", 0)
+    body = (
+        Let("old", Select(_is_first(), number(LOWEST), Load(state.top, (s,)))),
+        Let("chunk_top", Reduce("max", "v", keys, Load(state.p, (s, v)))),
+        Let("top", Binary("max", Read("old", F32), Read("chunk_top", F32))),
+        Let("rescale", exp_below(Read("old", F32), Read("top", F32))),
+        Store(state.top, (s,), Read("top", F32)),
+        Store(state.rescale, (s,), Read("rescale", F32)),
+        *_weights(state, keys, run),
+        Let("before", Select(_is_first(), number(0), mul(Load(state.total, (s,)), Read("rescale", F32)))),
+        Store(state.total, (s,), Binary("add", Read("before", F32), Read("chunk_total", F32))),
+    )
+    params = (state.p, state.w, state.top, state.total, state.rescale)
+    return Kernel("k", params, (For("s", queries, body),))
