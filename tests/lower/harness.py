@@ -18,6 +18,7 @@ from tests import races
 from vivace import compiler
 from vivace.base.dims import Dim, evaluate
 from vivace.base.machine import ISAS, Isa, host, missing_flags
+from vivace.base.machine import isa as named
 from vivace.graph import reference as graph_reference
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type, Value
@@ -111,7 +112,7 @@ def _step(step: Step, memory: Memory, isa: str | None, parts: int) -> None:
         ]
         loops_reference.run(step.spec, arrays, memory.dims)
         return
-    code, library = _compiled(step.spec, ISAS[isa or BEST])
+    code, library = _compiled(step.spec, named(isa or BEST))
     words = [memory.address(o) for o in step.operands] + [memory.dims[d] for d in code.dims]
     args = np.array(words, np.int64)
     scratch = np.full(evaluate(code.scratch_bytes, memory.dims) + 128, 0xC5, np.uint8)

@@ -99,6 +99,7 @@ class Depthwise:
 
 def merge_axes(c: Contraction) -> Contraction:
     """The same contraction with as few axes as possible: extent-1 axes dropped, neighbours that step evenly joined.
+    Low precision reads A in runs of neighbours: where the innermost tap has gaps, a run of one element stands inside.
 
     Before/After: rows (oh: 56 by 56*64, ow: 56 by 64) -> rows (ow: 3136 by 64), where A, out and every load of the
     epilogue allow it.
@@ -110,6 +111,8 @@ def merge_axes(c: Contraction) -> Contraction:
         taps = _join_all(taps, lambda o, i: o.a == i.a * i.extent and o.b == i.b * i.extent)
     else:
         taps = _join_all(taps, lambda o, i: o.a == i.a * i.extent)
+    if c.b.dtype is not DType.f32 and taps and taps[-1].a != 1:
+        taps = (*taps, Axis("run", 1, 1))
     while (pair := next((p for p in pairwise(rows) if _joins(*p, epilogue)), None)) is not None:
         outer, _ = pair
         epilogue = None if epilogue is None else substitute_expr(epilogue, {outer.name: 0})

@@ -136,7 +136,7 @@ def _block(scope: _Scope, stmts: tuple[Stmt, ...], writable: frozenset[Buffer]) 
                 if kind == "unroll" and not isinstance(s.extent, int):
                     scope.fail(f"loop {var} of {s.extent} iterations cannot be written out", expected="a static extent")
                 inner = _loop_scope(scope, s)
-                if kind == "vector" and not scope.vector:
+                if kind == "vector" and not scope.vector and s.extent != 1:
                     inner = replace(inner, vector=var, varying=frozenset({var}))
                 elif any(x.name in scope.varying for x in symbols(s.extent)):
                     scope.fail(f"the extent of loop {var} varies over the vector loop {scope.vector}")
