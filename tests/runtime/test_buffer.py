@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from vivace.base.errors import InternalError
-from vivace.runtime.buffer import Buffer
+from vivace.runtime.buffer import PAGE_BYTES, Buffer
 
 
 @pytest.mark.parametrize("n_bytes", [0, 1, 63, 64, 4097, (2 << 20) - 1, 2 << 20, 5_000_001])
@@ -36,3 +36,9 @@ def test_a_view_outside_is_refused(shape: tuple[int, ...], offset: int) -> None:
         Buffer(16).view(np.int64, shape, offset)
     with pytest.raises(InternalError):
         Buffer(-1)
+
+
+@pytest.mark.parametrize("n_bytes", [1, 5 << 20])
+def test_pages_for_several_threads(n_bytes: int) -> None:
+    buffer = Buffer(n_bytes, by_page=True)
+    assert buffer.address % PAGE_BYTES == 0 and not buffer.bytes.any()

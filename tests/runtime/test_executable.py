@@ -10,7 +10,9 @@ import pytest
 
 from vivace.base.dims import evaluate, floordiv, maximum, minimum, mod, symbol
 from vivace.base.errors import InternalError
+from vivace.runtime.buffer import PAGE_BYTES
 from vivace.runtime.executable import Executable
+from vivace.targets.cpu.program import Header
 from vivace.targets.cpu.steps import (
     Arena,
     Call,
@@ -267,3 +269,11 @@ def test_the_callers_floating_point_mode_neither_matters_nor_changes(
     np.testing.assert_array_equal(c, a * b)
     assert (c > 0).all()
     assert int(seen[0]) & ~0x3F == int(flush[0]) & ~0x3F
+
+
+@pytest.mark.parametrize("n_threads", [2, 5])
+def test_threads_share_no_page_of_scratch(address: Address, n_threads: int) -> None:
+    step = Kernel(address("mirror"), (Input(0), Output(0), Value(4), Value(0)), 4)
+    context = Executable([step], n_inputs=1, n_outputs=1, scratch_bytes=5000, n_threads=n_threads).context()
+    assert context._words[Header.SCRATCH] % PAGE_BYTES == 0
+    assert context._words[Header.SCRATCH_STRIDE] == 2 * PAGE_BYTES

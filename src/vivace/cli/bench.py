@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from vivace.cli.contestants import Job
-    from vivace.measure.bench import Bench, EngineTimes, Settings
+    from vivace.measure.bench import Bench, Contestant, EngineTimes, Settings
     from vivace.measure.compare import Tolerance
     from vivace.measure.memory import ColdStart
     from vivace.measure.peaks import Peaks
@@ -93,13 +93,17 @@ def bench_model(
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What to measure: the engines (ours first), how long, and what beside times."""
+    """What to measure: the engines (ours first), how long, and what beside times.
+
+    `more` are contestants that no provider loads, for benchmarks that bring their own.
+    """
 
     providers: tuple[str, ...]
     settings: Settings
     tolerance: Tolerance
     memory: bool = True
     limit: bool = True
+    more: tuple[Contestant, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +181,7 @@ def measure(job: Job, arrays: dict[str, np.ndarray], wanted: Wanted, progress: A
     notes: list[str] = []
     reference = open_engine("onnxruntime", replace(job, precision="f32", level=99)).run(arrays)
     found = bench(
-        [contestant(name, job, progress) for name in wanted.providers],
+        [*(contestant(name, job, progress) for name in wanted.providers), *wanted.more],
         arrays,
         wanted.settings,
         reference=reference,
@@ -186,7 +190,7 @@ def measure(job: Job, arrays: dict[str, np.ndarray], wanted: Wanted, progress: A
         progress=progress,
     )
     total, peaks = _limit(job, notes, progress) if wanted.limit else (None, None)
-    able = [name for name, engine in zip(wanted.providers, found.engines, strict=True) if not engine.failure]
+    able = [name for name, engine in zip(wanted.providers, found.engines, strict=False) if not engine.failure]
     cold = _cold_starts(job, arrays, able, notes, progress) if wanted.memory else {}
     shapes = {name: array.shape for name, array in arrays.items()}
     return Report(job, shapes, found, cold, total, peaks, tuple(notes))
@@ -323,7 +327,7 @@ def _kernel_table(provider: str, job: Job, arrays: Any, report: Report) -> Any:
     engine = open_engine(provider, job)
     if not hasattr(engine, "profile"):
         raise InputError("only our own engine shows its kernels", where="--layers", expected="--provider native")
-    return KernelTable.of(engine, arrays, report.peaks or machine_peaks(), job.threads)
+    return KernelTable.of(engine, arrays, report.peaks or machine_peaks(), job.threads, job.precision)
 
 
 def _judge(report: Report, max_ratio: float) -> None:

@@ -12,10 +12,12 @@ import typer
 
 from vivace.base.errors import InputError
 from vivace.cli import options
+from vivace.cli.scaling import print_scaling, scaling_of, thread_counts
 
 if TYPE_CHECKING:
     from vivace.graph.graph import Graph
     from vivace.measure.roofline import Layer
+    from vivace.measure.scaling import Scaling
 
 
 def inspect_model(
@@ -27,6 +29,9 @@ def inspect_model(
         Path | None,
         typer.Option(help="Draw the graph before and after the optimizer on this page.", show_default=False),
     ] = None,
+    threads: Annotated[
+        str, typer.Option(metavar="4,8,...", help="Predict times on so many cores from steps timed here.")
+    ] = "",
     as_json: options.Json = False,
 ) -> None:
     """Shows a model's inputs, outputs, operators, parameters, work per layer, memory, and where its nodes would run.
@@ -39,8 +44,10 @@ def inspect_model(
     if not model.exists():
         raise InputError("no such file", where=str(model), expected="an ONNX model or a saved engine")
     options.check_output(html)
+    counts = thread_counts(threads)
+    scaling = scaling_of(model, shapes, counts) if counts else None
     if is_saved(model):
-        _inspect_engine(model, as_json)
+        _inspect_engine(model, as_json, scaling)
         return
     from vivace.measure.inputs import parse_shapes
 
@@ -51,9 +58,11 @@ def inspect_model(
 
         write_atomic(html, [graph_page(model.name, {"as imported": before, "optimized": after}).encode()])
     if as_json:
-        print_json(plain(found))
-    else:
-        _print(found, show_all=layers)
+        print_json(plain(found) | ({"scaling": plain(scaling)} if scaling else {}))
+        return
+    _print(found, show_all=layers)
+    if scaling:
+        print_scaling(scaling)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +231,7 @@ def _print(found: Inspection, show_all: bool) -> None:
         print(f"{place.node} ({place.domain}) would run in {place.provider}: {place.reason}")
 
 
-def _inspect_engine(path: Path, as_json: bool) -> None:
+def _inspect_engine(path: Path, as_json: bool, scaling: Scaling | None) -> None:
     import vivace
     from vivace.cli.console import plain, print_json, size
 
@@ -236,6 +245,7 @@ def _inspect_engine(path: Path, as_json: bool) -> None:
                 "stats": plain(engine.stats),
                 "placement": plain(engine.placement),
             }
+            | ({"scaling": plain(scaling)} if scaling else {})
         )
         return
     print(f"{path}  {size(path.stat().st_size)}")
@@ -247,3 +257,5 @@ def _inspect_engine(path: Path, as_json: bool) -> None:
     for place in engine.placement:
         because = f", because {place.reason}" if place.reason else ""
         print(f"{place.node} ({place.op}) -> {place.kernel} in {place.provider}{because}")
+    if scaling:
+        print_scaling(scaling)

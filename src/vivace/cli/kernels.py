@@ -22,15 +22,15 @@ class KernelTable:
     threads: int
 
     @staticmethod
-    def of(engine: Any, arrays: Mapping[str, Any], peaks: Peaks, threads: int) -> KernelTable:
-        """Profiles some runs of the engine."""
+    def of(engine: Any, arrays: Mapping[str, Any], peaks: Peaks, threads: int, dtype: str = "f32") -> KernelTable:
+        """Profiles some runs of the engine; its products are in `dtype`."""
         nodes: dict[str, list[str]] = {}
         for place in engine.placement:
             nodes.setdefault(place.kernel, []).append(place.node)
         for _ in range(3):
             engine.run(arrays)
         runs = [engine.profile(arrays) for _ in range(_N_RUNS)]
-        return KernelTable(kernel_rows(runs, nodes, peaks, threads), peaks, threads)
+        return KernelTable(kernel_rows(runs, nodes, peaks, threads, dtype), peaks, threads)
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """The rows as JSON holds them."""

@@ -31,7 +31,7 @@ from vivace.measure.noise import Noise, noise_since, snapshot
 from vivace.measure.statistics import Estimate, percentile, ratio_of_medians, variation
 from vivace.providers.provider import Arrays
 
-_PAUSE_SECONDS = 0.003  # ONNX Runtime's idle threads spin for about a millisecond
+PAUSE_SECONDS = 0.003  # ONNX Runtime's idle threads spin for about a millisecond
 _CHECK_EVERY = 5  # rounds between looks at the interval of the ratio
 _TAIL_FRACTIONS = (0.5, 0.9, 0.99)
 
@@ -53,7 +53,7 @@ class Settings:
     """How long and how closely to measure.
 
     Measuring ends with the budget, or earlier once every ratio is known to `half_width` (relative); never before
-    `least_rounds`. `turn_seconds` is the aim for the counted calls of one turn.
+    `least_rounds`. `turn_seconds` is the aim for the counted calls of one turn, `pause_seconds` stands before each.
     """
 
     budget_seconds: float = 10.0
@@ -63,6 +63,7 @@ class Settings:
     least_calls: int = 2
     most_calls: int = 200
     seed: int = 0
+    pause_seconds: float = PAUSE_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,7 @@ def _load(
 def _measure(entries: Sequence[_Entry], inputs: Arrays, settings: Settings, progress: Progress | None) -> int:
     """Fills the entries' rounds and returns how many there were (TURNS)."""
     for entry in entries:
-        estimate_s = min(_turn(entry.run, inputs, 3)) / 1e9
+        estimate_s = min(_turn(entry.run, inputs, 3, settings.pause_seconds)) / 1e9
         wanted = math.ceil(settings.turn_seconds / max(estimate_s, 1e-7))
         entry.n_calls = min(max(wanted, settings.least_calls), settings.most_calls)
     order = np.random.default_rng(settings.seed)
@@ -194,16 +195,16 @@ def _measure(entries: Sequence[_Entry], inputs: Arrays, settings: Settings, prog
             progress("measuring", min(round(elapsed * 10), round(settings.budget_seconds * 10)),
                      round(settings.budget_seconds * 10))  # fmt: skip
         for i in order.permutation(len(entries)):
-            entries[i].rounds.append(_turn(entries[i].run, inputs, entries[i].n_calls))
+            entries[i].rounds.append(_turn(entries[i].run, inputs, entries[i].n_calls, settings.pause_seconds))
         n_rounds += 1
         if settings.half_width and n_rounds >= settings.least_rounds and n_rounds % _CHECK_EVERY == 0:
             if _is_close(entries, settings.half_width):
                 return n_rounds
 
 
-def _turn(run: Runner, inputs: Arrays, n_calls: int) -> list[int]:
+def _turn(run: Runner, inputs: Arrays, n_calls: int, pause_seconds: float) -> list[int]:
     """Nanoseconds of each counted call."""
-    time.sleep(_PAUSE_SECONDS)
+    time.sleep(pause_seconds)
     clock = time.perf_counter_ns
     was_enabled = gc.isenabled()
     gc.disable()

@@ -42,11 +42,16 @@ class KernelRow:
 
 
 def kernel_rows(
-    runs: Sequence[Iterable[Event]], nodes: Mapping[str, Sequence[str]], peaks: Peaks, threads: int
+    runs: Sequence[Iterable[Event]],
+    nodes: Mapping[str, Sequence[str]],
+    peaks: Peaks,
+    threads: int,
+    dtype: str = "f32",
 ) -> tuple[KernelRow, ...]:
     """One row per kernel, in the order of their first start.
 
-    `nodes` gives the ONNX nodes of each kernel. Bytes of a kernel count from the nearest level that holds them.
+    `nodes` gives the ONNX nodes of each kernel. Operations count at the peak of `dtype`, bytes from the nearest level
+    that holds those of the kernel.
     """
     spans: dict[str, list[float]] = {}
     work: dict[str, tuple[int, int]] = {}
@@ -60,15 +65,19 @@ def kernel_rows(
             spans.setdefault(kernel, []).append((end - start) / 1e9)
     return tuple(
         KernelRow(
-            kernel, tuple(nodes.get(kernel, ())), median(seconds), *work[kernel], _limit(*work[kernel], peaks, threads)
+            kernel,
+            tuple(nodes.get(kernel, ())),
+            median(seconds),
+            *work[kernel],
+            _limit(*work[kernel], peaks, threads, dtype),
         )
         for kernel, seconds in spans.items()
     )
 
 
-def _limit(flops: int, n_bytes: int, peaks: Peaks, threads: int) -> float:
+def _limit(flops: int, n_bytes: int, peaks: Peaks, threads: int, dtype: str) -> float:
     bandwidth = peaks.read_bandwidth(peaks.level_of(n_bytes, threads), threads)
-    return max(flops / peaks.operations("f32", threads), n_bytes / bandwidth)
+    return max(flops / peaks.operations(dtype, threads), n_bytes / bandwidth)
 
 
 def to_html(title: str, rows: Sequence[KernelRow], peaks: Peaks, threads: int) -> str:

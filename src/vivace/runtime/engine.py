@@ -29,7 +29,7 @@ from vivace.base.specs import TensorSpec
 from vivace.lower.image import ForeignEntry, Image, LineEntry, estimate_ns
 from vivace.runtime.binding import MemoryPlanner, ShapeSolver
 from vivace.runtime.buffer import addresses_of
-from vivace.runtime.executable import Context, Executable
+from vivace.runtime.executable import Chunk, Context, Executable
 from vivace.runtime.pages import collapse
 from vivace.runtime.saved import save
 from vivace.targets.cpu import jit, steps
@@ -89,7 +89,6 @@ class Engine:
         collapse(self._constants)
         runners = [make_foreign(f) if make_foreign else None for f in image.foreign]
         self._symbols = _symbols_of(image)
-        self._line_of_step: list[int] = []
         self._executable = self._link(runners)
         self._idle: list[tuple[Context, Call | None]] = []
         self._calls: dict[tuple[tuple[int, ...], ...], Call] = {}
@@ -231,28 +230,36 @@ class Engine:
         _, plan = self._planner.plan(self._solver.solve([tuple(shapes[n]) for n in self._names]))
         return {"arena_bytes": plan.arena_bytes, "arena_lower_bound_bytes": plan.lower_bound_bytes}
 
-    def profile(self, inputs: Mapping[str, np.ndarray]) -> list[Event]:
-        """One inference with the time of each kernel: one event per kernel and thread that worked on it."""
+    def dims_of(self, inputs: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """The value of each symbolic dim in a call. Raises: InputError for an array that does not fit."""
+        return dict(self._solver.solve([inputs[n].shape for n in self._names]))
+
+    def trace(self, inputs: Mapping[str, np.ndarray]) -> list[Chunk]:
+        """One inference piece by piece, in the order of their starts: `Chunk.step` numbers the lines of the image."""
         given = [self._checked(s, inputs[s.name]) for s in self.inputs]
         call = self._new_call(tuple(a.shape for a in given))
-        dims = call.dims
         results = [np.empty(shape, dtype) for shape, dtype in call.results]
         context = self._executable.context()
-        self._bind(context, dims)
+        self._bind(context, call.dims)
         places = addresses_of(given), addresses_of(results)
         context.run(*places)  # the first run of a context pays for its memory's page faults
         context.record(1 << 16)
         context.run(*places)
+        return sorted(context.chunks(), key=lambda chunk: chunk.start_ns)
+
+    def profile(self, inputs: Mapping[str, np.ndarray]) -> list[Event]:
+        """One inference with the time of each kernel: one event per kernel and thread that worked on it."""
+        dims = self.dims_of(inputs)
         merged: dict[tuple[int, int], list[int]] = {}
-        for chunk in context.chunks():
+        for chunk in self.trace(inputs):
             slot = merged.setdefault((chunk.step, chunk.thread), [chunk.start_ns, 0])
             slot[1] += chunk.duration_ns
         events = []
         for (step, thread), (start, duration) in merged.items():
-            line = self.image.lines[self._line_of_step[step]]
+            line = self.image.lines[step]
             events.append(
                 Event(
-                    kernel=f"{self._line_of_step[step]}:{line.label}", start_ns=start, duration_ns=duration,
+                    kernel=f"{step}:{line.label}", start_ns=start, duration_ns=duration,
                     bytes=_value(line.n_bytes, dims), flops=_value(line.flops, dims), thread=thread,
                 )
             )  # fmt: skip
@@ -265,10 +272,7 @@ class Engine:
         scratch: Dim = 0
         for k in image.kernels:
             scratch = maximum(scratch, k.scratch_bytes)
-        made: list[steps.Step] = []
-        for i, line in enumerate(image.lines):
-            made.append(self._step(line, runners))
-            self._line_of_step.append(i)
+        made = [self._step(line, runners) for line in image.lines]
         return Executable(
             made, n_inputs=len(image.inputs), n_outputs=len(image.outputs),
             arena_bytes=symbol("@arena"), scratch_bytes=scratch,

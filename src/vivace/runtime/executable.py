@@ -28,7 +28,7 @@ import numpy as np
 
 from vivace.base.dims import Dim, Expr
 from vivace.base.errors import InternalError
-from vivace.runtime.buffer import Buffer
+from vivace.runtime.buffer import PAGE_BYTES, Buffer
 from vivace.runtime.pool import pool
 from vivace.targets.cpu.program import Header, Record, Ring, Status
 from vivace.targets.cpu.steps import Call, Step
@@ -125,10 +125,11 @@ class Context:
             if arena_bytes > self._arena.n_bytes:
                 self._arena.release()
                 self._arena = Buffer(arena_bytes)
-            stride = -(-scratch_bytes // 64) * 64 + 64  # one line between threads
+            # Each thread has pages of its own, which it is the first to touch (rule UNTOUCHED of buffers).
+            stride = -(-scratch_bytes // PAGE_BYTES) * PAGE_BYTES
             if stride * self.executable.n_threads > self._scratch.n_bytes:
                 self._scratch.release()
-                self._scratch = Buffer(stride * self.executable.n_threads)
+                self._scratch = Buffer(stride * self.executable.n_threads, by_page=self.executable.n_threads > 1)
             layout = self.executable.layout
             layout.fill(self._words, self._base, self._arena.address, dims)
             for (position, *_), trampoline in zip(layout.calls, self._trampolines, strict=True):
