@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from vivace import __version__
 from vivace.base.cache import default_cache
 from vivace.base.errors import EngineError, InputError, ModelError, UnknownSizeError, UnsupportedError, VivaceError
 from vivace.base.events import warn
@@ -18,16 +19,42 @@ from vivace.base.specs import TensorSpec
 if TYPE_CHECKING:
     import numpy as np
 
-    from vivace.graph.graph import Graph, Node
+    from vivace.graph.graph import Graph, Node, Value
     from vivace.lower.choices import Choices
     from vivace.lower.image import ForeignEntry, Image
     from vivace.lower.plan import Plan
     from vivace.runtime.engine import Engine, ForeignRunner, MakeForeign, Placement
-    from vivace.runtime.hosted import HostedEngine
+    from vivace.runtime.partitioned import PartitionedEngine
 
 PRECISIONS = ("f32", "bf16")
 PROVIDERS = ("native", "onnxruntime", "openvino")
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a graph becomes an engine: what `compile` was asked for, with all defaults filled in."""
+
+    threads: int
+    target: Isa
+    providers: tuple[str, ...] = ("native", "onnxruntime")
+    precision: str = "f32"
+    level: int | str = 99
+    disable: tuple[str, ...] = ()
+    cache: bool = True
+    progress: Progress | None = None
+
+    @property
+    def without(self) -> frozenset[str]:
+        """Choices of the lowering that are switched off."""
+        from vivace.lower.lowering import OPTIONS
+
+        return frozenset(self.disable) & OPTIONS.keys()
+
+    @property
+    def kept(self) -> list[str]:
+        """What else is disabled: passes and rules of the optimizer."""
+        return [name for name in self.disable if name not in self.without]
 
 
 def compile(
@@ -44,13 +71,14 @@ def compile(
     disable: Sequence[str] = (),
     progress: Progress | None = None,
     calibration: Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]] = (),
-) -> Engine | HostedEngine:
+) -> Engine | PartitionedEngine:
     """Compile a model for this machine.
 
     `source`: a path, bytes, an onnx.ModelProto, or a graph. `shapes` fixes the dims of named inputs; others stay
     symbolic. `target` is `host` or an instruction set (`sse`, `avx2`, `avx512`).
     `providers` lists who may compute, the first choice first: with `native` alone a node that we have no kernel for is
-    an error; without `native` the first provider runs the whole model; `auto` measures all and keeps the fastest.
+    an error; without `native` the first provider runs the whole model; `auto` measures all, whole and for parts of the
+    model, and keeps the fastest.
     `disable` names passes and rules of the optimizer (docs/rules.md) to leave out, and `winograd`.
     `tune` has no effect yet: tiles come from a model of the machine. `progress(stage, done, total)` is called as work
     goes on.
@@ -63,93 +91,157 @@ def compile(
     if precision not in PRECISIONS:
         raise UnsupportedError(f"precision {precision!r} is not available", expected=", ".join(PRECISIONS))
     names = tuple(providers.split(",")) if isinstance(providers, str) else tuple(providers)
-    n_threads = threads_for(threads)
-    samples = [calibration] if isinstance(calibration, Mapping) else list(calibration)
     for name in names:
         if name not in (*PROVIDERS, "auto"):
             raise InputError(f"unknown provider {name!r}", where="providers", expected=", ".join((*PROVIDERS, "auto")))
-
-    def native() -> Engine:
-        return _compile_native(
-            source, n_threads, names, choose_isa(target), cache, shapes, level, disable, progress, precision, samples
-        )
-
+    options = Options(
+        threads_for(threads), choose_isa(target), names, precision, level, tuple(disable), cache, progress
+    )
+    job = Job(source, shapes, options)
     if names == ("auto",):
         from vivace.choice import fastest
 
-        return fastest(native, source, shapes, n_threads)
+        return fastest(replace(job, options=replace(options, providers=("native", "onnxruntime"))), shapes)
     if "native" not in names:
-        from vivace.providers.provider import LoadOptions
-        from vivace.runtime.hosted import HostedEngine
-
-        fixed = {k: tuple(v) for k, v in (shapes or {}).items()}
-        return HostedEngine(names[0], source, LoadOptions(threads=n_threads, shapes=fixed), "asked for")  # type: ignore[arg-type]
-    try:
-        return native()
-    except UnknownSizeError as e:
-        if "onnxruntime" not in names:
-            raise
-        return _hosted_whole(source, n_threads, shapes, str(e))
-
-
-def _hosted_whole(
-    source: object, threads: int, shapes: Mapping[str, Sequence[int]] | None, reason: str
-) -> HostedEngine:
-    """The whole model in ONNX Runtime, for models whose sizes only show when they run."""
-    from vivace.providers.provider import LoadOptions
-    from vivace.runtime.hosted import HostedEngine
-
-    nodes = [(n.origin[0] if n.origin else n.outputs[0].name, n.op.name) for n in load_graph(source, shapes).walk()]
-    model = source if isinstance(source, (str, bytes, Path)) else portable_model(source, shapes)
-    fixed = {k: tuple(v) for k, v in (shapes or {}).items()}
-    return HostedEngine("onnxruntime", model, LoadOptions(threads=threads, shapes=fixed), reason, nodes)
-
-
-def _compile_native(
-    source: object,
-    threads: int,
-    providers: Sequence[str],
-    target: Isa,
-    cache: bool,
-    shapes: Mapping[str, Sequence[int]] | None,
-    level: int | str,
-    disable: Sequence[str],
-    progress: Progress | None,
-    precision: str = "f32",
-    samples: Sequence[Mapping[str, np.ndarray]] = (),
-) -> Engine:
-    from vivace.optimize.islands import float_islands
-    from vivace.runtime.engine import Engine
-
-    started = time.perf_counter()
-    tell = progress or (lambda stage, done, total: None)
-    tell("import", 0, 1)
-    graph = load_graph(source, shapes)
-    tell("optimize", 0, 1)
-    from vivace.lower.lowering import OPTIONS
-
-    without = frozenset(disable) & OPTIONS.keys()
-    graph = optimize_for_native(graph, level, [name for name in disable if name not in without])
-    exact = graph
-    graph, facts = apply_precision(graph, precision, target)
-    plan = make_plan(graph, target, providers, without)
-    image = link_image(plan, target, cache, progress)
-    image.facts.update(facts)
-    image.facts["compile_seconds"] = time.perf_counter() - started
-    rest = (placements(image, float_islands(graph)), make_foreign(threads), lambda: portable_model(source, shapes))
-    if knobs.check:
-        from vivace.shadow import ShadowedEngine
-
-        return ShadowedEngine(plan, image, threads, *rest)
-    engine = Engine(image, threads, *rest)
-    if samples and graph is not exact:
-        plan = make_plan(exact, target, providers, without)
-        f32 = Engine(link_image(plan, target, cache, progress), threads, (), make_foreign(threads))
-        image.facts["precision_error"] = measure_error(engine, f32, samples)
+        return job.whole(names[0], "asked for")
+    engine = job.native()
+    samples = [calibration] if isinstance(calibration, Mapping) else list(calibration)
+    if samples and engine.facts.get("precision", "f32") != "f32":
+        f32 = replace(job, options=replace(options, precision="f32")).native()
+        engine.facts["precision_error"] = measure_error(engine, f32, samples)
     return engine
 
 
-def measure_error(engine: Engine, f32: Engine, samples: Sequence[Mapping[str, np.ndarray]]) -> list[dict[str, object]]:
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A model and how to compile it."""
+
+    source: object
+    shapes: Mapping[str, Sequence[int]] | None
+    options: Options
+
+    @property
+    def key(self) -> str:
+        """All that the speed of an engine depends on, besides the model and the machine."""
+        o = self.options
+        return repr((__version__, o.threads, o.target.name, o.precision, o.level, o.disable))
+
+    def portable(self) -> bytes:
+        return portable_model(self.source, self.shapes)
+
+    def native(self) -> Engine | PartitionedEngine:
+        """The engine of our own code, with parts in ONNX Runtime where sizes only show when the model runs."""
+        from vivace.graph.sizes import late_nodes
+        from vivace.optimize.islands import float_islands
+
+        options = self.options
+        started = time.perf_counter()
+        tell = options.progress or (lambda stage, done, total: None)
+        tell("import", 0, 1)
+        graph = load_graph(self.source, self.shapes)
+        if "onnxruntime" in options.providers and late_nodes(graph):
+            try:
+                return self.pieces(self.portable_graph(graph), {}, {})
+            except UnknownSizeError as e:
+                return self.whole("onnxruntime", str(e))
+        tell("optimize", 0, 1)
+        plan, image, graph = build(graph, options)
+        image.facts["compile_seconds"] = time.perf_counter() - started
+        return _engine(plan, image, options, placements(image, float_islands(graph)), self.portable)
+
+    def portable_graph(self, graph: Graph | None = None) -> Graph:
+        """The graph rewritten as far as any provider can still run it: what is cut into pieces."""
+        from vivace.optimize.pipeline import Level, level_of
+
+        level = min(level_of(self.options.level), Level.EXTENDED)
+        graph = load_graph(self.source, self.shapes) if graph is None else graph
+        return optimize_for_native(graph, level, self.options.kept)
+
+    def pieces(self, graph: Graph, whose: Mapping[Node, str], reasons: Mapping[Node, str]) -> PartitionedEngine:
+        """An engine of parts: each node in the provider that `whose` names, others native, and nodes whose sizes only
+        show when they run in ONNX Runtime in any case. `reasons` say why."""
+        from vivace.graph.cut import cut
+        from vivace.graph.sizes import late_nodes
+        from vivace.lower.image import Part
+        from vivace.onnx.exporter import export
+        from vivace.runtime.engine import Placement
+        from vivace.runtime.partitioned import PartitionedEngine, load_part
+        from vivace.runtime.saved import Program
+
+        started = time.perf_counter()
+        late = dict.fromkeys(late_nodes(graph), "its sizes only show when it runs")
+        whose = {**whose, **{n: "onnxruntime" for n in late if whose.get(n, "native") == "native"}}
+        because = {name: text for n, text in {**reasons, **late}.items() for name in onnx_names(n)}
+        parts: list[Part] = []
+        runners: list[Any] = []
+        placement: list[Placement] = []
+        for k, piece in enumerate(cut(graph, whose)):
+            g = piece.graph
+            if piece.provider == "native":
+                plan, image, _ = build(g, self.options)
+                parts.append(Part("native", _specs(g.inputs), _specs(g.outputs), image))
+                records = placements(image, because)
+                runners.append(_engine(plan, image, self.options, records, self.portable))
+                placement += [replace(p, kernel=f"{k}/{p.kernel}") for p in records]
+                continue
+            model = export(g).SerializeToString()
+            parts.append(Part(piece.provider, _specs(g.inputs), _specs(g.outputs), model=model))
+            runners.append(load_part(parts[-1], self.options.threads, self.portable, spin=False))
+            names = {name: n.op.name for n in g.nodes for name in onnx_names(n)}
+            place = f"{k}:{piece.provider}"
+            placement += [Placement(o, op, place, piece.provider, because.get(o, "")) for o, op in names.items()]
+        facts: dict[str, Any] = {"precision": self.options.precision, "compile_seconds": time.perf_counter() - started}
+        program = Program(
+            tuple(parts), _specs(graph.inputs), _specs(graph.outputs), [p.fields for p in placement], facts
+        )
+        return PartitionedEngine(program, runners, self.options.threads, self.portable)
+
+    def whole(self, provider: str, reason: str) -> PartitionedEngine:
+        """The whole model in another provider. Raises: ProviderError where it refuses the model."""
+        from vivace.lower.image import Part
+        from vivace.providers.provider import LoadOptions, find
+        from vivace.runtime.partitioned import PartitionedEngine
+        from vivace.runtime.saved import Program
+
+        model: Any = self.source if isinstance(self.source, (str, bytes, Path)) else self.portable()
+        fixed = {k: tuple(v) for k, v in (self.shapes or {}).items()}
+        session = find(provider).load(model, LoadOptions(threads=self.options.threads, shapes=fixed))
+        part = Part(provider, session.inputs, session.outputs)
+        facts: dict[str, Any] = {"provider": provider, "reason": reason}
+        program = Program((part,), part.inputs, part.outputs, [["*", "*", "the whole model", provider, reason]], facts)
+        return PartitionedEngine(program, [session], self.options.threads, self.portable)
+
+
+def _specs(values: Sequence[Value]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(v.name, v.dtype, v.shape) for v in values)
+
+
+def _engine(
+    plan: Plan, image: Image, options: Options, placement: Sequence[Placement], portable: Callable[[], bytes]
+) -> Engine:
+    from vivace.runtime.engine import Engine
+
+    rest = (options.threads, placement, make_foreign(options.threads), portable)
+    if knobs.check:
+        from vivace.shadow import ShadowedEngine
+
+        return ShadowedEngine(plan, image, *rest)
+    return Engine(image, *rest)
+
+
+def build(graph: Graph, options: Options) -> tuple[Plan, Image, Graph]:
+    """Optimize, choose a precision, lower, generate and link; the graph is what was lowered."""
+    graph = optimize_for_native(graph, options.level, options.kept)
+    graph, facts = apply_precision(graph, options.precision, options.target)
+    plan = make_plan(graph, options.target, options.providers, options.without)
+    image = link_image(plan, options.target, options.cache, options.progress)
+    image.facts.update(facts)
+    return plan, image, graph
+
+
+def measure_error(
+    engine: Engine | PartitionedEngine, f32: Engine | PartitionedEngine, samples: Sequence[Mapping[str, np.ndarray]]
+) -> list[dict[str, object]]:
     """For each output of floats how far an engine is from another on the worst of some inputs."""
     from vivace.measure.compare import Difference, compare
 
@@ -164,28 +256,39 @@ def measure_error(engine: Engine, f32: Engine, samples: Sequence[Mapping[str, np
     ]
 
 
-def load(path: str | Path, *, threads: int | None = None) -> Engine | HostedEngine:
+def load(path: str | Path, *, threads: int | None = None) -> Engine | PartitionedEngine:
     """Load a saved engine. On a CPU that lacks what its code needs, the model inside is compiled again.
 
     Raises: EngineError for a damaged file, one of another format, or one that can neither run nor be compiled here.
     """
     from vivace.runtime.engine import Engine, Placement
+    from vivace.runtime.partitioned import PartitionedEngine, load_part
     from vivace.runtime.saved import SavedEngine
     from vivace.targets.cpu.amx import missing_here
 
     saved = SavedEngine(Path(path))
+
+    def portable() -> bytes:
+        return saved.checked_bytes("portable")
+
     missing = missing_here(saved.header["flags"])
     if missing:
-        model = saved.checked_bytes("portable")
+        model = portable()
         if not model:
             raise EngineError(
                 f"needs a CPU with {', '.join(missing)}", where=str(path), hint="compiling the model on this machine"
             )
-        precision = saved.header["image"]["facts"].get("precision", "f32")
-        return compile(model, threads=threads, precision=precision)
+        return compile(model, threads=threads, precision=saved.header["facts"].get("precision", "f32"))
     n_threads = threads_for(threads)
-    placement = [Placement(*p) for p in saved.header["placement"]]
-    return Engine(saved.image(), n_threads, placement, make_foreign(n_threads), lambda: saved.checked_bytes("portable"))
+    program = saved.program()
+    engines = [
+        load_part(p, n_threads, portable, spin=len(program.parts) == 1) if p.image is None
+        else Engine(p.image, n_threads, [Placement(*f) for f in program.placement], make_foreign(n_threads), portable)
+        for p in program.parts
+    ]  # fmt: skip
+    if isinstance(engines[0], Engine) and len(engines) == 1:
+        return engines[0]
+    return PartitionedEngine(program, engines, n_threads, portable)
 
 
 def portable_model(source: object, shapes: Mapping[str, Sequence[int]] | None) -> bytes:
@@ -348,6 +451,11 @@ def make_foreign(threads: int) -> MakeForeign:
         return runner(entry.model, threads)
 
     return make
+
+
+def onnx_names(node: Node) -> list[str]:
+    """The ONNX nodes that a node came from."""
+    return [o for o in node.origin if not o.startswith("+")]
 
 
 def placements(image: Image, islands: Mapping[str, str] | None = None) -> list[Placement]:

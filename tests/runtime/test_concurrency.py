@@ -81,9 +81,9 @@ def test_a_run_into_given_arrays_allocates_nothing_that_stays(threads: int) -> N
     engine = engine_of(threads)
     x = example(500)
     outputs = engine.run({"x": x})
-    for _ in range(20):
-        engine.run({"x": x}, outputs=outputs)
     gc.collect()
+    for _ in range(200):  # which fills the interpreter's lists of free objects too
+        engine.run({"x": x}, outputs=outputs)
     tracemalloc.start()
     try:
         before = tracemalloc.get_traced_memory()[0]

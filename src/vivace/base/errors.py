@@ -41,6 +41,10 @@ class InputError(VivaceError):
     """A value passed by the caller has the wrong name, dtype, rank, shape or range."""
 
 
+class ShapeError(InputError):
+    """The shape of an array does not fit what the model says of it."""
+
+
 class EngineError(VivaceError):
     """A saved engine or cache entry is damaged, from another format, or made for another machine."""
 

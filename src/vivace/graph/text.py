@@ -22,17 +22,17 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from vivace.base.dims import Expr, Symbol, symbols
+from vivace.base.dims import Symbol
 from vivace.base.dtypes import DType
-from vivace.graph.graph import Graph, Node, Type, Value
+from vivace.graph.graph import Graph, Node, Value
 from vivace.graph.parse import parse_graph, parse_type
+from vivace.graph.sizes import graph_symbols
 
-__all__ = ["constants_of", "graph_symbols", "parse_graph", "parse_type", "print_graph", "print_node", "quote"]
+__all__ = ["constants_of", "parse_graph", "parse_type", "print_graph", "print_node", "quote"]
 
 TINY = 8
 _PLAIN = re.compile(r"[A-Za-z0-9_./\-]+")
@@ -144,27 +144,6 @@ def _print_array(data: np.ndarray) -> str:
     if data.dtype.kind == "b":
         return str(bool(x)).lower()
     return str(int(x)) if DType.of(data.dtype).is_int else repr(float(x))
-
-
-def _attr_symbols(v: Any) -> Iterator[Symbol]:
-    if isinstance(v, Expr):
-        yield from symbols(v)
-    elif isinstance(v, Type):
-        yield from _attr_symbols(v.shape)
-    elif isinstance(v, tuple):
-        for x in v:
-            yield from _attr_symbols(x)
-    elif isinstance(v, Graph):
-        yield from graph_symbols(v)
-
-
-def graph_symbols(graph: Graph) -> Iterator[Symbol]:
-    """Every symbol in the types and attributes of a graph, possibly repeated."""
-    for v in (*graph.inputs, *(v for n in graph.nodes for v in n.outputs)):
-        yield from _attr_symbols(v.type)
-    for n in graph.nodes:
-        for a in n.attrs.values():
-            yield from _attr_symbols(a)
 
 
 def _bounded_symbols(graph: Graph) -> list[Symbol]:

@@ -88,3 +88,18 @@ class Image:
     objects: tuple[bytes, ...]
     constants: tuple[np.ndarray, ...]
     facts: dict[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of a program that several providers run in turn: an image of ours, or an ONNX model for `provider`.
+
+    A part takes and gives values by name: inputs of the program, and what parts before it gave. A model of no bytes is
+    the portable one, that is the program as a whole.
+    """
+
+    provider: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    image: Image | None = None
+    model: bytes = b""

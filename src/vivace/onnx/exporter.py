@@ -36,9 +36,7 @@ def export(graph: Graph, opset: int = DEFAULT) -> ModelProto:
     """The graph as an ONNX model. Raises: UnsupportedError for a channels-last layout or an opset out of range."""
     if not OLDEST <= opset <= NEWEST:
         raise InputError(f"opset {opset} cannot be written", where="export", expected=f"{OLDEST} to {NEWEST}")
-    for n in graph.walk():
-        if n.op.name == "onnx" and not n.attrs["domain"]:
-            opset = _agree(opset, n)
+    opset = _agreed(opset, [n for n in graph.walk() if n.op.name == "onnx" and not n.attrs["domain"]])
     if opset >= 23:
         graph = rewrite(graph, [operator_guards_itself])
     w = Writer(opset)
@@ -57,25 +55,31 @@ def export(graph: Graph, opset: int = DEFAULT) -> ModelProto:
     return helper.make_model(proto, opset_imports=imports, ir_version=_IR_VERSION[w.opset], producer_name="vivace")
 
 
-def _agree(opset: int, n: Node) -> int:
-    """An opset in which a kept operator means what it did."""
-    proto = NodeProto.FromString(n.attrs["node"])
-    was = int(n.attrs["default_opset"]) if "default_opset" in n.attrs else int(n.attrs["opset"])
-    for candidate in (opset, was):
-        if OLDEST <= candidate <= NEWEST:
-            try:
-                if (
-                    onnx.defs.get_schema(proto.op_type, candidate).since_version
-                    == onnx.defs.get_schema(proto.op_type, was).since_version
-                ):
-                    return candidate
-            except onnx.defs.SchemaError:
-                continue
+def _agreed(opset: int, kept: Sequence[Node]) -> int:
+    """`opset`, or the newest one else in which all kept operators mean what they did."""
+    for candidate in (opset, *range(NEWEST, OLDEST - 1, -1)):
+        if all(_means_the_same(n, candidate) for n in kept):
+            return candidate
+    first = next(n for n in kept if not _means_the_same(n, opset))
+    proto, was = NodeProto.FromString(first.attrs["node"]), _opset_of(first)
     raise UnsupportedError(
         f"{proto.op_type} of opset {was} cannot stand in a model of opset {opset}",
-        where=str(n.attrs.get("name", "")),
+        where=str(first.attrs.get("name", "")),
         hint="another opset",
     )
+
+
+def _opset_of(n: Node) -> int:
+    return int(n.attrs["default_opset"]) if "default_opset" in n.attrs else int(n.attrs["opset"])
+
+
+def _means_the_same(n: Node, opset: int) -> bool:
+    name = NodeProto.FromString(n.attrs["node"]).op_type
+    try:
+        old, new = (onnx.defs.get_schema(name, k).since_version for k in (_opset_of(n), opset))
+    except onnx.defs.SchemaError:
+        return False
+    return old == new
 
 
 def write_nodes(w: Writer, graph: Graph) -> None:

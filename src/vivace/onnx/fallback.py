@@ -55,24 +55,27 @@ def emit(scope: Scope, n: NodeProto, inputs: Sequence[Any], reason: str, where: 
         else:
             tensors[name] = v
     nodes.append(n)
+    n_fresh = scope.session.n_fresh
     types = _infer(scope, nodes, tensors, n, where)
+    late = scope.session.n_fresh > n_fresh
     if not all(t is None or isinstance(t, Type) for t in types):
         group = Opaque(tuple(nodes), tensors, TypeProto())
         return tuple(
             Opaque(group.nodes, group.inputs, t)
             if isinstance(t, TypeProto)
-            else _one(scope, nodes, tensors, n, i, t, reason)
+            else _one(scope, nodes, tensors, n, i, t, reason, late)
             for i, t in enumerate(types)
         )
     kept = [t if t is not None else Type(DType.bool, ()) for t in types]
     names = list(n.output)
-    return _node(scope, nodes, tensors, names, kept, reason, label(n))
+    return _node(scope, nodes, tensors, names, kept, reason, label(n), late)
 
 
 def _one(
-    scope: Scope, nodes: list[NodeProto], tensors: dict[str, Value], n: NodeProto, i: int, t: Any, reason: str
-) -> Any:
-    return None if t is None else _node(scope, nodes, tensors, [n.output[i]], [t], reason, label(n))[0]
+    scope: Scope, nodes: list[NodeProto], tensors: dict[str, Value], n: NodeProto, i: int, t: Any, reason: str,
+    late: bool,
+) -> Any:  # fmt: skip
+    return None if t is None else _node(scope, nodes, tensors, [n.output[i]], [t], reason, label(n), late)[0]
 
 
 def _node(
@@ -83,6 +86,7 @@ def _node(
     types: list[Type],
     reason: str,
     name: str,
+    late: bool,
 ) -> tuple[Value, ...]:
     if len(nodes) == 1 and outputs == list(nodes[0].output):
         proto = nodes[0]
@@ -104,6 +108,7 @@ def _node(
         "default_opset": scope.session.model.opsets[""],
         "name": name,
         "reason": reason,
+        "late": late,
     }
     return scope.builder.emit(OPS["onnx"], [scope.materialise(v) for v in tensors.values()], attrs)
 

@@ -52,11 +52,13 @@ class Session:
     assume: Assumptions
     known: dict[Value, np.ndarray] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
+    n_fresh: int = 0
 
     def fresh_symbol(self, hint: str) -> Dim:
         """A symbol of its own for a size that only data determines. The name depends only on what was imported
         before.
         """
+        self.n_fresh += 1
         base = "".join(c if c.isalnum() else "_" for c in hint).strip("_") or "u"
         base = f"u_{base}" if base[0].isdigit() else base
         k = self.names[base] = self.names.get(base, 0) + 1

@@ -31,7 +31,8 @@ class OpenVinoSession:
     """A model loaded by OpenVINO."""
 
     def __init__(self, compiled: Any, output_names: Sequence[str]) -> None:
-        self._request = compiled.create_infer_request()
+        self._compiled = compiled
+        self._idle = [compiled.create_infer_request()]  # one for each run at a time
         self.inputs = tuple(_spec(port, _name(port)) for port in compiled.inputs)
         self.outputs = tuple(_spec(port, name) for port, name in zip(compiled.outputs, output_names))
         self._ports = dict(zip(output_names, compiled.outputs))
@@ -43,11 +44,15 @@ class OpenVinoSession:
         if missing:  # OpenVINO would take the array of the run before
             raise ProviderError(f"no array for input {missing[0]!r}", where="openvino")
         try:
-            found = self._request.infer(
-                {self._keys[k]: v for k, v in inputs.items() if k in self._keys}, share_inputs=True
-            )
+            request = self._idle.pop()
+        except IndexError:
+            request = self._compiled.create_infer_request()
+        try:
+            found = request.infer({self._keys[k]: v for k, v in inputs.items() if k in self._keys}, share_inputs=True)
         except RuntimeError as error:
             raise ProviderError(_first_line(error), where="openvino") from error
+        finally:
+            self._idle.append(request)
         return {name: found[self._ports[name]] for name in names}
 
 

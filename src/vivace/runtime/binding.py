@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vivace.base.dims import Dim, Expr, evaluate, linear, symbols
-from vivace.base.errors import InputError
+from vivace.base.errors import ShapeError
 from vivace.base.specs import TensorSpec
 from vivace.lower.image import Image
 from vivace.lower.memory import Lifetime, MemoryPlan, plan_memory
@@ -26,12 +26,12 @@ class ShapeSolver:
         self.is_static = all(isinstance(d, int) for s in specs for d in s.shape)
 
     def solve(self, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
-        """Raises: InputError that names the input and the axis that does not fit."""
+        """Raises: ShapeError that names the input and the axis that does not fit."""
         env: dict[str, int] = {}
         later: list[tuple[TensorSpec, int, Expr, int]] = []
         for spec, shape in zip(self.specs, shapes, strict=True):
             if len(shape) != len(spec.shape):
-                raise InputError(
+                raise ShapeError(
                     f"the array has rank {len(shape)}, shape {list(shape)}",
                     where=f"input {spec.name!r}",
                     expected=str(spec),
@@ -47,7 +47,7 @@ class ShapeSolver:
                 unknown = sorted({s.name for s in symbols(want)} - env.keys())
                 if not unknown:
                     if evaluate(want, env) != have:
-                        raise InputError(
+                        raise ShapeError(
                             f"axis {axis} is {have}, but {want} is {evaluate(want, env)} by the other inputs",
                             where=f"input {spec.name!r}", expected=str(spec),
                         )  # fmt: skip
@@ -57,7 +57,7 @@ class ShapeSolver:
                     low, high = next((x.lo, x.hi) for x in symbols(want) if x.name == unknown[0])
                     if off or value < (low or 0) or (high is not None and value > high):
                         least, most = low or 0, "" if high is None else f" to {high}"
-                        raise InputError(
+                        raise ShapeError(
                             f"axis {axis} is {have}",
                             where=f"input {spec.name!r}",
                             expected=f"{want} with {unknown[0]} from {least}{most or ' up'}",
@@ -71,8 +71,8 @@ class ShapeSolver:
         return env
 
 
-def _mismatch(spec: TensorSpec, axis: int, shape: tuple[int, ...], want: str) -> InputError:
-    return InputError(
+def _mismatch(spec: TensorSpec, axis: int, shape: tuple[int, ...], want: str) -> ShapeError:
+    return ShapeError(
         f"axis {axis} is {shape[axis]}, shape {list(shape)}",
         where=f"input {spec.name!r}",
         expected=f"{want}, as in {spec}",

@@ -18,20 +18,20 @@ from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
+from numpy import empty, ndarray
 
 from vivace.base.dims import Dim, Expr, evaluate, maximum, symbol
 from vivace.base.dtypes import DType
-from vivace.base.errors import EngineError, InputError
+from vivace.base.errors import EngineError, InputError, ShapeError
 from vivace.base.events import Event
 from vivace.base.machine import isa
 from vivace.base.mapped import forget
 from vivace.base.specs import TensorSpec
-from vivace.lower.image import ForeignEntry, Image, LineEntry, estimate_ns
+from vivace.lower.image import ForeignEntry, Image, LineEntry, Part, estimate_ns
 from vivace.runtime.binding import MemoryPlanner, ShapeSolver
-from vivace.runtime.buffer import addresses_of
 from vivace.runtime.executable import Chunk, Context, Executable
 from vivace.runtime.pages import collapse
-from vivace.runtime.saved import save
+from vivace.runtime.saved import Program, save
 from vivace.targets.cpu import jit, steps
 from vivace.targets.cpu.amx import missing_here
 
@@ -64,6 +64,11 @@ class Placement:
     provider: str
     reason: str
 
+    @property
+    def fields(self) -> list[str]:
+        """As a saved engine holds it."""
+        return [self.node, self.op, self.kernel, self.provider, self.reason]
+
 
 class Engine:
     """A compiled model. Make it with `vivace.compile` or `vivace.load`."""
@@ -82,6 +87,7 @@ class Engine:
         self.placement = tuple(placement)
         self._portable: bytes | Callable[[], bytes] = b"" if portable is None else portable
         self._names = tuple(s.name for s in self.inputs)
+        self._output_names = tuple(s.name for s in self.outputs)
         self._solver = ShapeSolver(self.inputs)
         self._planner = MemoryPlanner(image)
         self._library = jit.load(image.objects) if image.objects else None
@@ -109,8 +115,7 @@ class Engine:
             given = [inputs[n] for n in self._names]
         except KeyError:
             self._refuse_names(inputs)
-        results = self._run(given, outputs)
-        return {s.name: a for s, a in zip(self.outputs, results, strict=True)}
+        return dict(zip(self._output_names, self._run(given, outputs)))
 
     def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...] | np.ndarray:
         """One inference with inputs in the model's order; a single output comes bare."""
@@ -124,14 +129,14 @@ class Engine:
     def _run(self, given: list[np.ndarray], outputs: Mapping[str, np.ndarray] | None) -> list[np.ndarray]:
         for i, dtype in enumerate(self._dtypes):
             a = given[i]
-            if type(a) is not np.ndarray or a.dtype != dtype or not a.flags.c_contiguous:
-                given[i] = self._checked(self.inputs[i], a)
+            if type(a) is not ndarray or a.dtype is not dtype or not a.flags.c_contiguous:
+                given[i] = checked(self.inputs[i], a)
         shapes = tuple([a.shape for a in given])
         call = self._calls.get(shapes) or self._new_call(shapes)
         if outputs is None:
-            results = [np.empty(shape, dtype) for shape, dtype in call.results]
+            results = [empty(shape, dtype) for shape, dtype in call.results]
         else:
-            results = [self._result(i, *result, outputs) for i, result in enumerate(call.results)]
+            results = [self._result(i, shape, dtype, outputs) for i, (shape, dtype) in enumerate(call.results)]
             mine = [r for s, r in zip(self.outputs, results, strict=True) if s.name in outputs]
             given = [a.copy() if any(np.may_share_memory(a, r) for r in mine) else a for a in given]
         try:
@@ -143,7 +148,7 @@ class Engine:
                 bound = None
                 self._bind(context, call.dims)
                 bound = call
-            context.run(addresses_of([*given, *results]))
+            context.run_arrays([*given, *results])
         finally:
             self._idle.append((context, bound))
         return results
@@ -163,29 +168,9 @@ class Engine:
         work_ns = sum(estimate_ns(_value(line.flops, dims), _value(line.n_bytes, dims)) for line in self.image.lines)
         context.bind({**dims, **offsets}, n_threads=1 if work_ns < SHARED_NS else self.threads)
 
-    def _checked(self, spec: TensorSpec, given: object) -> np.ndarray:
-        array = np.asarray(given)
-        if array.dtype != spec.dtype.numpy:
-            raise InputError(
-                f"the array has dtype {array.dtype}", where=f"input {spec.name!r}", expected=str(spec),
-                hint=f"array.astype({spec.dtype.numpy.name!r})",
-            )  # fmt: skip
-        return array if array.flags.c_contiguous else np.ascontiguousarray(array)
-
     def _result(self, i: int, shape: tuple[int, ...], dtype: np.dtype, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The caller's array for an output, or a new one. Raises: InputError for an array that does not fit."""
-        name = self.outputs[i].name
-        if name not in outputs:
-            return np.empty(shape, dtype)
-        array = outputs[name]
-        fits = array.dtype == dtype and array.shape == shape
-        if not fits or not array.flags.c_contiguous or not array.flags.writeable:
-            raise InputError(
-                f"the array is {array.dtype}{list(array.shape)}",
-                where=f"output {name!r}",
-                expected=f"writable C-contiguous {dtype}{list(shape)}",
-            )
-        return array
+        array = outputs.get(self.outputs[i].name)
+        return empty(shape, dtype) if array is None else fitting(self.outputs[i].name, array, shape, dtype)
 
     def _refuse_names(self, inputs: Mapping[str, np.ndarray]) -> NoReturn:
         missing = [n for n in self._names if n not in inputs]
@@ -198,8 +183,9 @@ class Engine:
     def save(self, path: str | Path) -> int:
         """Write the engine to one file (see `vivace.runtime.saved`), atomically; returns its size in bytes."""
         portable = self._portable() if callable(self._portable) else self._portable
-        placement = [[p.node, p.op, p.kernel, p.provider, p.reason] for p in self.placement]
-        return save(Path(path), self.image, isa(self.image.isa), portable, placement)
+        part = Part("native", self.inputs, self.outputs, self.image)
+        placement = [p.fields for p in self.placement]
+        return save(Path(path), Program((part,), self.inputs, self.outputs, placement, self.facts), portable)
 
     # ---- looking inside ---------------------------------------------------------------------------------------------
 
@@ -236,15 +222,14 @@ class Engine:
 
     def trace(self, inputs: Mapping[str, np.ndarray]) -> list[Chunk]:
         """One inference piece by piece, in the order of their starts: `Chunk.step` numbers the lines of the image."""
-        given = [self._checked(s, inputs[s.name]) for s in self.inputs]
+        given = [checked(s, inputs[s.name]) for s in self.inputs]
         call = self._new_call(tuple(a.shape for a in given))
         results = [np.empty(shape, dtype) for shape, dtype in call.results]
         context = self._executable.context()
         self._bind(context, call.dims)
-        places = addresses_of(given), addresses_of(results)
-        context.run(*places)  # the first run of a context pays for its memory's page faults
+        context.run_arrays([*given, *results])  # the first run of a context pays for its memory's page faults
         context.record(1 << 16)
-        context.run(*places)
+        context.run_arrays([*given, *results])
         return sorted(context.chunks(), key=lambda chunk: chunk.start_ns)
 
     def profile(self, inputs: Mapping[str, np.ndarray]) -> list[Event]:
@@ -299,9 +284,9 @@ class Engine:
                 return steps.Count(refs[0])
             case "less":
                 return steps.Less(refs[0], refs[1], line.target)
-        return self._call(self.image.foreign[line.kernel], runners[line.kernel])
+        return self._call(", ".join(line.nodes), self.image.foreign[line.kernel], runners[line.kernel])
 
-    def _call(self, entry: ForeignEntry, runner: ForeignRunner | None) -> steps.Step:
+    def _call(self, label: str, entry: ForeignEntry, runner: ForeignRunner | None) -> steps.Step:
         assert runner is not None
         places = (*entry.inputs, *entry.outputs)
         args: list[steps.Arg] = [self._ref(s, offset) for s, offset, _, _ in places]
@@ -316,6 +301,11 @@ class Engine:
                 arrays.append(_array_at(address, tuple(words[at : at + count]), dtype))
                 at += count
             for out, result in zip(arrays[n_in:], runner(arrays[:n_in]), strict=True):
+                if out.shape != np.shape(result):  # which broadcasting would hide
+                    raise ShapeError(
+                        f"a result has the shape {list(np.shape(result))}", where=label,
+                        expected=f"{list(out.shape)}, by the sizes around it", hint="providers='onnxruntime'",
+                    )  # fmt: skip
                 out[...] = result
 
         return steps.Call(call, tuple(args))
@@ -332,6 +322,29 @@ class Engine:
                 return steps.Input(s.index, offset)
             case _:
                 return steps.Output(s.index, offset)
+
+
+def checked(spec: TensorSpec, given: object) -> np.ndarray:
+    """An input as kernels read it: of the right dtype and C-contiguous. Raises: InputError for another dtype."""
+    array = np.asarray(given)
+    if array.dtype != spec.dtype.numpy:
+        raise InputError(
+            f"the array has dtype {array.dtype}", where=f"input {spec.name!r}", expected=str(spec),
+            hint=f"array.astype({spec.dtype.numpy.name!r})",
+        )  # fmt: skip
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def fitting(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The caller's array for a result. Raises: InputError for one that cannot take it."""
+    fits = array.dtype == dtype and array.shape == shape
+    if not fits or not array.flags.c_contiguous or not array.flags.writeable:
+        raise InputError(
+            f"the array is {array.dtype}{list(array.shape)}",
+            where=f"output {name!r}",
+            expected=f"writable C-contiguous {dtype}{list(shape)}",
+        )
+    return array
 
 
 def _symbols_of(image: Image) -> dict[str, Dim]:

@@ -4,7 +4,8 @@
                             keep=(library, weights))
     context = executable.context()
     context.bind({"N": 4})                      # new dims: rewrites words, makes memory grow; well under 1 ms
-    context.run([x_address], [y_address])       # one native call
+    context.run([x_address], [y_address])       # one native call; or, with NumPy arrays:
+    context.run_arrays([x, y])
 
 Rules:
 * ONE RUN: a context runs once at a time; a second `run` or `bind` meanwhile is an error. Several contexts of one
@@ -25,10 +26,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from vivace.base.dims import Dim, Expr
 from vivace.base.errors import InternalError
-from vivace.runtime.buffer import PAGE_BYTES, Buffer
+from vivace.runtime.buffer import DATA_FIELD, PAGE_BYTES, Buffer, data_is_first
 from vivace.runtime.pool import pool
 from vivace.targets.cpu.program import Header, Record, Ring, Status
 from vivace.targets.cpu.steps import Call, Step
@@ -90,9 +92,12 @@ class Context:
         self._memory = Buffer(8 * len(layout.words))
         self._words: Words = self._memory.view(np.int64, (len(layout.words),))
         self._base = self._memory.address
-        self._io = (ctypes.c_int64 * (executable.n_inputs + executable.n_outputs))()
-        self._io_address = ctypes.addressof(self._io)
-        self._write_io = struct.Struct(f"{len(self._io)}q").pack_into
+        # Native code finds the address of an input or output in a word, whose place the table `_places` gives.
+        n_io = executable.n_inputs + executable.n_outputs
+        self._addresses, self._places = (ctypes.c_int64 * n_io)(), (ctypes.c_int64 * n_io)()
+        self._places_address = ctypes.addressof(self._places)
+        self._places_of_addresses = tuple(ctypes.addressof(self._addresses) + 8 * i for i in range(n_io))
+        self._write = struct.Struct(f"{n_io}q").pack_into
         self._arena = Buffer(0)
         self._scratch = Buffer(0)
         self._ring: Buffer | None = None
@@ -143,18 +148,30 @@ class Context:
 
         Raises: whatever a `Call` step raised; InternalError when the context is in use or not bound.
         """
+        self._run_at(self._places_of_addresses, (*inputs, *outputs))
+
+    def run_arrays(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
+        """`run` on the memory of these arrays: all inputs, then all outputs."""
+        if data_is_first:
+            self._run_at([id(a) + DATA_FIELD for a in arrays])
+        else:
+            self.run([a.ctypes.data for a in arrays])
+
+    def _run_at(self, places: Sequence[int], addresses: Sequence[int] = ()) -> None:
         if not self._lock.acquire(False):
             raise InternalError("the context is in use by another run", hint="a context per concurrent run")
         try:
             if self.dims is None:
                 raise InternalError("the context is not bound to dims", expected="bind before run")
-            self._write_io(self._io, 0, *inputs, *outputs)
-            status = self._run(self._base, self._io_address)
+            if addresses:
+                self._write(self._addresses, 0, *addresses)
+            self._write(self._places, 0, *places)
+            status = self._run(self._base, self._places_address)
             while status:
                 if status != Status.NEEDS_WORKERS:
                     self._raise_failure()
                 self._words[Header.N_THREADS] = self._pool.ensure(self.n_threads)
-                status = self._run(self._base, self._io_address)
+                status = self._run(self._base, self._places_address)
         finally:
             self._lock.release()
 

@@ -4,9 +4,9 @@
     4 bytes   format version, little-endian
     8 bytes   length of the header
     32 bytes  SHA-256 of the header
-    header    JSON: the image without its bytes, and a table of sections (offset, length, check)
-    sections  each at a multiple of 64: `code/N` (machine code), `constant/N` (weights), `foreign/N`, `portable` (the
-    model as ONNX)
+    header    JSON: the parts without their bytes, and a table of sections (offset, length, check)
+    sections  each at a multiple of 64: of part P `P/code/N` (machine code), `P/constant/N` (weights), `P/foreign/N`,
+              `P/model` (ONNX for another provider); `portable` (the whole model as ONNX)
 
 Rules:
 * CHECKED: nothing is mapped executable before header and code match their SHA-256. Weights carry block sums (see
@@ -23,6 +23,7 @@ import json
 import struct
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,27 @@ from vivace.base.cache import write_atomic
 from vivace.base.dims import Dim, from_data, to_data
 from vivace.base.dtypes import DType
 from vivace.base.errors import EngineError, ModelError
-from vivace.base.machine import Isa
+from vivace.base.machine import isa
 from vivace.base.specs import TensorSpec
-from vivace.lower.image import ForeignEntry, Image, KernelEntry, LineEntry, StorageEntry
+from vivace.lower.image import ForeignEntry, Image, KernelEntry, LineEntry, Part, StorageEntry
 
 MAGIC = b"VIVACE\0E"
-FORMAT = 1
+FORMAT = 2
 _HEAD = struct.Struct("<8sIQ32s")
 _BLOCK = 1 << 22  # bytes per block sum
 _MAX_HEADER = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """What is saved of an engine: an engine of ours alone is a program of one part. `placement` are the fields of its
+    records."""
+
+    parts: tuple[Part, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    placement: list[list[str]]
+    facts: dict[str, Any]
 
 
 def block_check(data: np.ndarray) -> str:
@@ -56,16 +69,20 @@ def block_check(data: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def save(path: Path, image: Image, isa: Isa, portable: bytes, placement: list[list[str]]) -> int:
+def save(path: Path, program: Program, portable: bytes) -> int:
     """Write an engine atomically; returns its size in bytes. Raises: EngineError where the disk refuses; no part
     stays."""
     sections: dict[str, tuple[bytes | np.ndarray, str]] = {}
-    for i, code in enumerate(image.objects):
-        sections[f"code/{i}"] = (code, hashlib.sha256(code).hexdigest())
-    for i, f in enumerate(image.foreign):
-        sections[f"foreign/{i}"] = (f.model, hashlib.sha256(f.model).hexdigest())
-    for i, c in enumerate(image.constants):
-        sections[f"constant/{i}"] = (c, block_check(np.ascontiguousarray(c)))
+    for k, part in enumerate(program.parts):
+        if part.image is None:
+            sections[f"{k}/model"] = (part.model, hashlib.sha256(part.model).hexdigest())
+            continue
+        for i, code in enumerate(part.image.objects):
+            sections[f"{k}/code/{i}"] = (code, hashlib.sha256(code).hexdigest())
+        for i, f in enumerate(part.image.foreign):
+            sections[f"{k}/foreign/{i}"] = (f.model, hashlib.sha256(f.model).hexdigest())
+        for i, c in enumerate(part.image.constants):
+            sections[f"{k}/constant/{i}"] = (c, block_check(np.ascontiguousarray(c)))
     sections["portable"] = (portable, hashlib.sha256(portable).hexdigest())
     table, at = {}, 0
     for name, (data, check) in sections.items():
@@ -74,11 +91,14 @@ def save(path: Path, image: Image, isa: Isa, portable: bytes, placement: list[li
         at = -(-(at + size) // 64) * 64
     header = json.dumps(
         {
-            "image": _image_data(image),
+            "parts": list(map(_part_data, program.parts)),
+            "inputs": list(map(_spec_data, program.inputs)),
+            "outputs": list(map(_spec_data, program.outputs)),
+            "facts": program.facts,
             "sections": table,
-            "flags": list(isa.flags),
-            "placement": placement,
-            "schema_version": 1,
+            "flags": sorted({f for p in program.parts if p.image for f in isa(p.image.isa).flags}),
+            "placement": program.placement,
+            "schema_version": 2,
         }
     ).encode()
     start = _data_start(len(header))
@@ -158,21 +178,30 @@ class SavedEngine:
             raise self._damaged(f"section {name} does not match its checksum")
         return raw
 
-    def image(self) -> Image:
-        """The image, its weights mapped. Raises: EngineError where a check fails."""
+    def program(self) -> Program:
+        """The program, its weights mapped. Raises: EngineError where a check fails."""
+        h = self.header
         try:
-            return self._image(self.header["image"])
+            parts = tuple(self._part(k, data) for k, data in enumerate(h["parts"]))
+            inputs, outputs = tuple(map(_spec, h["inputs"])), tuple(map(_spec, h["outputs"]))
+            return Program(parts, inputs, outputs, h["placement"], h["facts"])
         except (KeyError, IndexError, TypeError, ValueError, ModelError) as e:
             raise self._damaged(f"its header does not describe an image ({e})") from e
 
-    def _check(self, constants: list[np.ndarray]) -> None:
+    def _part(self, k: int, data: dict[str, Any]) -> Part:
+        specs = tuple(map(_spec, data["inputs"])), tuple(map(_spec, data["outputs"]))
+        if data["image"] is None:
+            return Part(data["provider"], *specs, model=self.checked_bytes(f"{k}/model"))
+        return Part(data["provider"], *specs, self._image(k, data["image"]))
+
+    def _check(self, part: int, constants: list[np.ndarray]) -> None:
         """Read all weights, in two threads: NumPy sums without holding the interpreter's lock."""
         damaged: list[int] = []
         numbers = iter(range(len(constants)))
 
         def work() -> None:
             for i in numbers:
-                if block_check(constants[i]) != self.header["sections"][f"constant/{i}"][2]:
+                if block_check(constants[i]) != self.header["sections"][f"{part}/constant/{i}"][2]:
                     damaged.append(i)
 
         beside = threading.Thread(target=work, name="vivace-check")
@@ -182,11 +211,11 @@ class SavedEngine:
         if damaged:
             raise self._damaged(f"weights number {min(damaged)} do not match their check")
 
-    def _image(self, data: dict[str, Any]) -> Image:
+    def _image(self, part: int, data: dict[str, Any]) -> Image:
         constants = []
         for i, (dtype, shape) in enumerate(data["constants"]):
-            constants.append(self.section(f"constant/{i}").view(DType(dtype).numpy).reshape(shape))
-        self._check(constants)
+            constants.append(self.section(f"{part}/constant/{i}").view(DType(dtype).numpy).reshape(shape))
+        self._check(part, constants)
         return Image(
             data["isa"],
             tuple(map(_spec, data["inputs"])),
@@ -202,13 +231,22 @@ class SavedEngine:
                 for k, n, ops, t, se, be, la, no, f, b in data["lines"]
             ),
             tuple(
-                ForeignEntry(self.checked_bytes(f"foreign/{i}"), _places(ins), _places(outs))
+                ForeignEntry(self.checked_bytes(f"{part}/foreign/{i}"), _places(ins), _places(outs))
                 for i, (ins, outs) in enumerate(data["foreign"])
             ),
-            tuple(self.checked_bytes(f"code/{i}") for i in range(data["n_objects"])),
+            tuple(self.checked_bytes(f"{part}/code/{i}") for i in range(data["n_objects"])),
             tuple(constants),
             data["facts"],
         )
+
+
+def _part_data(part: Part) -> dict[str, Any]:
+    return {
+        "provider": part.provider,
+        "inputs": list(map(_spec_data, part.inputs)),
+        "outputs": list(map(_spec_data, part.outputs)),
+        "image": None if part.image is None else _image_data(part.image),
+    }
 
 
 def _image_data(image: Image) -> dict[str, Any]:
@@ -217,8 +255,8 @@ def _image_data(image: Image) -> dict[str, Any]:
 
     return {
         "isa": image.isa,
-        "inputs": [[s.name, str(s.dtype), [to_data(d) for d in s.shape]] for s in image.inputs],
-        "outputs": [[s.name, str(s.dtype), [to_data(d) for d in s.shape]] for s in image.outputs],
+        "inputs": list(map(_spec_data, image.inputs)),
+        "outputs": list(map(_spec_data, image.outputs)),
         "storages": [[s.kind, to_data(s.n_bytes), s.index, s.first, s.last] for s in image.storages],
         "kernels": [
             [k.symbol, list(k.dims), to_data(k.units), to_data(k.grain), to_data(k.scratch_bytes)]
@@ -237,6 +275,10 @@ def _image_data(image: Image) -> dict[str, Any]:
         "constants": [[str(DType.of(c.dtype)), list(c.shape)] for c in image.constants],
         "facts": image.facts,
     }  # fmt: skip
+
+
+def _spec_data(s: TensorSpec) -> list[Any]:
+    return [s.name, str(s.dtype), [to_data(d) for d in s.shape]]
 
 
 def _spec(data: list[Any]) -> TensorSpec:

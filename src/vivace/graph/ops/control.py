@@ -8,10 +8,11 @@ loop{body: Graph, n_state, n_scan}(trip?, cond?, *state, *captures) -> *state, *
         first axis,
         of the static length `length` where trip is a constant and cond absent, otherwise of a symbol of its own.
         attr length: Dim
-onnx{node: bytes, opset, domain, types, names, reason}(*inputs)
+onnx{node: bytes, opset, domain, types, names, reason, late}(*inputs)
         a serialized NodeProto that a provider runs. `types` are the output types; `names` name the inputs as the
         node (and the graphs
-        inside it) knows them; `reason` says why it is not lowered. The graph floor cannot run it: a provider sets
+        inside it) knows them; `reason` says why it is not lowered; `late`, that a size of its results is only assumed
+        (what else the model says of them) or a symbol that it brings. The graph floor cannot run it: a provider sets
         `RUN_ONNX`.
 
 Rule NARROWER: a symbol may have tighter bounds inside a nested graph than outside: the graph is only meant for sizes

@@ -16,7 +16,7 @@ Targets are byte offsets from the start of the table; everything else that is an
 and dims live in words and never in code, so one program serves every shape, and this function serves every program.
 
 Rules:
-* ONE CALL: `vivace_run(ctx, io)` applies the patches (word = io[index] + offset), runs to END, and returns a `Status`.
+* ONE CALL: `vivace_run(ctx, io)` applies the patches (word = *io[index] + offset), runs to END, and returns a `Status`.
 * ALONE: with one thread, or when another run owns the team, the calling thread runs everything itself, without atomics
   on the way; runs never queue for each other. Each such run takes one thread off the team of the run that owns it.
 * QUIET: without a ring of records, profiling costs one predictable branch per chunk.
@@ -340,8 +340,9 @@ patch.one:
   %index = load i64, ptr %index.p
   %offset.p = getelementptr i8, ptr %entry.p, i64 16
   %offset = load i64, ptr %offset.p
-  %address.p = getelementptr i64, ptr %io, i64 %index
-  %address = load i64, ptr %address.p
+  %place.p = getelementptr i64, ptr %io, i64 %index
+  %place = load ptr, ptr %place.p
+  %address = load i64, ptr %place
   %moved = add i64 %address, %offset
   store i64 %moved, ptr %target
   %i.next = add i64 %i, 1
