@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vivace import __version__
 from vivace.base.cache import default_cache
-from vivace.base.errors import EngineError, InputError, ModelError, UnknownSizeError, UnsupportedError, VivaceError
+from vivace.base.errors import EngineError, InputError, ModelError, ProviderError, UnsupportedError, VivaceError
 from vivace.base.events import warn
 from vivace.base.knobs import knobs
 from vivace.base.machine import ISAS, Isa, host, isa, missing_flags
@@ -142,7 +142,7 @@ class Job:
         if "onnxruntime" in options.providers and late_nodes(graph):
             try:
                 return self.pieces(self.portable_graph(graph), {}, {})
-            except UnknownSizeError as e:
+            except (UnsupportedError, ProviderError) as e:  # such as an operator of an opset that is not exported
                 return self.whole("onnxruntime", str(e))
         tell("optimize", 0, 1)
         plan, image, graph = build(graph, options)

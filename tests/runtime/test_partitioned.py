@@ -170,3 +170,54 @@ def test_a_model_of_known_sizes_is_one_engine() -> None:
         '<ir_version: 9, opset_import: ["" : 17]> m (float[N] x) => (float[N] y) {y=Exp(x)}'
     )
     assert isinstance(vivace.compile(proto, threads=1), Engine)
+
+
+def test_a_loop_with_such_an_operator_inside_leaves_as_a_whole() -> None:
+    text = """m (float[N] x, int64 n) => (float[N] y) {
+        e = Exp(x)  yes = Constant<value = bool {1}>()
+        s = Loop (n, yes, e) <body = turn (int64 i, bool go, float[N] a) => (bool on, float[N] b) {
+            on = Identity(go)  one = Constant<value_float = 1.0>()  large = Greater(a, one)
+            k = Compress<axis = 0>(a, large)  t = ReduceSum<keepdims = 0>(k)  h = Mul(a, t)  b = Tanh(h) }>
+        y = Sigmoid(s) }"""
+    proto = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 17]> {text}')
+    engine = vivace.compile(proto, threads=1)
+    assert isinstance(engine, PartitionedEngine)
+    assert [p.provider for p in engine.parts] == ["native", "onnxruntime", "native"]
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for n in (0, 1, 5):
+        fed = {"x": np.random.default_rng(n).standard_normal(6).astype(np.float32), "n": np.asarray(n, np.int64)}
+        np.testing.assert_allclose(engine.run(fed)["y"], session.run(None, fed)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_boxes_that_survive_are_read_natively() -> None:
+    text = """m (float[1, B, 4] boxes, float[1, 3, B] scores) => (float[K, 4] kept, float[K] best) {
+        most = Constant<value_ints = [5]>()  iou = Constant<value_floats = [0.5]>()
+        low = Constant<value_floats = [0.3]>()
+        p = Sigmoid(scores)  s = NonMaxSuppression(boxes, p, most, iou, low)
+        two = Constant<value_ints = [2]>()  three = Constant<value_ints = [3]>()  one = Constant<value_ints = [1]>()
+        b = Slice(s, two, three, one)  zero = Constant<value_ints = [0]>()
+        first = Constant<value_int = 0>()  all = Gather<axis = 0>(boxes, first)
+        axis = Constant<value_ints = [1]>()  i = Squeeze(b, axis)  g = Gather<axis = 0>(all, i)  kept = Relu(g)
+        best = ReduceMax<axes = [1], keepdims = 0>(g) }"""
+    proto = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 17]> {text}')
+    engine = vivace.compile(proto, threads=1)
+    assert isinstance(engine, PartitionedEngine)
+    assert {p.op for p in engine.placement if p.provider != "native"} == {"onnx"}
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    rng = np.random.default_rng(0)
+    for n in (1, 40):
+        corner = rng.random((1, n, 2), np.float32)
+        boxes = np.concatenate([corner, corner + 0.1], axis=2)
+        fed = {"boxes": boxes, "scores": rng.standard_normal((1, 3, n)).astype(np.float32)}
+        for got, want in zip(engine.run(fed).values(), session.run(None, fed), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_an_operator_that_cannot_be_exported_takes_the_model_along() -> None:
+    text = """m (float[N, 6] x, int64[2] shape) => (float[A, B] y) { e = Exp(x)  y = Reshape(e, shape) }"""
+    proto = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 24]> {text}')
+    engine = vivace.compile(proto.SerializeToString(), threads=1)  # Reshape of opset 24 is not that of 23
+    assert [p.provider for p in engine.placement] == ["onnxruntime"]
+    assert "opset 24" in engine.placement[0].reason
+    x = np.arange(12, dtype=np.float32).reshape(2, 6)
+    np.testing.assert_allclose(engine(x, np.array([4, 3])), np.exp(x).reshape(4, 3), rtol=1e-6)
