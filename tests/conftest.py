@@ -21,11 +21,13 @@ settings.load_profile("vivace")
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One cache for the whole run, so that a kernel is compiled once, and an environment without knobs."""
+    """One cache for the whole run, processes of pytest-xdist included, so that a kernel is compiled once, and an
+    environment without knobs."""
     kept = {name: value for name, value in os.environ.items() if name.startswith("VIVACE_")}
     for name in kept:
         del os.environ[name]
-    os.environ["VIVACE_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+    folder = tmp_path_factory.getbasetemp()
+    os.environ["VIVACE_CACHE_DIR"] = str((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "cache")
     yield
     del os.environ["VIVACE_CACHE_DIR"]
     os.environ.update(kept)

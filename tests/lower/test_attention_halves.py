@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from tests import races
 from tests.lower.harness import build
 
 from vivace import compiler
@@ -164,3 +165,12 @@ def test_keys_of_a_cache_in_f32_are_rounded_as_they_are_packed() -> None:
 def test_threads(threads: int) -> None:
     graph = attention((2, 6, 150, 16), (2, 3, 300, 16), 16, causal=True)
     run(graph, *qkv(2, 6, 3, 150, 300, 16, 16), name=HERE[-1], threads=threads)
+
+
+@each_isa
+def test_pieces_do_not_race(name: str) -> None:
+    graph = attention((1, 4, 70, 32), (1, 2, 90, 32), 40)
+    xs = [random(1, 4, 70, 32), random(1, 2, 90, 32), random(1, 2, 90, 40)]
+    with races.sharing_all():
+        image = compiler.build_image(narrow(graph).graph, isa(name), False, ("native",), None)
+    races.check(image, {v.name: x for v, x in zip(graph.inputs, xs, strict=True)}, threads=(1, 2, 5), repeats=2)

@@ -8,10 +8,12 @@ import os
 import sys
 import threading
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests import races
 
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
@@ -203,3 +205,20 @@ def test_an_engine_goes_on_in_a_forked_child() -> None:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     check(engine, x)
+
+
+def test_an_engine_does_not_race() -> None:
+    with races.sharing_all():
+        image = build_image(GRAPH, choose_isa("host"), True, ("native",), None)
+    for n in (1, 45, 300):
+        races.check(image, {"x": example(n)})
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_missing_hand_over_is_found(threads: int) -> None:
+    """The same engine with all steps beside each other."""
+    with races.sharing_all():
+        image = build_image(GRAPH, choose_isa("host"), True, ("native",), None)
+    lines = tuple(replace(line, beside=line.kind == "run") for line in image.lines)
+    with pytest.raises(AssertionError, match="not that of one thread"):
+        races.check(replace(image, lines=lines), {"x": example(300)}, threads=(threads,))
