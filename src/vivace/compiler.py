@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vivace.runtime.engine import Engine, ForeignRunner, MakeForeign, Placement
     from vivace.runtime.partitioned import PartitionedEngine
 
-PRECISIONS = ("f32", "bf16")
+PRECISIONS = ("f32", "bf16", "f16")
 PROVIDERS = ("native", "onnxruntime", "openvino")
 Progress = Callable[[str, int, int], None]
 
@@ -82,10 +82,10 @@ def compile(
     `disable` names passes and rules of the optimizer (docs/rules.md) to leave out, and `winograd`.
     `tune` has no effect yet: tiles come from a model of the machine. `progress(stage, done, total)` is called as work
     goes on.
-    `precision` is `f32`, or `bf16`: values between kernels and weights of products are stored in bf16, sums stay in
-    f32 (see `vivace.lower.precision`). Where the CPU has no bf16 products it would not pay, and f32 is used:
-    `engine.stats["precision_note"]` says so. With inputs in `calibration` the error against f32 is measured on them,
-    `engine.stats["precision_error"]`.
+    `precision` is `f32`, `bf16` or `f16`: values between kernels and weights of products are stored in that type, sums
+    stay in f32 (see `vivace.lower.precision`). Where the CPU has no products of the type with f32 sums it would not pay
+    (no x86 CPU that we make code for has those of f16), and f32 is used: `engine.stats["precision_note"]` says so. With
+    inputs in `calibration` the error against f32 is measured on them, `engine.stats["precision_error"]`.
     Raises: ModelError, UnsupportedError (a node has no provider), InputError (a bad option).
     """
     if precision not in PRECISIONS:
@@ -366,14 +366,17 @@ def apply_precision(graph: Graph, precision: str, target: Isa) -> tuple[Graph, d
     """
     if precision == "f32":
         return graph, {"precision": "f32"}
+    from vivace.base.dtypes import DType
     from vivace.lower.precision import narrow
+    from vivace.lower.rules.contraction import is_fast_half
 
-    if not (target.has("avx512_bf16") or target.has("amx_bf16") or knobs.emulate):
-        note = f"{target.name} has no bf16 products, so that bf16 would not pay: computed in f32"
+    half = DType(precision)
+    if not (is_fast_half(half, target) or knobs.emulate):
+        note = f"{target.name} has no {precision} products with f32 sums, so it would not pay: computed in f32"
         warn("precision", note)
         return graph, {"precision": "f32", "precision_note": note}
-    made = narrow(graph)
-    return made.graph, {"precision": "bf16", "n_narrow_values": made.n_values, "n_narrow_products": made.n_products}
+    made = narrow(graph, half)
+    return made.graph, {"precision": precision, "n_narrow_values": made.n_values, "n_narrow_products": made.n_products}
 
 
 def build_image(

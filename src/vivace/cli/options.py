@@ -23,7 +23,7 @@ Inputs = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of generated arrays.")]
 Threads = Annotated[int, typer.Option("--threads", "-t", help="Threads; 0 is all that this process may use.")]
-Precision = Annotated[str, typer.Option(help="Numbers between kernels: f32, bf16.")]
+Precision = Annotated[str, typer.Option(help="Numbers between kernels: f32, bf16, f16.")]
 Provider = Annotated[
     str,
     typer.Option(

@@ -7,6 +7,7 @@ types and the instruction set. Data only; the instructions are in `targets`.
     wide8     u8, i8      i8     2      both widened to i16, vpmaddwd: exact on every instruction set
     dot16     bf16        bf16   2      vdpbf16ps (AVX512-BF16)
     split16   bf16        bf16   2      both shifted to f32, multiply-add
+    wide16    f16         f16    1      both converted to f32, multiply-add: no instruction adds f16 products in f32
     tile8     u8, i8      i8     4      tdpbusd, tdpbssd (AMX)
     tile16    bf16        bf16   2      tdpbf16ps (AMX)
 
@@ -56,6 +57,7 @@ DOT8 = Arithmetic("dot8", 4, 1, 1, DType.i32)
 WIDE8 = Arithmetic("wide8", 2, 1, 1, DType.i32, 1)
 DOT16 = Arithmetic("dot16", 2, 2, 2, DType.f32)
 SPLIT16 = Arithmetic("split16", 2, 2, 2, DType.f32, 1)
+WIDE16 = Arithmetic("wide16", 1, 2, 2, DType.f32, 1)
 TILE8 = Arithmetic("tile8", 4, 1, 1, DType.i32)
 TILE16 = Arithmetic("tile16", 2, 2, 2, DType.f32)
 
@@ -69,13 +71,15 @@ def choose_arithmetic(a: DType, b: DType, isa: Isa, a_offset: int = 0) -> Arithm
         return F32
     if a is b is DType.bf16:
         return TILE16 if isa.has("amx_bf16") else DOT16 if isa.has("avx512_bf16") else SPLIT16
+    if a is b is DType.f16:
+        return WIDE16
     if a in (DType.u8, DType.i8) and b is DType.i8:
         if isa.has("amx_int8") and not a_offset:
             return TILE8
         fits = a is DType.u8 or a_offset == SIGN_OFFSET
         return DOT8 if fits and _has_dot8(isa) else WIDE8
     raise UnsupportedError(
-        f"products of {a} and {b}", expected="f32 and f32, bf16 and bf16, u8 or i8 and i8", hint="converting one"
+        f"products of {a} and {b}", expected="f32, bf16 or f16 twice, u8 or i8 and i8", hint="converting one"
     )
 
 

@@ -2,8 +2,8 @@
 
 A *widening* is a cast from bf16 or f16 to f32. In front of an element-wise node it fuses as any element-wise node does.
 In front of the first operand of the ops below it is no step of its own either: their kernels load halves and convert
-them in registers (`Lowering.operand`). A product of widened bf16 by constants that bf16 can hold is a product of bf16
-with f32 sums, which the CPU may have instructions for.
+them in registers (`Lowering.operand`). A product of widened halves by constants that their type can hold is a product
+of halves with f32 sums, which the CPU may have instructions for. Attention multiplies bf16, but no f16.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def reads_half(n: Node, operand: int, half: DType = DType.bf16) -> bool:
         return False
     if n.op.name in _CONVERTING:
         return True
-    if half is not DType.bf16 or len(n.inputs) < 2 or (w := n.inputs[1]) is None or w.data is None:
+    if len(n.inputs) < 2 or (w := n.inputs[1]) is None or w.data is None:
         return False
     match n.op.name:
         case "matmul":
@@ -61,7 +61,8 @@ def rounded(data: np.ndarray, half: DType = DType.bf16) -> np.ndarray:
         return data.astype(half.numpy).astype(np.float32)
 
 
-def is_bf16(data: np.ndarray) -> bool:
-    """Whether bf16 holds every one of these f32 numbers."""
-    bits = np.ascontiguousarray(data, np.float32).view(np.uint32)
-    return not bool((bits & 0xFFFF).any())
+def holds(half: DType, data: np.ndarray) -> bool:
+    """Whether a half type holds every one of these f32 numbers."""
+    if half is DType.bf16:
+        return not bool((np.ascontiguousarray(data, np.float32).view(np.uint32) & 0xFFFF).any())
+    return np.array_equal(rounded(data, half), data, equal_nan=True)

@@ -26,7 +26,7 @@ from vivace.graph.graph import Graph, Node, Value, substitute_dims
 from vivace.loops.kernel import Cast
 from vivace.lower.choices import NO_CHOICES, Choices, Site
 from vivace.lower.group import VIEWS, Group, group
-from vivace.lower.halves import is_bf16, is_widening
+from vivace.lower.halves import holds, is_widening
 from vivace.lower.plan import Instruction, Operand, Plan, Spec, Step
 from vivace.lower.views import Storage, View, dense, iota
 
@@ -123,12 +123,12 @@ class Lowering:
             return self.view(n.inputs[0])
         return self.view(value)
 
-    def fits_bf16(self, w: Value) -> bool:
-        """Whether bf16 holds all elements of a constant."""
+    def fits(self, w: Value, half: DType) -> bool:
+        """Whether a half type holds all elements of a constant."""
         assert w.data is not None
-        key = ("fits bf16", id(w.data))
+        key = ("fits", half, id(w.data))
         if key not in self.answers:
-            self.answers[key] = is_bf16(w.data)
+            self.answers[key] = holds(half, w.data)
         return self.answers[key]
 
     def _widened(self, node: Node, x: View) -> View:

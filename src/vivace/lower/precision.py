@@ -17,7 +17,9 @@ Rules:
   2 dB and 1 % of the time; in ResNet-50 and MobileNetV2 it changes nothing.
 * SMALL: what is small stays f32, where neither a product nor a mover (`MOVERS`) reads it: nothing would be gained.
 
-Error: each stored value and each weight is off by at most 2**-9 of its magnitude (8 bits of mantissa, to nearest).
+Error: each stored value and each weight is off by at most 2**-9 of its magnitude in bf16 (8 bits of mantissa, to
+nearest), 2**-12 in f16 (11 bits); in f16 numbers below 2**-14 are off by up to 2**-25, and those from 65520 on become
+infinite.
 
 Not handled: branches and loops (they stay f32), f64.
 """

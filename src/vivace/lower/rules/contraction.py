@@ -9,6 +9,7 @@ import numpy as np
 
 from vivace.base.dims import Dim, maximum, minimum, prod, symbol
 from vivace.base.dtypes import DType
+from vivace.base.machine import Isa
 from vivace.base.mapped import forget
 from vivace.graph.graph import Value
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
@@ -153,38 +154,38 @@ def _matrix(view: View, value: Value) -> np.ndarray:
 
 
 def _is_half_product(ctx: Lowering, x: Value, w: Value) -> bool:
-    """Whether a product reads bf16: its operand widens bf16, and the weights are constants that bf16 holds."""
+    """Whether a product reads halves: its operand widens them, and the weights are constants that their type holds."""
     n = ctx.producer.get(x)
-    if n is None or not is_widening(n) or w.data is None or n.inputs[0] is None or n.inputs[0].dtype is not DType.bf16:
+    if n is None or not is_widening(n) or w.data is None or n.inputs[0] is None:
         return False
-    return x not in ctx.views and ctx.fits_bf16(w)
+    return x not in ctx.views and ctx.fits(w, n.inputs[0].dtype)
 
 
-def arithmetic_of_half(ctx: Lowering) -> bool:
-    """Whether products of bf16 have instructions of their own."""
-    return choose_arithmetic(DType.bf16, DType.bf16, ctx.isa).kind != "split16"
+def is_fast_half(half: DType, isa: Isa) -> bool:
+    """Whether products of a half type have instructions of their own."""
+    return choose_arithmetic(half, half, isa).kind not in ("split16", "wide16")
 
 
 def _half_contraction(
     ctx: Lowering, w: Value, how: str, make: Callable[[], np.ndarray], batch: tuple[Axis, ...], rows: tuple[Axis, ...],
     taps: tuple[Axis, ...], n: Dim, a: View, out: View, epilogue: Epilogue,
 ) -> tuple[Contraction, dict[Buffer, View]]:  # fmt: skip
-    """A product of bf16 with constant weights `make()` [batch, k, n], and the views of its operands."""
+    """A product of halves with constant weights `make()` [batch, k, n], and the views of its operands."""
     a_buf, out_buf = a.buffer("a"), out.buffer("out", writable=True)
-    b_buf = Buffer("b", DType.bf16, (0,), (1,))
+    b_buf = Buffer("b", a.dtype, (0,), (1,))
     c = Contraction(
         "k", batch, rows, taps, n, a_buf, b_buf, out_buf, Packing("panels", 1), epilogue.expr, epilogue.extra
     )
     arithmetic = arithmetic_of(c, ctx.isa)
-    chosen = ctx.choices.of(unpacked(c, DType.bf16)).lanes
+    chosen = ctx.choices.of(unpacked(c, a.dtype)).lanes
     run, lanes = contiguous_run(c), panel_lanes(n, ctx.isa, arithmetic, chosen)
-    key = ("groups", how, id(w.data), lanes, arithmetic.group, run)
+    key = ("groups", how, id(w.data), lanes, a.dtype, arithmetic.group, run)
     if key in ctx.packed:
         s = ctx.packed[key]
         assert s.data is not None
         b = ctx.constant(s.data, s.name, key)
     else:
-        halves = np.ascontiguousarray(make()).astype(DType.bf16.numpy)
+        halves = np.ascontiguousarray(make()).astype(a.dtype.numpy)
         b = ctx.constant(pack_groups(halves, lanes, arithmetic.group, run), f"{w.name}_pairs", key)
     b_buf = b.buffer("b")
     batch = tuple(replace(x, b=prod(b.shape[1:])) for x in batch)
@@ -310,10 +311,10 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
     batch: tuple[Axis, ...] = () if groups == 1 else (Axis("g", groups, cg, 0, n),)
     wanted = unpacked(
         Contraction("k", batch, rows, taps, n, a_buf, a_buf, out_buf, Packing(""), epilogue.expr, epilogue.extra),
-        DType.bf16 if half else DType.f32,
+        x.dtype if half else DType.f32,
     )
     choice = ctx.choices.of(wanted)
-    is_fast = half and arithmetic_of_half(ctx)
+    is_fast = half and is_fast_half(x.dtype, ctx.isa)
     ways = () if "winograd" in ctx.without else winograd.ways(node, ctx.isa, is_fast)
     if m := winograd.size_of(choice.way if choice.way in ways else next(iter(ways), DIRECT)):
         winograd.lower_winograd(ctx, g, m, x, out, bias, last, Site(ctx.choices.key(wanted), wanted, ways), choice)
@@ -321,7 +322,7 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
         narrow.lower_narrow(ctx, g, x, out, rows, taps, epilogue)
     elif depthwise:
         assert w_value.data is not None
-        kind = DType.bf16 if half else DType.f32
+        kind = x.dtype if half else DType.f32
         weights = _depthwise_weights(w_value).astype(kind.numpy)
         w = ctx.constant(weights, f"{w_value.name}_taps", ("depthwise", id(w_value.data), kind))
         b_buf = w.buffer("b")

@@ -44,6 +44,24 @@ def splat(t: Text, isa: Isa, scalar: str, element: str) -> str:
     return t.op(f"shufflevector {kind} {first}, {kind} poison, <{isa.n_f32_lanes} x i32> zeroinitializer")
 
 
+def widened(t: Text, isa: Isa, bits: str) -> str:
+    """A vector of f16, given as its bits, in f32."""
+    w, kind, wide = isa.n_f32_lanes, vector_type(isa), vector_type(isa, "i32")
+    if "+f16c" in isa.features:
+        half = t.op(f"bitcast {vector_type(isa, 'i16')} {bits} to <{w} x half>")
+        return t.op(f"fpext <{w} x half> {half} to {kind}")
+    # Shifted into place and rescaled by 2**112: exact for normals and denormals alike (`memory.from_memory`).
+    number = t.op(f"zext {vector_type(isa, 'i16')} {bits} to {wide}")
+    sign = t.op(f"shl {wide} {t.op(f'and {wide} {number}, splat (i32 32768)')}, splat (i32 16)")
+    magnitude = t.op(f"shl {wide} {t.op(f'and {wide} {number}, splat (i32 32767)')}, splat (i32 13)")
+    scaled = t.op(f"fmul {kind} {t.op(f'bitcast {wide} {magnitude} to {kind}')}, splat (float 0x46F0000000000000)")
+    is_special = t.op(f"icmp ugt {wide} {magnitude}, splat (i32 {0xF7FFFFF})")
+    special = t.op(f"or {wide} {magnitude}, splat (i32 {0x7F800000})")
+    finite = t.op(f"bitcast {kind} {scaled} to {wide}")
+    chosen = t.op(f"select <{w} x i1> {is_special}, {wide} {special}, {wide} {finite}")
+    return t.op(f"bitcast {wide} {t.op(f'or {wide} {chosen}, {sign}')} to {kind}")
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """Loads and multiply-adds of one arithmetic.
@@ -77,6 +95,8 @@ class Step:
                 return t.op(f"sext <{2 * w} x i8> {narrow} to <{2 * w} x i16>")
             case "split16":
                 return self._half(load(t, isa, pointer, mask, "i32"), half)
+            case "wide16":
+                return widened(t, isa, load(t, isa, pointer, mask, "i16"))
             case _:
                 return load(t, isa, pointer, mask, "i32")
 
@@ -85,6 +105,8 @@ class Step:
         t, isa, w = self.t, self.isa, self.isa.n_f32_lanes
         if self.ar.kind == "f32":
             return splat(t, isa, t.op(f"load float, ptr {pointer}, align 4"), "float")
+        if self.ar.kind == "wide16":
+            return widened(t, isa, splat(t, isa, t.op(f"load i16, ptr {pointer}, align 2"), "i16"))
         if self.ar.kind == "wide8":
             pair = self._scalar(pointer, n_present, "i16")
             if self.flips:

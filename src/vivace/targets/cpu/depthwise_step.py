@@ -2,6 +2,7 @@
 
     f32         as it is           multiply-add
     bf16        shifted to f32     multiply-add
+    f16         converted to f32   multiply-add
     8-bit       widened to i32     vpdpwssd, or vpmaddwd and an addition: exact, since a byte fits the lower i16 of its
                                    lane and the upper i16 of every weight is 0
     u8 by i8    rows interleaved   vpdpbusd, where AVX512-VNNI has it: up to four kernel rows stand side by side in each
@@ -16,7 +17,7 @@ from vivace.base.dtypes import DType
 from vivace.base.errors import UnsupportedError
 from vivace.base.machine import Isa
 from vivace.loops.contraction import Depthwise
-from vivace.targets.cpu.contraction_step import multiply_add, multiply_pairs
+from vivace.targets.cpu.contraction_step import multiply_add, multiply_pairs, widened
 from vivace.targets.cpu.contraction_text import Text
 from vivace.targets.cpu.contraction_vector import load, vector_type
 
@@ -32,9 +33,9 @@ class ChannelStep:
 
     def __post_init__(self) -> None:
         a, b = self.d.a.dtype, self.d.b.dtype
-        if not ((a is b and a in (DType.f32, DType.bf16)) or (a in _BYTES and b in _BYTES)):
+        if not ((a is b and a.is_float and a is not DType.f64) or (a in _BYTES and b in _BYTES)):
             raise UnsupportedError(
-                f"depthwise products of {a} and {b}", where=self.d.name, expected="both f32, both bf16, or 8-bit"
+                f"depthwise products of {a} and {b}", where=self.d.name, expected="twice f32, bf16 or f16, or 8-bit"
             )
 
     @property
@@ -103,6 +104,8 @@ class ChannelStep:
             case DType.bf16:
                 bits = t.op(f"zext {vector_type(isa, 'i16')} {load(t, isa, pointer, mask, 'i16')} to {wide}")
                 return t.op(f"bitcast {wide} {t.op(f'shl {wide} {bits}, splat (i32 16)')} to {vector_type(isa)}")
+            case DType.f16:
+                return widened(t, isa, load(t, isa, pointer, mask, "i16"))
             case _:
                 narrow, half = load(t, isa, pointer, mask, "i8"), vector_type(isa, "i16")
                 if dtype is DType.u8:
