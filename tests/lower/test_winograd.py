@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -11,7 +12,7 @@ from tests.lower.harness import HERE, build, check, run_plan
 
 from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
-from vivace.base.machine import ISAS, Isa
+from vivace.base.machine import ISAS, CacheLevel, Isa, Machine, host
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Node, Type, Value
 from vivace.loops.blocked import Blocked
@@ -239,11 +240,15 @@ def anchor(x: tuple[Dim, ...], n_out: int, kernel: tuple[int, ...] = (3, 3), **a
     return build(lambda b, v: conv(b, v, n_out, pad=0, kernel=kernel, **attrs), Type(F32, x)).nodes[-1]  # type: ignore[arg-type]
 
 
+def with_cache(n_bytes: int) -> Machine:
+    """A machine with a second-level cache of a size."""
+    return replace(host(), caches=(CacheLevel(2, "unified", n_bytes, 16, 64, 1),))
+
+
 @pytest.mark.parametrize(
     ("make", "m"),
     [
         (lambda: anchor((1, 58, 58, 64), 64), (4, 4)),
-        (lambda: anchor((1, 16, 16, 256), 256), (4, 4)),
         (lambda: anchor((1, 4, 4, 64), 64), None),
         (lambda: anchor((1, 34, 34, 4), 4), None),
         (lambda: anchor((1, symbol("H", 2), symbol("W", 2), 64), 64), (4, 4)),
@@ -256,7 +261,19 @@ def anchor(x: tuple[Dim, ...], n_out: int, kernel: tuple[int, ...] = (3, 3), **a
     ],
 )
 def test_choice(make: Callable[[], Node], m: tuple[int, int] | None) -> None:
-    assert winograd.choose(make(), ISAS["avx512"]) == m
+    assert winograd.choose(make(), ISAS["avx512"], machine=with_cache(1 << 20)) == m
+
+
+def test_weights_that_leave_the_cache_are_read_in_few_blocks_and_count_for_each() -> None:
+    """28x28x128 with m = 4 has 49 tiles and 2.25 MiB of U."""
+    node = anchor((1, 30, 30, 128), 128)
+    w = node.inputs[1]
+    assert w is not None
+    small, large, huge = (with_cache(n << 20) for n in (1, 2, 8))
+    assert [-(-49 // winograd.block_tiles(49, (4, 4), w, 32, x)) for x in (small, large, huge)] == [3, 2, 1]
+    many = anchor((1, 16, 16, 256), 256)  # 9 MiB of U with m = 4, 4 MiB with m = 2
+    assert winograd.choose(many, ISAS["avx512"], machine=small) == (2, 2)
+    assert winograd.choose(node, ISAS["avx512"], machine=large) == (4, 4)
 
 
 def test_few_pixels_with_many_channels_get_smaller_weights() -> None:

@@ -56,16 +56,17 @@ LARGEST_ERROR = 1e-5  # of any result, over the largest magnitude of all: what t
 # `benchmarks/winograd.py`). Transforms: input and output together take 2.3 ns (m = 2) to 3.3 ns (m = 4) per position
 # and vector of 16 channels, at C = K.
 _TRANSFORM_FLOPS = 11  # per position and channel, for C and for K
-# Weights come from memory at about 30 GB/s, by all threads together. They are counted in full, as if nothing hid their
-# way: the larger ones must also be worth the memory that they take.
-_WEIGHT_FLOPS = 15  # per element of U or of the weights
+# Weights come from memory or the third-level cache, once for each block that finds them no more in the second. They are
+# counted in full, as if nothing hid their way: the larger ones must also be worth the memory that they take. Fitted to
+# times of layers it is 15 where 30 GB/s feed 110 GFLOP/s (Zen 4), 30 where 20 GB/s feed 171 (Sapphire Rapids).
+_WEIGHT_FLOPS = 20  # per element of U or of the weights
 _LEAST_GAIN = 1.25  # below it the direct way is as good where caches are cold (112x112, 3 to 64 channels)
 _GUESS = 64  # for symbolic dims
 _MOST_TILES = 256  # of a block that was chosen for a symbolic size
 _LEAST_TILES = 6  # rows of a micro-kernel that hide the latency of its sums
 
 
-def choose(node: Node, isa: Isa, half: bool = False) -> Size | None:
+def choose(node: Node, isa: Isa, half: bool = False, machine: Machine | None = None) -> Size | None:
     """The m to use for each axis, or None for the direct way: the least by counted flops and bytes of weights.
 
     `half`: the direct way would multiply bf16 at twice the speed (1.0 ms for the 3x3 layers of ResNet-50, against 0.6
@@ -73,6 +74,7 @@ def choose(node: Node, isa: Isa, half: bool = False) -> Size | None:
     """
     if not is_possible(node):
         return None
+    machine = machine or host()
     w, y = node.inputs[1], node.outputs[0]
     assert w is not None
     n_out, channels = _known(w.shape[0]), _known(w.shape[1])
@@ -90,8 +92,9 @@ def choose(node: Node, isa: Isa, half: bool = False) -> Size | None:
     found = None
     for m in sizes(node):
         tiles = images * -(-height // m[0]) * -(-width // m[1])
-        products = channels * n_out * (2 * tiles + _WEIGHT_FLOPS) + _TRANSFORM_FLOPS * tiles * padded
-        if (cost := n_inputs(m[0]) * n_inputs(m[1]) * products) < best:
+        times = -(-tiles // block_tiles(tiles, m, w, panel_lanes(n_out, isa), machine)) if _leaves(m, w, machine) else 1
+        products = channels * n_out * (2 * tiles + times * _WEIGHT_FLOPS) + _TRANSFORM_FLOPS * tiles * padded
+        if (cost := _n_positions(m) * products) < best:
             best, found = cost, m
     return found
 
@@ -142,17 +145,31 @@ def _known(d: Dim) -> int:
     return d if isinstance(d, int) else _GUESS
 
 
-def block_tiles(n_tiles: Dim, tile_bytes: int, machine: Machine) -> int:
-    """Tiles per block: V and M take about a quarter of the second-level cache, and the last block is full.
+def _n_positions(m: Size) -> int:
+    return n_inputs(m[0]) * n_inputs(m[1])
 
-    Small blocks make enough units for the threads and leave room for weights, which then come from that cache or are
-    fetched ahead: on 56x56x64 to 14x14x256 7 to 14 tiles were as fast as any on one thread and the best on two.
+
+def _leaves(m: Size, w: Value, machine: Machine) -> bool:
+    """Whether U is too large to stay in the second-level cache from block to block."""
+    return _n_positions(m) * _known(w.shape[0]) * _known(w.shape[1]) * 4 > machine.cache_bytes(2) // 2
+
+
+def block_tiles(n_tiles: Dim, m: Size, w: Value, lanes: int, machine: Machine) -> int:
+    """Tiles per block, the last block as full as can be.
+
+    Where U stays in the second-level cache, V and M take about a quarter of it: small blocks make enough units for the
+    threads. Where it does not, they take half, so that it is read few times: 28x28x128 with m = 4 takes 1.07 ms in
+    blocks of 7 tiles and 0.75 ms in two of 25, where 20 GB/s come from beyond that cache of 2 MiB.
     """
-    most = max(_LEAST_TILES + 2, machine.cache_bytes(2) // 4 // tile_bytes)
+    leaves = _leaves(m, w, machine)
+    tile_bytes = _n_positions(m) * (_known(w.shape[1]) + lanes) * 4
+    most = max(_LEAST_TILES + 2, machine.cache_bytes(2) // (2 if leaves else 4) // tile_bytes)
     if not isinstance(n_tiles, int):
         return most
     if n_tiles <= _LEAST_TILES:
         return max(1, n_tiles)
+    if leaves:
+        return -(-n_tiles // -(-n_tiles // most))
     return min(range(_LEAST_TILES, most * 3 // 2 + 1), key=lambda t: (-(-n_tiles // t) * t, abs(t - most)))
 
 
@@ -164,7 +181,7 @@ def lower_winograd(
     channels-last if `last`."""
     w = g.anchor.inputs[1]
     assert w is not None
-    n_positions = n_inputs(m[0]) * n_inputs(m[1])
+    n_positions = _n_positions(m)
     channels, n_out = w.shape[1], w.shape[0]
     assert isinstance(channels, int) and isinstance(n_out, int)
     lanes = panel_lanes(n_out, ctx.isa, chosen=choice.lanes)
@@ -172,7 +189,7 @@ def lower_winograd(
     is_line = len(out.shape) == 3
     x, out = (_as_image(v) if is_line else v for v in (x, out))
     n_tiles = out.shape[0] * ceildiv(out.shape[1], m[0]) * ceildiv(out.shape[2], m[1])
-    tiles = block_tiles(n_tiles, n_positions * (channels + lanes) * 4, host())
+    tiles = block_tiles(n_tiles, m, w, lanes, host())
     tiles = min(choice.tiles or tiles, n_tiles if isinstance(n_tiles, int) else _MOST_TILES)
     grid = _Grid(m, tiles, n_tiles, out.shape)
 
@@ -210,7 +227,7 @@ def _packed_weights(ctx: Lowering, w: Value, m: Size, lanes: int) -> View:
     else:
         assert w.data is not None
         n_out, channels = w.data.shape[:2]
-        data = aligned_zeros((-(-n_out // lanes), n_inputs(m[0]) * n_inputs(m[1]), channels, lanes))
+        data = aligned_zeros((-(-n_out // lanes), _n_positions(m), channels, lanes))
         for part, first in enumerate(range(0, n_out, lanes)):  # a part at a time: all of U in f64 would be large
             some = w.data[first : first + lanes]
             u = transform_weights(some.reshape(*some.shape[:2], *_taps(w)), m)

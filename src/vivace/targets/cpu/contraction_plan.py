@@ -135,8 +135,7 @@ class Plan:
         """Whether micro-kernels fetch what comes next in B while they work: constant panels, which may lie in
         memory.
         """
-        apart = not self.tile.tiles_outside and self.tile.tiles_per_unit > 1
-        return self.c.packing.kind == "panels" and apart and not self.ar.is_tile
+        return self.c.packing.kind == "panels" and not self.tile.tiles_outside and not self.ar.is_tile
 
     @property
     def ahead_lines(self) -> int:
