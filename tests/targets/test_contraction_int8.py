@@ -9,18 +9,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.targets.low_precision import Case, buffer, convolution, depthwise, isas, product
+from tests.targets.low_precision import Case, buffer, convolution, depthwise, isas, product, run_code
 
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError, UnsupportedError
 from vivace.base.machine import ISAS, Isa, isa
+from vivace.graph.ops.quantized import RANGES
 from vivace.loops.contraction import Contraction, Packing
-from vivace.loops.kernel import Binary, Load
+from vivace.loops.kernel import Binary, Const, Expr, For, Kernel, Load, Lookup, Store
 from vivace.lower.arithmetic import activation_offset, choose_arithmetic
 from vivace.lower.pack import pack_groups
 from vivace.lower.requantize import ACC, requantize
 from vivace.lower.tile import choose_tile
+from vivace.targets.cpu.llvm import emit_kernel
 
 each_isa = pytest.mark.parametrize(
     "target", isas("sse", "avx2", "avx2+avx_vnni", "avx512", "avx512+avx512_vnni", "avx512+avx512_vnni+avx512vbmi")
@@ -205,15 +207,67 @@ def test_depthwise(target: Isa, a_dtype: type, b_dtype: type, size: int, channel
 
 @each_isa
 @pytest.mark.parametrize("a_dtype", [SIGNED, UNSIGNED])
-def test_depthwise_requantizes(target: Isa, a_dtype: type) -> None:
-    case = depthwise(numbers(7, a_dtype, 1, 9, 9, 45), numbers(8, SIGNED, 3, 3, 45), 1, np.uint8)
+@pytest.mark.parametrize(
+    "size, channels, k, stride, out, is_bounded",
+    [
+        (9, 45, 3, 1, DType.u8, False),
+        (9, 64, 3, 1, DType.u8, True),
+        (12, 150, 3, 2, DType.i8, True),
+        (15, 192, 5, 1, DType.u8, False),
+        (17, 131, 5, 2, DType.u8, True),
+        (14, 80, 8, 1, DType.i8, False),
+        (12, 64, 9, 1, DType.u8, True),
+    ],
+)
+@pytest.mark.parametrize("has_table", [False, True])
+def test_depthwise_requantizes(
+    target: Isa, a_dtype: type, size: int, channels: int, k: int, stride: int, out: DType, is_bounded: bool,
+    has_table: bool,
+) -> None:  # fmt: skip
+    x, w = numbers(7, a_dtype, 1, size, size, channels), numbers(8, SIGNED, k, k, channels)
+    case = depthwise(x, w, stride, out.numpy)
     random = np.random.default_rng(0)
-    scale, bias = random.random(45).astype(np.float32) / 100, random.integers(-(2**15), 2**15, 45).astype(np.int32)
+    scale, bias = random.random(channels).astype(np.float32) / 100, random.integers(-(2**15), 2**15, channels)
+    bias = bias.astype(np.int32)
     scale_buffer, bias_buffer = buffer("scale", scale), buffer("bias", bias)
     case.arrays |= {scale_buffer: scale, bias_buffer: bias}
     total = Binary("add", Load(bias_buffer, (symbol("c"),)), ACC)
-    e = requantize(total, Load(scale_buffer, (symbol("c"),)), 99, DType.u8)
+    zero = 99 if out is DType.u8 else -20
+    e: Expr = requantize(total, Load(scale_buffer, (symbol("c"),)), zero, out, is_bounded=is_bounded)
+    table = random.integers(0, 256, 256).astype(np.uint8)
+    if has_table:
+        e = Lookup(table.tobytes(), out, e)
     case.c = replace(case.c, epilogue=e, extra=(scale_buffer, bias_buffer))
     sums = (case.expected + bias).astype(np.float32)
-    expected = np.clip(np.round(sums * scale) + 99, 0, 255).astype(UNSIGNED)
+    low, high = RANGES[out]
+    expected = np.clip(np.round(sums * scale) + zero, low, high).astype(out.numpy)
+    if has_table:
+        expected = table.view(out.numpy)[expected.astype(np.uint8)]
     np.testing.assert_array_equal(case.run(target), expected)
+
+
+@each_isa
+@pytest.mark.parametrize("a, b", [(0, -128), (255, -128), (255, 127)])
+def test_depthwise_extremes_do_not_saturate(target: Isa, a: int, b: int) -> None:
+    x, w = np.full((1, 9, 9, 96), a, UNSIGNED), np.full((5, 5, 96), b, SIGNED)
+    case = depthwise(x, w, 1, UNSIGNED)
+    e = requantize(ACC, Const(0.0005, DType.f32), 3, DType.u8, is_bounded=True)
+    case.c = replace(case.c, epilogue=e)
+    expected = np.clip(np.round(case.expected.astype(np.float32) * np.float32(0.0005)) + 3, 0, 255).astype(UNSIGNED)
+    np.testing.assert_array_equal(case.run(target), expected)
+
+
+@each_isa
+@pytest.mark.parametrize("dtype", [UNSIGNED, SIGNED])
+@pytest.mark.parametrize("n", [1, 15, 64, 100, 1000])
+def test_tables_look_bytes_up(target: Isa, dtype: type, n: int) -> None:
+    x, table = numbers(3, dtype, n), np.random.default_rng(n).integers(0, 256, 256).astype(np.uint8)
+    a, out = buffer("a", x), buffer("out", np.zeros(n, UNSIGNED), True)
+    value = Lookup(
+        table.tobytes(), DType.u8, Lookup(table.tobytes(), DType.of(np.dtype(dtype)), Load(a, (symbol("i"),)))
+    )
+    loop = For("b", 1, (For("i", n, (Store(out, (symbol("i"),), value),), "vector"),), "parallel")
+    kernel = Kernel("look_up", (a, out), (loop,))
+    arrays = {a: x, out: np.zeros(n, UNSIGNED)}
+    run_code(emit_kernel(kernel, target), target, arrays, {})
+    np.testing.assert_array_equal(arrays[out], table[table[x.view(np.uint8)]])

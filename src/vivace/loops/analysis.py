@@ -16,6 +16,7 @@ from vivace.loops.kernel import (
     Index,
     Let,
     Load,
+    Lookup,
     Read,
     Reduce,
     Select,
@@ -50,7 +51,7 @@ def varies(e: Expr, names: Collection[str]) -> bool:
         case Load(index=index, inside=inside):
             dims = [*index, *(d for c in inside for d in (c.dim, c.lo, c.hi))]
             return any(n in names for d in dims for n in _names(d))
-        case Unary(x=x) | Cast(x=x):
+        case Unary(x=x) | Cast(x=x) | Lookup(x=x):
             return varies(x, names)
         case Reduce(x=x, extent=extent):
             return varies(x, names) or any(n in names for n in _names(extent))
@@ -83,7 +84,7 @@ def _bits(node: Expr | Stmt | tuple[Stmt, ...], names: set[str]) -> Iterator[int
         case Store(buffer=b, value=v):
             yield computed_bits(b.dtype)
             yield from _bits(v, names)
-        case Unary(x=x) | Cast(x=x) | Reduce(x=x):
+        case Unary(x=x) | Cast(x=x) | Lookup(x=x) | Reduce(x=x):
             if varies(node, names):
                 yield computed_bits(dtype_of(node))
             yield from _bits(x, names)

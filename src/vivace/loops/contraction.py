@@ -19,7 +19,7 @@ from itertools import pairwise
 
 from vivace.base.dims import Dim, linear, substitute, symbols
 from vivace.base.dtypes import DType
-from vivace.loops.kernel import Binary, Buffer, Cast, Expr, Index, Inside, Load, Reduce, Select, Unary, walk
+from vivace.loops.kernel import Binary, Buffer, Cast, Expr, Index, Inside, Load, Lookup, Reduce, Select, Unary, walk
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ def substitute_expr(e: Expr, env: Mapping[str, Dim]) -> Expr:
                     Inside(substitute(i.dim, env), substitute(i.lo, env), substitute(i.hi, env)) for i in inside
                 ),
             )
-        case Unary(x=x) | Cast(x=x) | Reduce(x=x):
+        case Unary(x=x) | Cast(x=x) | Lookup(x=x) | Reduce(x=x):
             return replace(e, x=substitute_expr(x, env))
         case Binary(a=a, b=b):
             return replace(e, a=substitute_expr(a, env), b=substitute_expr(b, env))

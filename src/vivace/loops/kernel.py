@@ -17,6 +17,7 @@
              | Read(name)                                         the value of a Let, or of a name that the context
              supplies
              | Unary(fn, x) | Binary(fn, a, b) | Select(cond, a, b) | Cast(dtype, x)
+             | Lookup(table, dtype, x)                            entry x of 256 bytes; i8 stands for the u8 of its bits
              | Reduce(fn, var, extent, x)                         sum, prod, max or min of x over var
 
 Rules:
@@ -206,6 +207,13 @@ class Cast:
 
 
 @dataclass(frozen=True, slots=True)
+class Lookup:
+    table: bytes
+    dtype: DType
+    x: Expr
+
+
+@dataclass(frozen=True, slots=True)
 class Reduce:
     fn: str
     var: str
@@ -213,7 +221,7 @@ class Reduce:
     x: Expr
 
 
-Expr = Const | Index | Load | Read | Unary | Binary | Select | Cast | Reduce
+Expr = Const | Index | Load | Read | Unary | Binary | Select | Cast | Lookup | Reduce
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +275,7 @@ _COMPARE = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 def dtype_of(e: Expr) -> DType:
     """The element type of an expression; operands of Binary and Select agree (rule checked by the verifier)."""
     match e:
-        case Const(dtype=t) | Index(dtype=t) | Read(dtype=t) | Cast(dtype=t):
+        case Const(dtype=t) | Index(dtype=t) | Read(dtype=t) | Cast(dtype=t) | Lookup(dtype=t):
             return t
         case Load(buffer=b):
             return b.dtype
@@ -300,7 +308,7 @@ def walk(node: Kernel | Stmt | Expr) -> Iterator[Stmt | Expr]:
         case Let(expr=e) | Store(value=e):
             yield node
             yield from walk(e)
-        case Unary(x=x) | Cast(x=x) | Reduce(x=x):
+        case Unary(x=x) | Cast(x=x) | Lookup(x=x) | Reduce(x=x):
             yield node
             yield from walk(x)
         case Binary(a=a, b=b):

@@ -35,6 +35,7 @@ from vivace.loops.kernel import (
     Kernel,
     Let,
     Load,
+    Lookup,
     Read,
     Reduce,
     Select,
@@ -258,6 +259,8 @@ def _value(context: _Context, e: Expr) -> Array:
             return np.where(_value(context, c), _value(context, a), _value(context, b))
         case Cast(dtype=t, x=x):
             return cast(_value(context, x), dtype_of(x), t)
+        case Lookup(table=table, dtype=t, x=x):
+            return np.frombuffer(table, t.numpy)[_value(context, x).astype(np.uint8)]
         case Reduce():
             return _reduce(context, e)
 

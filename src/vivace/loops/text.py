@@ -10,6 +10,7 @@ kernel softmax(x: f32[R,C], out y: f32[R,C])
 from __future__ import annotations
 
 from collections.abc import Iterator
+from zlib import crc32
 
 from vivace.base.dims import Dim
 from vivace.loops.kernel import (
@@ -25,6 +26,7 @@ from vivace.loops.kernel import (
     Kernel,
     Let,
     Load,
+    Lookup,
     Read,
     Reduce,
     Select,
@@ -105,5 +107,7 @@ def expr_text(e: Expr, nested: bool = False) -> str:
             return f"({text})" if nested else text
         case Cast(dtype=t, x=x):
             return f"{t}({expr_text(x)})"
+        case Lookup(table=table, x=x):
+            return f"table_{crc32(table):08x}({expr_text(x)})"
         case Reduce(fn=fn, var=var, extent=n, x=x):
             return f"{_REDUCE[fn]}({var} in {n}: {expr_text(x)})"

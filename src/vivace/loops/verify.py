@@ -33,6 +33,7 @@ from vivace.loops.kernel import (
     Kernel,
     Let,
     Load,
+    Lookup,
     Read,
     Reduce,
     Select,
@@ -46,6 +47,7 @@ from vivace.loops.text import buffer_text, expr_text
 _LOGICAL = frozenset({"and", "or", "xor"})
 _BITS = frozenset({"bitand", "bitor", "bitxor", "shl", "shr"})
 _NUMERIC_ONLY = frozenset({"add", "sub", "mul", "div", "mod", "fmod", "pow"})
+_BYTES = (DType.u8, DType.i8)
 _ANY_UNARY = frozenset({"neg", "abs", "sign", "floor", "ceil", "round", "not", "isnan", "isinf"})
 
 
@@ -190,7 +192,7 @@ def _reads(e: Expr) -> set[str]:
 
 def _children(e: Expr) -> tuple[Expr, ...]:
     match e:
-        case Unary(x=x) | Cast(x=x) | Reduce(x=x):
+        case Unary(x=x) | Cast(x=x) | Lookup(x=x) | Reduce(x=x):
             return (x,)
         case Binary(a=a, b=b):
             return (a, b)
@@ -228,6 +230,11 @@ def _expr(scope: _Scope, e: Expr) -> DType:
             _same(scope, a, b)
         case Cast(x=x):
             _expr(scope, x)
+        case Lookup(table=table, dtype=to, x=x):
+            if (t := _expr(scope, x)) not in _BYTES or to not in _BYTES or len(table) != 256:
+                scope.fail(
+                    f"{len(table)} entries of {to}, looked up by {t}", expected="256 bytes, looked up by u8 or i8"
+                )
         case Reduce(fn=fn, var=var, extent=n, x=x):
             if fn not in REDUCE:
                 scope.fail(f"unknown reduction {fn}", expected=", ".join(REDUCE))

@@ -10,6 +10,8 @@ Movement nodes that strides can say (transpose, slice, expand, reshape) belong t
 Rule ORDER: a group runs at the position of its anchor in the graph. An epilogue may use only values that exist by
 then, so that
 the order of the anchors is an order of execution and no cycle can arise.
+
+Rule NARROW: an epilogue that makes bytes and then widens them ends with the bytes; whoever reads them widens them.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from dataclasses import dataclass
 from vivace.base.dims import Dim
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Graph, Node, Value
-from vivace.lower.halves import HALVES, is_widening, reads_half
+from vivace.graph.ops.quantized import BYTES
+from vivace.lower.halves import HALVES, is_converted, is_widening, reads_half
 
 VIEWS = frozenset({"reshape", "transpose", "slice", "expand"})
 # Ops whose lowering evaluates an epilogue on each result before it is stored.
@@ -106,13 +109,15 @@ class _Grouping:
         return user.op.kind == "elementwise" and (user.outputs[0].shape == y.shape or is_widening(node))
 
     def _is_converted_where_read(self, node: Node) -> bool:
-        """True for a cast from half precision that the one kernel that reads it applies to what it loads."""
-        if not is_widening(node) or node.outputs[0] in self.outputs:
+        """True for a cast from half precision or bytes that the one kernel that reads it applies to what it loads."""
+        if not is_converted(node) or node.outputs[0] in self.outputs:
             return False
         users, x = self.users.get(node.outputs[0], []), node.inputs[0]
         assert x is not None
-        return len(users) == 1 and users[0].inputs.count(node.outputs[0]) == 1 and reads_half(
-            users[0], users[0].inputs.index(node.outputs[0]), x.dtype
+        return (
+            len(users) == 1
+            and users[0].inputs.count(node.outputs[0]) == 1
+            and reads_half(users[0], users[0].inputs.index(node.outputs[0]), x.dtype)
         )
 
     def _tree(self, root: Node, i: int) -> Group:
@@ -135,6 +140,7 @@ class _Grouping:
         members = [anchor]
         shape = anchor.outputs[0].shape
         tail = anchor.outputs[0]
+        narrow = len(members), tail
         while tail not in self.outputs and len(members) < MAX_EPILOGUE:
             grown = self._absorb(tail, shape, i, set(members))
             if grown is None:
@@ -148,8 +154,12 @@ class _Grouping:
                 break
             nodes, tail = grown
             members += nodes
+            if tail.dtype.size_bytes <= narrow[1].dtype.size_bytes or narrow[0] == 1:
+                narrow = len(members), tail
             if rounds and anchor.op.name in SAME_DTYPE | ROUNDED_ONLY:
                 break
+        if narrow[1].dtype in BYTES:  # rule NARROW
+            members, tail = members[: narrow[0]], narrow[1]
         self.taken.update(members)
         for n in members:
             self._exists(n, i)

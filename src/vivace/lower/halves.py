@@ -1,9 +1,10 @@
-"""Where f32 arithmetic reads numbers that are stored in half precision.
+"""Where f32 arithmetic reads numbers that are stored in half precision, or as bytes.
 
 A *widening* is a cast from bf16 or f16 to f32. In front of an element-wise node it fuses as any element-wise node does.
 In front of the first operand of the ops below it is no step of its own either: their kernels load halves and convert
 them in registers (`Lowering.operand`). A product of widened halves by constants that their type can hold is a product
-of halves with f32 sums, which the CPU may have instructions for. Attention multiplies bf16, but no f16.
+of halves with f32 sums, which the CPU may have instructions for. Attention multiplies bf16, but no f16. Means and other
+reductions convert bytes in the same way.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Node, Value
+from vivace.graph.ops.quantized import BYTES
 
 HALVES = (DType.f16, DType.bf16)
 # Their kernels convert what they load, from either half type.
@@ -19,6 +21,7 @@ _CONVERTING = frozenset(
     {"layer_norm", "rms_norm", "softmax", "log_softmax", "max_pool", "avg_pool",
      "reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod"}
 )  # fmt: skip
+_CONVERTING_BYTES = frozenset({"avg_pool", "reduce_sum", "reduce_mean", "reduce_max", "reduce_min"})
 NARROW_RESULTS = 2  # per pixel and group: so few are computed along the taps (`rules/narrow.py`), in f32
 
 
@@ -28,8 +31,14 @@ def is_widening(n: Node) -> bool:
     return n.op.name == "cast" and n.attrs["to"] is DType.f32 and x is not None and x.dtype in HALVES
 
 
+def is_converted(n: Node) -> bool:
+    """Whether a node is a cast to f32 that a kernel may apply to what it loads: of a half type, or of bytes."""
+    x = n.inputs[0] if n.inputs else None
+    return is_widening(n) or (n.op.name == "cast" and n.attrs["to"] is DType.f32 and x is not None and x.dtype in BYTES)
+
+
 def reads_half(n: Node, operand: int, half: DType = DType.bf16) -> bool:
-    """Whether the kernel of `n` can read an operand in a half type where the graph says f32."""
+    """Whether the kernel of `n` can read an operand in a half type, or bytes, where the graph says f32."""
     x = n.inputs[operand]
     if x is None or n.outputs[0].dtype is not DType.f32:
         return False
@@ -37,6 +46,8 @@ def reads_half(n: Node, operand: int, half: DType = DType.bf16) -> bool:
         return half is DType.bf16 and operand < 3
     if operand != 0:
         return False
+    if half in BYTES:
+        return n.op.name in _CONVERTING_BYTES
     if n.op.name in _CONVERTING:
         return True
     if len(n.inputs) < 2 or (w := n.inputs[1]) is None or w.data is None:

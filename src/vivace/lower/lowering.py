@@ -26,7 +26,7 @@ from vivace.graph.graph import Graph, Node, Value, substitute_dims
 from vivace.loops.kernel import Cast
 from vivace.lower.choices import NO_CHOICES, Choices, Site
 from vivace.lower.group import VIEWS, Group, group
-from vivace.lower.halves import holds, is_widening
+from vivace.lower.halves import holds, is_converted, is_widening
 from vivace.lower.plan import Instruction, Operand, Plan, Spec, Step
 from vivace.lower.views import Storage, View, dense, iota
 
@@ -115,10 +115,10 @@ class Lowering:
         return moved
 
     def operand(self, value: Value) -> View:
-        """Where a value lies; in half precision where it is the widening of one, for rules that convert what they
+        """Where a value lies; in half precision or bytes where it is a cast of them, for rules that convert what they
         load."""
         n = self.producer.get(value) if value not in self.views else None
-        if n is not None and is_widening(n):
+        if n is not None and is_converted(n):
             assert n.inputs[0] is not None
             return self.view(n.inputs[0])
         return self.view(value)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
+
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError
 from vivace.graph.graph import Attrs, Node
 from vivace.graph.ops.quantized import RANGES
-from vivace.loops.kernel import Binary, Cast, Const, Expr, Select, Unary, dtype_of
+from vivace.loops.kernel import Binary, Cast, Const, Expr, Lookup, Select, Unary, dtype_of
 from vivace.lower.requantize import quantize
 
 _DIRECT_UNARY = frozenset(
@@ -158,6 +160,9 @@ def scalar(node: Node, args: list[Expr]) -> Expr:
         return _quantize(args, node.outputs[0].dtype)
     if name == "dequantize":
         return _dequantize(args)
+    if name == "lookup":
+        to = node.attrs["to"]
+        return Lookup(np.array(node.attrs["table"], to.numpy).tobytes(), to, args[0])
     if name == "mod":
         return Binary("fmod" if node.attrs.get("fmod") else "mod", args[0], args[1])
     if name == "where":

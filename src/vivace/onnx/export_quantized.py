@@ -86,6 +86,17 @@ def write_dequantize(w: Writer, n: Node, outs: list[str]) -> None:
     w.emit("Mul", [number, w.ref(n.inputs[1])], outs)
 
 
+def write_lookup(w: Writer, n: Node, outs: list[str]) -> None:
+    q = n.inputs[0]
+    assert q is not None
+    table = np.array(n.attrs["table"], n.attrs["to"].numpy)
+    data = table if q.dtype is DType.u8 else np.roll(table, 128)
+    at = w.emit("Cast", [w.ref(q)], to=data_type_of(DType.i32))
+    if q.dtype is DType.i8:
+        at = w.emit("Add", [at, w.const(np.int32(128), "offset")])
+    w.emit("Gather", [w.const(data, "table"), at], outs, axis=0)
+
+
 def write_conv_integer(w: Writer, n: Node, outs: list[str]) -> None:
     a, n_bias = n.attrs, len(n.inputs) > 3
     pads = [d for side in (a["before"], a["after"]) for d in side]
@@ -108,6 +119,7 @@ def write_matmul_integer(w: Writer, n: Node, outs: list[str]) -> None:
 WRITERS = {
     "quantize": write_quantize,
     "dequantize": write_dequantize,
+    "lookup": write_lookup,
     "conv_integer": write_conv_integer,
     "matmul_integer": write_matmul_integer,
 }

@@ -26,6 +26,7 @@ from vivace.optimize.rules import (
     movement,
     normalization,
     quantized,
+    tables,
     transposes,
     weights,
 )
@@ -77,7 +78,8 @@ PIPELINE: tuple[Pass, ...] = (
     Pass(
         "use_integers", "quantized products in integers, bytes instead of f32 between them; before constants of i8 are"
         " folded to f32", Level.LAYOUT,
-        rules=(*quantized.RULES, *SIMPLIFY), requires=frozenset({"simple"}), ensures=frozenset({"simple"}),
+        rules=(*quantized.RULES, *tables.RULES, quantized.scale_once, *SIMPLIFY),
+        requires=frozenset({"simple"}), ensures=frozenset({"simple"}),
     ),
     Pass(
         "fold_dequantized_weights", "weights that no integer product reads, as f32", Level.LAYOUT,

@@ -4,6 +4,8 @@ quantize(x, scale, zero)        saturate(round_half_even(x / scale) + zero), in 
 dequantize(q, scale, zero)      (q - zero) * scale, one rounding; q and zero have one dtype, the result is f32
         operands broadcast as in NumPy, and the result has x's or q's shape: scale and zero are scalars, or vary along
         axes of it
+lookup{table, to}(q)            the byte `table[q]` as `to`, u8 or i8; an i8 q stands for the u8 of its bits
+        table: 256 numbers of `to`
 conv_integer{as conv}(x, w, zero, bias?)    the convolution of x - zero with w, in i32; padding is x = zero
 matmul_integer(a, b, zero, bias?)           (a - zero) @ b, in i32; bias is one per column
         x, a: u8 or i8; w, b: i8, constant; zero: a scalar of x's dtype; bias: i32
@@ -78,6 +80,21 @@ def _dequantize_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ..
         return (np.asarray((q.astype(np.int32) - zero.astype(np.int32)).astype(np.float32) * scale),)
 
 
+def _lookup(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
+    q = need(types, 0, "lookup")
+    if q.dtype not in BYTES or attrs["to"] not in BYTES or len(attrs["table"]) != 256:
+        raise GraphError(
+            f"{len(attrs['table'])} entries of {attrs['to']} for {q}", where="lookup", expected="256 bytes for bytes"
+        )
+    return (Type(attrs["to"], q.shape),)
+
+
+def _lookup_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
+    (q,) = xs
+    assert q is not None
+    return (np.array(attrs["table"], attrs["to"].numpy)[q.astype(np.uint8)],)
+
+
 def _two_flops(ins: Sequence[Type | None], outs: Sequence[Type], attrs: Attrs) -> Dim:
     return 2 * outs[0].size
 
@@ -125,6 +142,7 @@ def _matmul_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
 FAMILY = (
     Op("quantize", _quantize, _quantize_run, _two_flops, kind="elementwise"),
     Op("dequantize", _dequantize, _dequantize_run, _two_flops, kind="elementwise"),
+    Op("lookup", _lookup, _lookup_run, lambda i, o, a: o[0].size, kind="elementwise"),
     Op("conv_integer", _conv, _conv_run, lambda i, o, a: _PRODUCTS["conv"].flops(i, o, a), kind="contraction"),
     Op("matmul_integer", _matmul, _matmul_run, lambda i, o, a: _PRODUCTS["matmul"].flops(i, o, a), kind="contraction"),
 )

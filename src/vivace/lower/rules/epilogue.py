@@ -8,7 +8,7 @@ from dataclasses import replace
 from vivace.base.dims import Dim
 from vivace.base.dtypes import DType
 from vivace.loops.contraction import substitute_expr
-from vivace.loops.kernel import Binary, Cast, Expr, Read, Select, Unary
+from vivace.loops.kernel import Binary, Cast, Expr, Lookup, Read, Select, Unary
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.rules.elementwise import Params, Tree
@@ -52,7 +52,7 @@ def _with_acc(e: Expr, acc: Expr) -> Expr:
     match e:
         case Read(name="acc"):
             return acc
-        case Unary(x=x) | Cast(x=x):
+        case Unary(x=x) | Cast(x=x) | Lookup(x=x):
             return replace(e, x=_with_acc(x, acc))
         case Binary(a=a, b=b):
             return replace(e, a=_with_acc(a, acc), b=_with_acc(b, acc))

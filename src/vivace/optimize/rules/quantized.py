@@ -334,17 +334,25 @@ _WINDOW = {
 }
 
 
+_NEAREST = {"mode": "nearest", "coordinate": "asymmetric", "nearest_mode": "floor"}
+_RESIZE = {"sizes": (4, 6), "scales": (None, None), "cubic_coeff": -0.75, "exclude_outside": False}
+
+
 @rule(
-    "reshape", "transpose", "slice", "expand", "max_pool", "gather",
+    "reshape", "transpose", "slice", "expand", "max_pool", "gather", "resize",
     examples=(
         lambda e: e.reshape(_example_bytes(e, "u8[2,6]"), shape=(3, 4)),
         lambda e: e.transpose(_example_weights(e, 4, 3), perm=(1, 0)),
         lambda e: e.max_pool(_example_bytes(e, "i8[1,3,4,4]"), **_WINDOW),
         lambda e: e.gather(_example_bytes(e, "i8[4,3]"), e.x("i64[2]"), axis=0),
+        lambda e: e.resize(_example_bytes(e, "u8[2,3]"), **_NEAREST, **_RESIZE),
     ),
 )  # fmt: skip
 def dequantize_later(n: Node, at: At) -> Outcome:
-    """transpose(dequantize(q)) = dequantize(transpose(q)): bytes are moved instead of f32; max_pool keeps the order"""
+    """transpose(dequantize(q)) = dequantize(transpose(q)): bytes are moved instead of f32; max_pool keeps the order,
+    and the nearest neighbour is one of the operand's elements"""
+    if n.op.name == "resize" and n.attrs["mode"] != "nearest":
+        return "interpolation is computed in f32"
     m = at.by(n.inputs[0], "dequantize")
     if m is None or m.inputs[0] is None or m.inputs[0].dtype not in BYTES:
         return None
@@ -362,6 +370,31 @@ def dequantize_later(n: Node, at: At) -> Outcome:
         wide = c.reshape((1,) * (n.output.rank - c.ndim) + c.shape)
         lifted.append(at.const(wide.transpose(perm).copy()))
     return at.op.dequantize(at.op.transpose(q, perm=perm), *lifted)
+
+
+def _example_mean(e: Example) -> Value:
+    return e.reduce_mean(_example_bytes(e, "u8[2,6,3]"), axes=(1,), keepdims=False)
+
+
+@rule(
+    "reduce_mean", "avg_pool",
+    examples=(
+        _example_mean,
+        lambda e: e.avg_pool(_example_bytes(e, "i8[1,3,4,4]"), count_include_pad=False, **_WINDOW),
+    ),
+)  # fmt: skip
+def mean_of_bytes(n: Node, at: At) -> Outcome:
+    """mean(dequantize(q, s, z)) = (mean(f32(q)) - z) * s, unless padding counts: the kernel reads bytes"""
+    m = at.by(n.inputs[0], "dequantize")
+    known = _parameters(m)
+    if m is None or m.inputs[0] is None or m.inputs[0].dtype not in BYTES:
+        return None
+    if known is None:
+        return "its scale is not a single constant"
+    if n.op.name == "avg_pool" and n.attrs["count_include_pad"] and any(n.attrs["before"] + n.attrs["after"]):
+        return "padding counts, and is 0 and not the zero point"
+    mean = at.op.emit(n.op, (at.op.cast(m.inputs[0], to=DType.f32), *n.inputs[1:]), dict(n.attrs))[0]
+    return at.op.mul(at.op.sub(mean, at.const(F32(known[1]))), at.const(F32(known[0])))
 
 
 def _example_joined(e: Example) -> Value:
@@ -389,6 +422,8 @@ def _example_late(e: Example, op: str) -> Value:
     x = e.relu(e.x("f32[2,6]"))
     if op == "concat":
         y = e.concat(x, e.relu(e.x("f32[2,3]")), axis=1)
+    elif op == "max_pool":
+        y = e.max_pool(e.relu(e.x("f32[1,3,4,4]")), **_WINDOW)
     else:
         y = e.reshape(x, shape=(3, 4)) if op == "reshape" else e.transpose(x, perm=(1, 0))
     return e.quantize(y, e.const(F32(0.25)), e.const(np.uint8(3)))
@@ -400,12 +435,14 @@ def _example_late(e: Example, op: str) -> Value:
         lambda e: _example_late(e, "reshape"),
         lambda e: _example_late(e, "transpose"),
         lambda e: _example_late(e, "concat"),
+        lambda e: _example_late(e, "max_pool"),
     ),
 )
 def quantize_earlier(n: Node, at: At) -> Outcome:
-    """quantize(transpose(x)) = transpose(quantize(x)): who computes x stores bytes; reshape and concat likewise"""
-    m = at.by(n.inputs[0], "reshape", "transpose", "concat")
-    if m is None or _parameters(n) is None:
+    """quantize(transpose(x)) = transpose(quantize(x)): who computes x stores bytes; reshape, concat and max_pool
+    likewise"""
+    m, known = at.by(n.inputs[0], "reshape", "transpose", "concat", "max_pool"), _parameters(n)
+    if m is None or known is None or (m.op.name == "max_pool" and not (known[0] > 0 and n.output.dtype in BYTES)):
         return None
     if not at.only_use(n.inputs[0]):
         return f"%{m.output.name} is used elsewhere too"
@@ -429,7 +466,7 @@ RULES: tuple[Rule, ...] = (
     quantized_already,
     saturate_for_clip,
     dequantize_later,
+    mean_of_bytes,
     dequantize_joined,
     quantize_earlier,
-    scale_once,
 )

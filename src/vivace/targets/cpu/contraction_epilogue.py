@@ -11,13 +11,15 @@ from vivace.base.dims import linear, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError
 from vivace.base.machine import Isa
+from vivace.graph.ops.quantized import RANGES
 from vivace.loops.contraction import Contraction, Depthwise
-from vivace.loops.kernel import Binary, Buffer, Cast, Expr, Load, Read, Select, Unary, walk
+from vivace.loops.kernel import Binary, Buffer, Cast, Const, Expr, Load, Lookup, Read, Select, Unary, walk
 from vivace.targets.cpu.builder import Builder, Value, literal
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.env import Env
-from vivace.targets.cpu.expr import emit_stored
+from vivace.targets.cpu.expr import emit, emit_stored
 from vivace.targets.cpu.memory import flat_index, register_type, to_memory
+from vivace.targets.cpu.tables import look_up
 
 ACC = Read("acc", DType.i32)
 
@@ -70,6 +72,30 @@ class Epilogue:
         b.declare(f"void @{name}({value.full}, ptr, <{lanes} x i1>)", name)
         b.effect(f"call void @{name}({value}, ptr align {align} {there}, {known})")
 
+    def store_packed(
+        self, e: Expr, accs: list[Value], given: list[dict[Expr, Value]], out: DType, pointer: str, offset: Int
+    ) -> None:
+        """Stores 64 bytes made of four vectors of sums, which lie as packing within quarters of a register wants them
+        (`depthwise_wide`). `e` casts to bytes, and may look them up; `given` are the values of loads per vector.
+        """
+        b, tables = self._b, []
+        while isinstance(e, Lookup):
+            tables.append(e.table)
+            e = e.x
+        assert isinstance(e, Cast)
+        wide = _unclipped(e)
+        whole = []
+        for acc, known in zip(accs, given, strict=True):
+            env = replace(self._env.at({}, lane=self._lane, lanes=acc.lanes), given=dict(known))
+            env.names["acc"] = acc
+            whole.append(b.widen(emit(env, wide), acc.lanes))
+        words = [_pack(b, "packssdw", "i16", whole[k], whole[k + 1]) for k in (0, 2)]
+        packed = _pack(b, "packuswb" if e.dtype is DType.u8 else "packsswb", "i8", *words)
+        for table in reversed(tables):
+            packed = look_up(b, table, packed)
+        there = pointer if offset == 0 else b.inst(f"getelementptr i8, ptr {pointer}, i64 {offset}", "ptr", 0).text
+        b.effect(f"store {packed}, ptr {there}, align 1")
+
     def _stored(self, v: Value, out: Buffer) -> Value:
         """The value as `out` holds it. The conversion of AVX512-BF16 takes denormals as 0, as its products do."""
         b = self._b
@@ -87,6 +113,22 @@ class Epilogue:
         lines, needed = self._b.fragment()
         self._t.lines += lines
         self._t.declares |= needed
+
+
+def _unclipped(e: Cast) -> Expr:
+    """The i32 that a cast to bytes narrows, without limits that saturation keeps anyway."""
+    low, high = RANGES[e.dtype]
+    match e.x:
+        case Binary(fn="min", a=Binary(fn="max", a=x, b=Const(value=lo)), b=Const(value=hi)) if (lo, hi) == (low, high):
+            return x
+    return e.x
+
+
+def _pack(b: Builder, name: str, to: str, x: Value, y: Value) -> Value:
+    """Two vectors as one of half as wide elements, saturated, quarter by quarter."""
+    name, n = f"llvm.x86.avx512.{name}.512", 2 * x.lanes
+    b.declare(f"<{n} x {to}> @{name}({x.full}, {y.full})", name)
+    return b.inst(f"call <{n} x {to}> @{name}({x}, {y})", to, n, x, y)
 
 
 def split_start(c: Contraction | Depthwise, lane: str) -> tuple[Load | None, Expr | None]:
@@ -114,7 +156,7 @@ def _replaced(e: Expr, old: Expr, by: Expr) -> Expr:
     if e is old:
         return by
     match e:
-        case Unary(x=x) | Cast(x=x):
+        case Unary(x=x) | Cast(x=x) | Lookup(x=x):
             return replace(e, x=_replaced(x, old, by))
         case Binary(a=a, b=b):
             return replace(e, a=_replaced(a, old, by), b=_replaced(b, old, by))

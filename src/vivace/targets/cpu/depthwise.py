@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from vivace.base.dims import Dim, bounds, ceildiv, prod
 from vivace.base.machine import Isa
 from vivace.loops.contraction import Axis, Depthwise, contraction_dims, contraction_params, substitute_expr
-from vivace.loops.kernel import Buffer
+from vivace.loops.kernel import Buffer, Load
 from vivace.lower.choices import DEFAULT, Choice
 from vivace.lower.tile import Segment, split_axis
 from vivace.targets.cpu.builder import Value
@@ -23,6 +23,8 @@ from vivace.targets.cpu.contraction_epilogue import Epilogue, split_start
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.contraction_vector import load, mask_text
 from vivace.targets.cpu.depthwise_step import ChannelStep
+from vivace.targets.cpu.depthwise_wide import COLUMNS as WIDE_COLUMNS
+from vivace.targets.cpu.depthwise_wide import WIDTH, WideSums, in_order_of_sums, is_wide, per_channel
 from vivace.targets.cpu.isa import kernel_attributes
 from vivace.targets.cpu.memory import flat_index
 
@@ -41,6 +43,8 @@ class _Plan:
     params: tuple[Buffer, ...]
     dims: tuple[str, ...]
     columns: tuple[Segment, ...]
+    wide_columns: tuple[Segment, ...]
+    n_wide: int
     rows_per_unit: int
     vectors_per_unit: int
 
@@ -74,11 +78,13 @@ class _Plan:
 
     @property
     def n_vectors(self) -> Dim:
-        return ceildiv(self.d.channels, self.isa.n_f32_lanes)
+        """Wide ones first."""
+        return self.n_wide + ceildiv(self.d.channels - self.n_wide * WIDTH, self.isa.n_f32_lanes)
 
     @property
     def has_full(self) -> bool:
-        return not isinstance(self.d.channels, int) or self.d.channels >= self.isa.n_f32_lanes
+        left = self.d.channels - self.n_wide * WIDTH
+        return not isinstance(left, int) or left >= self.isa.n_f32_lanes
 
     @property
     def has_tail(self) -> bool:
@@ -90,6 +96,9 @@ class _Plan:
 
     def base(self, t: Text, buffer: Buffer) -> str:
         return t.op(f"load ptr, ptr {t.at('%args', 8 * self.params.index(buffer))}, align 8")
+
+    def wide_symbol(self, size: int) -> str:
+        return f"{self.d.name}.columns{size}.wide"
 
     def symbol(self, size: int, tail: bool) -> str:
         return f"{self.d.name}.columns{size}{'.tail' if tail else ''}"
@@ -106,13 +115,17 @@ def emit_depthwise(d: Depthwise, isa: Isa, choice: Choice = DEFAULT) -> KernelCo
     flops_per_vector = 2 * isa.n_f32_lanes * _guess(inner) * _guess(prod([x.extent for x in taps]))
     rows_per_unit = min(choice.tiles or _ROWS_PER_UNIT, max(1, _guess(outer)))
     vectors_per_unit = choice.panels or max(1, _UNIT_FLOPS // max(1, flops_per_vector * rows_per_unit))
+    n_wide = d.channels // WIDTH if is_wide(d, isa) and isinstance(d.channels, int) else 0
     columns = split_axis(inner, min(choice.rows or _COLUMNS, MOST_COLUMNS))
-    p = _Plan(d, isa, params, dims, columns, rows_per_unit, vectors_per_unit)
+    wide_columns = split_axis(inner, WIDE_COLUMNS) if n_wide else ()
+    p = _Plan(d, isa, params, dims, columns, wide_columns, n_wide, rows_per_unit, vectors_per_unit)
     functions: list[str] = []
     needed: dict[str, str] = {}
     sizes = dict.fromkeys(size for count, size in p.columns if bounds(count)[1] != 0)
     tails = [tail for tail, there in ((False, p.has_full), (True, p.has_tail)) if there]
-    for text, declared in (_driver(p), *(_columns(p, size, tail) for size in sizes for tail in tails)):
+    wide_sizes = dict.fromkeys(size for count, size in p.wide_columns if bounds(count)[1] != 0)
+    parts = [_columns(p, size, tail) for size in sizes for tail in tails]
+    for text, declared in (_driver(p), *parts, *(_wide_columns(p, size) for size in wide_sizes)):
         functions.append(text)
         needed |= declared
     units = (
@@ -165,6 +178,38 @@ def _columns(p: _Plan, size: int, tail: bool) -> tuple[str, dict[str, str]]:
     return "\n".join([f"{head} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
 
 
+def _wide_columns(p: _Plan, size: int) -> tuple[str, dict[str, str]]:
+    """The function that computes `%count` tiles of `size` columns of one row and 64 channels."""
+    t, d = Text(), p.d
+    dims = p.load_dims(t)
+    symbols: dict[str, Int] = {x.name: f"%x{i}" for i, x in enumerate(d.rows)} | dims | {"c": "%c"}
+    buffers = {x: p.base(t, x) for x in dict.fromkeys(d.extra)}
+
+    def place(e: Load) -> str:
+        return t.at(buffers[e.buffer], t.mul(t.dim(flat_index(e.buffer, e.index), symbols), 4))
+
+    first, finish = split_start(d, "c")
+    assert finish is not None
+    start = ["zeroinitializer"] * 4 if first is None else in_order_of_sums(t, "i32", place(first))
+    given = per_channel(t, finish, place)
+    sums = WideSums(t, d, lambda i: _tap_offsets(t, p, dims, i), dims)
+    with t.loop(0, "%count") as piece:
+        a, out = (
+            t.at(f"%{x}", t.mul(piece, t.mul(t.dim(step, dims), size)))
+            for x, step in (("a", p.inner.a), ("out", p.inner.out))
+        )
+        acc = sums.sum(a, start, _columns_read(p, sums.last, size), size)
+        epilogue = Epilogue(t, p.isa, "c", symbols, buffers)
+        for j, column in enumerate(acc):
+            totals = [Value(x, "i32", p.isa.n_f32_lanes) for x in column]
+            epilogue.store_packed(finish, totals, given, d.out.dtype, out, t.mul(t.dim(p.inner.out, dims), j))
+        epilogue.close()
+    t.put("ret void")
+    axes = "".join(f", i64 %x{i}" for i in range(len(d.rows)))
+    head = f"define internal void @{p.wide_symbol(size)}(ptr %args, ptr %a, ptr %b, ptr %out, i64 %count, i64 %c{axes})"
+    return "\n".join([f"{head} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
+
+
 def _left(t: Text, p: _Plan, dims: Mapping[str, Int]) -> Int:
     """Channels in the last vector."""
     if isinstance(p.d.channels, int):
@@ -180,25 +225,15 @@ def _taps(t: Text, p: _Plan, dims: Mapping[str, Int], zero: list[str], a: str, m
     *outer, last = p.d.taps or (_NONE,)
     total = prod([x.extent for x in outer])
 
-    def offsets(i: Int) -> tuple[Int, Int]:
-        """Byte offsets in A and B of a step of the outer taps."""
-        in_a: Int = 0
-        in_b: Int = 0
-        for axis in reversed(outer):
-            i, at = t.divmod(i, t.dim(axis.extent, dims)) if axis is not outer[0] else (0, i)
-            in_a = t.add(in_a, t.mul(at, t.mul(t.dim(axis.a, dims), p.a_bytes)))
-            in_b = t.add(in_b, t.mul(at, t.mul(t.dim(axis.b, dims), p.b_bytes)))
-        return in_a, in_b
-
     def kernel_row(i: Int, acc: list[str]) -> list[str]:
-        in_a, in_b = offsets(i)
+        in_a, in_b = _tap_offsets(t, p, dims, i)
         return _kernel_row(t, p, dims, last, t.at(a, in_a), t.at("%b", in_b), acc, mask)
 
     at_once = p.step.rows_at_once
     if at_once > 1 and isinstance(total, int) and total <= 2 * at_once and isinstance(last.extent, int):
         acc = zero
         for first in range(0, total, at_once):
-            rows = [offsets(i) for i in range(first, min(first + at_once, total))]
+            rows = [_tap_offsets(t, p, dims, i) for i in range(first, min(first + at_once, total))]
             acc = _kernel_rows(
                 t, p, dims, last, [t.at(a, x) for x, _ in rows], [t.at("%b", y) for _, y in rows], acc, mask
             )
@@ -209,6 +244,18 @@ def _taps(t: Text, p: _Plan, dims: Mapping[str, Int], zero: list[str], a: str, m
             acc = kernel_row(i, acc)
         return acc
     return t.reduce_loop(t.dim(total, dims), [(kind, x) for x in zero], kernel_row)
+
+
+def _tap_offsets(t: Text, p: _Plan, dims: Mapping[str, Int], i: Int) -> tuple[Int, Int]:
+    """Byte offsets in A and B of a step of all taps but the last."""
+    outer = p.d.taps[:-1]
+    in_a: Int = 0
+    in_b: Int = 0
+    for axis in reversed(outer):
+        i, at = t.divmod(i, t.dim(axis.extent, dims)) if axis is not outer[0] else (0, i)
+        in_a = t.add(in_a, t.mul(at, t.mul(t.dim(axis.a, dims), p.a_bytes)))
+        in_b = t.add(in_b, t.mul(at, t.mul(t.dim(axis.b, dims), p.b_bytes)))
+    return in_a, in_b
 
 
 def _kernel_row(
@@ -282,12 +329,21 @@ def _driver(p: _Plan) -> tuple[str, dict[str, str]]:
         vector_end = t.minimum(t.add(first_vector, p.vectors_per_unit), n_vectors)
         row_end = t.minimum(t.add(first_row, p.rows_per_unit), n_rows)
         with t.loop(first_vector, vector_end) as vector, t.loop(first_row, row_end) as row:
-            c = t.mul(vector, width)
+            c = t.add(t.mul(vector, width), t.mul(t.minimum(vector, p.n_wide), WIDTH - width) if p.n_wide else 0)
             at[p.outer.name] = row
             a_row, out_row = _move(t, p, (p.outer,), at, dims, a_image, out_image)
             sized = ((a_row, p.a_bytes), (b, p.b_bytes), (out_row, p.out_bytes))
             a_row, b_row, out_row = (t.at(x, t.mul(c, size)) for x, size in sized)
-            _row(t, p, dims, at, c, a_row, b_row, out_row)
+            if p.n_wide:
+                wide, narrow, done = t.label(), t.label(), t.label()
+                t.branch(t.less(vector, p.n_wide), wide, narrow)
+                for label, is_wide_row in ((wide, True), (narrow, False)):
+                    t.start(label)
+                    _row(t, p, dims, at, c, a_row, b_row, out_row, is_wide_row)
+                    t.jump(done)
+                t.start(done)
+            else:
+                _row(t, p, dims, at, c, a_row, b_row, out_row)
     t.put("ret void")
     head = f"define void @{d.name}(ptr %args, i64 %begin, i64 %end, ptr %scratch) #0 {{"
     return "\n".join([head, "entry:", *t.lines, "}"]), t.declares
@@ -302,18 +358,23 @@ def _move(
     return a, out
 
 
-def _row(t: Text, p: _Plan, dims: Mapping[str, Int], at: Mapping[str, Int], c: Int, a: str, b: str, out: str) -> None:
+def _row(
+    t: Text, p: _Plan, dims: Mapping[str, Int], at: Mapping[str, Int], c: Int, a: str, b: str, out: str,
+    wide: bool = False,
+) -> None:  # fmt: skip
     """Calls the columns of one output row, segment by segment."""
     start: Int = 0
-    for count, size in p.columns:
-        if bounds(count)[1] == 0 or not (p.has_full or p.has_tail):
+    for count, size in p.wide_columns if wide else p.columns:
+        if bounds(count)[1] == 0 or not (wide or p.has_full or p.has_tail):
             continue
         n = t.dim(count, dims)
         place = {**at, p.inner.name: start}
         a_part, out_part = _move(t, p, (p.inner,), place, dims, a, out)
         axes = "".join(f", i64 {place[x.name]}" for x in p.d.rows)
         arguments = f"ptr %args, ptr {a_part}, ptr {b}, ptr {out_part}, i64 {n}, i64 {c}{axes}"
-        if p.has_full and p.has_tail:
+        if wide:
+            t.put(f"call void @{p.wide_symbol(size)}({arguments})")
+        elif p.has_full and p.has_tail:
             full, tail, done = t.label(), t.label(), t.label()
             end = t.add(c, p.isa.n_f32_lanes)
             t.branch(t.op(f"icmp sle i64 {end}, {t.dim(p.d.channels, dims)}"), full, tail)

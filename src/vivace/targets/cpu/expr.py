@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError
-from vivace.loops.kernel import Binary, Cast, Const, Expr, Index, Load, Read, Reduce, Select, Unary, dtype_of
+from vivace.loops.kernel import Binary, Cast, Const, Expr, Index, Load, Lookup, Read, Reduce, Select, Unary, dtype_of
 from vivace.targets.cpu.arithmetic import binary, cast, unary
 from vivace.targets.cpu.builder import Value, literal
 from vivace.targets.cpu.env import Env, as_vector, is_uniform, per_lane, scalar
 from vivace.targets.cpu.memory import load, register_type
 from vivace.targets.cpu.reduce import reduce
+from vivace.targets.cpu.tables import look_up
 
 
 def emit(env: Env, e: Expr) -> Value:
@@ -41,6 +42,8 @@ def emit(env: Env, e: Expr) -> Value:
             return env.b.select(emit(env, c), emit(env, x), emit(env, y))
         case Cast(dtype=DType.i32, x=Unary(fn="round", x=x)) if dtype_of(x) is DType.f32 and env.lanes >= 4:
             return _rounded(env, emit(env, x))
+        case Lookup(table=table, x=x):
+            return look_up(env.b, table, emit(env, x))
         case Cast(dtype=t, x=x):
             return cast(env.b, emit(env, x), dtype_of(x), t)
         case Reduce() if env.given and e in env.given:
