@@ -321,3 +321,71 @@ def test_thread_counts_agree() -> None:
     wanted = compiled(model, feeds, "host", threads=1)
     for threads in (2, 3, 5):
         np.testing.assert_array_equal(compiled(model, feeds, "host", threads=threads), wanted)
+
+
+@each_target
+@pytest.mark.parametrize("dtype", [U8, S8])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_an_image_is_read_four_bytes_a_pixel(target: str, dtype: type, channels: int) -> None:
+    m = Model(np.float32, (2, channels, 19, 21))
+    zero = dtype(113) if dtype is U8 else dtype(-128)
+    x = dequantized(m, quantized(m, "x", 0.02, zero), 0.02, zero)
+    w = dequantized(m, m.const(numbers(2, S8, 16, channels, 3, 3)), 0.01, S8(0))
+    y = quantized(m, m.emit("Conv", x, w, strides=[2, 2], pads=[1] * 4), 0.11, dtype(5))
+    image = np.random.default_rng(0).standard_normal((2, channels, 19, 21)).astype(np.float32) * 3
+    image[0, :, 0, :4] = [np.inf, -np.inf, 1e30, -1e30]
+    model = m.finish(y, dtype)
+    check(model, {"x": image}, target)
+    labels = {line.label for line in vivace.compile(model.SerializeToString(), target=target).image.lines}
+    assert ("pixels" in labels) == (channels == 3)
+
+
+def test_what_follows_bytes_element_by_element_is_one_table() -> None:
+    """A hard swish and a scale, in parts that are each quantized: one epilogue, equal to the parts to the last bit."""
+    m = Model(U8, (1, 8, 9, 9))
+    w = dequantized(m, m.const(numbers(2, S8, 80, 8, 3, 3)), 0.01, S8(0))
+    y = quantized(m, m.emit("Conv", dequantized(m, "x", 0.02, U8(3)), w, pads=[1] * 4), 0.05, U8(120))
+    x = dequantized(m, y, 0.05, U8(120))
+    gate = m.emit("Clip", m.emit("Add", x, m.const(np.float32(3))), m.const(np.float32(0)), m.const(np.float32(6)))
+    gate = dequantized(m, quantized(m, gate, 0.03, U8(0)), 0.03, U8(0))
+    x = dequantized(m, quantized(m, m.emit("Mul", x, gate), 0.2, U8(10)), 0.2, U8(10))
+    x = m.emit("Mul", x, dequantized(m, m.const(U8([40])), 0.05, U8(0)))
+    model = m.finish(quantized(m, x, 0.3, U8(9)), U8)
+    feeds = {"x": numbers(1, U8, 1, 8, 9, 9)}
+    # A neighbour of the convolution's result may be a whole step of the parts after it, each 0.2 * 2 / 0.3 quanta.
+    ops = check(model, feeds, "host", quanta=3)
+    assert ops.count("lookup") == 1 and "dequantize" not in ops
+    engine = vivace.compile(model.SerializeToString())
+    assert [line.label for line in engine.image.lines if line.label not in ("fill", "copy")] == ["conv_integer"]
+
+
+@each_target
+@pytest.mark.parametrize("dtype", [U8, S8])
+def test_means_and_nearest_neighbours_read_bytes(target: str, dtype: type) -> None:
+    m = Model(dtype, (2, 20, 6, 7))
+    x = dequantized(m, "x", 0.07, dtype(9))
+    sizes = m.const(np.array([2, 20, 12, 14], np.int64))
+    large = m.emit("Resize", x, "", "", sizes, mode="nearest", nearest_mode="floor",
+                   coordinate_transformation_mode="asymmetric")  # fmt: skip
+    large = dequantized(m, quantized(m, large, 0.07, dtype(9)), 0.07, dtype(9))
+    model = m.finish(quantized(m, m.emit("GlobalAveragePool", large), 0.03, dtype(1)), dtype)
+    feeds = {"x": numbers(4, dtype, 2, 20, 6, 7)}
+    assert "dequantize" not in check(model, feeds, target)
+    engine = vivace.compile(model.SerializeToString(), target=target)
+    assert {line.label for line in engine.image.lines} <= {"resize", "reduce_mean", "avg_pool", "copy"}
+    assert not any(p.reason for p in engine.placement)
+
+
+def test_an_epilogue_ends_with_the_bytes_that_it_makes() -> None:
+    """Of two convolutions that are added the first stores bytes, not what they stand for in f32."""
+    m = Model(U8, (1, 16, 8, 8))
+    parts = []
+    for seed in (1, 2):
+        w = dequantized(m, m.const(numbers(seed, S8, 32, 16, 1, 1)), 0.01, S8(0))
+        y = quantized(m, m.emit("Conv", dequantized(m, "x", 0.02, U8(3)), w), 0.05, U8(120))
+        parts.append(dequantized(m, y, 0.05, U8(120)))
+    model = m.finish(quantized(m, m.emit("Add", *parts), 0.09, U8(100)), U8)
+    check(model, {"x": numbers(1, U8, 1, 16, 8, 8)}, "host")
+    lines = vivace.compile(model.SerializeToString()).image
+    assert [line.label for line in lines.lines if line.label != "copy"] == ["conv_integer", "conv_integer"]
+    assert max(s.n_bytes for s in lines.storages if s.kind == "arena") == 32 * 8 * 8

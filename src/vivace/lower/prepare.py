@@ -1,6 +1,7 @@
 """Last rewrites before lowering, which make explicit what the kernels want.
 
 * Pads become `pad` nodes, shared where equal.
+* The bytes of an image that a convolution reads have four channels (`pixels`).
 * Products and softmax of half types are computed in f32: their operands are cast to it, their results back.
 """
 
@@ -17,6 +18,7 @@ from vivace.graph.graph import Graph, Node, Type, Value, freeze
 from vivace.graph.ops.quantized import BYTES, RANGES
 from vivace.graph.passes import remove_dead
 from vivace.lower.halves import is_widening
+from vivace.lower.pixels import widen_pixels
 
 _HALF = (DType.f16, DType.bf16)
 _IN_F32 = frozenset({"matmul", "conv", "conv_transpose", "attention", "softmax", "log_softmax", "lstm", "gru", "rnn"})
@@ -24,7 +26,7 @@ _IN_F32 = frozenset({"matmul", "conv", "conv_transpose", "attention", "softmax",
 
 def prepare(graph: Graph) -> Graph:
     """All of them."""
-    return remove_dead(split_pads(spread_dequantize(widen_halves(graph))))
+    return remove_dead(split_pads(widen_pixels(spread_dequantize(widen_halves(graph)))))
 
 
 def widen_halves(graph: Graph) -> Graph:
@@ -44,9 +46,7 @@ def widen_halves(graph: Graph) -> Graph:
             else:
                 wide[v] = b.cast(v, to=DType.f32)
         inputs = tuple(v if v is None else wide.get(v, v) for v in n.inputs)
-        outputs = tuple(
-            Value(f"{v.name}_f32", Type(DType.f32, v.shape)) if v.dtype in _HALF else v for v in n.outputs
-        )
+        outputs = tuple(Value(f"{v.name}_f32", Type(DType.f32, v.shape)) if v.dtype in _HALF else v for v in n.outputs)
         nodes += [*b.nodes, replace(n, inputs=inputs, outputs=outputs)]
         for v, o in zip(n.outputs, outputs, strict=True):
             if v is not o:

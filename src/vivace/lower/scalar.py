@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-import numpy as np
-
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError
 from vivace.graph.graph import Attrs, Node
@@ -161,8 +159,7 @@ def scalar(node: Node, args: list[Expr]) -> Expr:
     if name == "dequantize":
         return _dequantize(args)
     if name == "lookup":
-        to = node.attrs["to"]
-        return Lookup(np.array(node.attrs["table"], to.numpy).tobytes(), to, args[0])
+        return Lookup(bytes.fromhex(node.attrs["table"]), node.attrs["to"], args[0])
     if name == "mod":
         return Binary("fmod" if node.attrs.get("fmod") else "mod", args[0], args[1])
     if name == "where":

@@ -89,7 +89,7 @@ def write_dequantize(w: Writer, n: Node, outs: list[str]) -> None:
 def write_lookup(w: Writer, n: Node, outs: list[str]) -> None:
     q = n.inputs[0]
     assert q is not None
-    table = np.array(n.attrs["table"], n.attrs["to"].numpy)
+    table = np.frombuffer(bytes.fromhex(n.attrs["table"]), n.attrs["to"].numpy)
     data = table if q.dtype is DType.u8 else np.roll(table, 128)
     at = w.emit("Cast", [w.ref(q)], to=data_type_of(DType.i32))
     if q.dtype is DType.i8:

@@ -5,7 +5,9 @@ dequantize(q, scale, zero)      (q - zero) * scale, one rounding; q and zero hav
         operands broadcast as in NumPy, and the result has x's or q's shape: scale and zero are scalars, or vary along
         axes of it
 lookup{table, to}(q)            the byte `table[q]` as `to`, u8 or i8; an i8 q stands for the u8 of its bits
-        table: 256 numbers of `to`
+        table: 256 bytes in hexadecimal digits
+pixels(x, scale, zero)          quantize(x, scale, zero) of f32[N,C,H,W], C up to 4, as [N,H,W,4]
+        scale and zero are scalars; channels that x lacks are `zero`
 conv_integer{as conv}(x, w, zero, bias?)    the convolution of x - zero with w, in i32; padding is x = zero
 matmul_integer(a, b, zero, bias?)           (a - zero) @ b, in i32; bias is one per column
         x, a: u8 or i8; w, b: i8, constant; zero: a scalar of x's dtype; bias: i32
@@ -34,6 +36,7 @@ RANGES = {
     DType.u16: (0, 65535),
 }
 BYTES = (DType.u8, DType.i8)
+PIXEL_BYTES = 4
 _PRODUCTS = {op.name: op for op in _CONTRACTIONS}
 
 
@@ -82,17 +85,34 @@ def _dequantize_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ..
 
 def _lookup(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
     q = need(types, 0, "lookup")
-    if q.dtype not in BYTES or attrs["to"] not in BYTES or len(attrs["table"]) != 256:
-        raise GraphError(
-            f"{len(attrs['table'])} entries of {attrs['to']} for {q}", where="lookup", expected="256 bytes for bytes"
-        )
+    if q.dtype not in BYTES or attrs["to"] not in BYTES or len(attrs["table"]) != 512:
+        raise GraphError(f"{len(attrs['table']) // 2} entries for {q}", where="lookup", expected="256 bytes for bytes")
     return (Type(attrs["to"], q.shape),)
 
 
 def _lookup_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
     (q,) = xs
     assert q is not None
-    return (np.array(attrs["table"], attrs["to"].numpy)[q.astype(np.uint8)],)
+    return (np.frombuffer(bytes.fromhex(attrs["table"]), attrs["to"].numpy)[q.astype(np.uint8)],)
+
+
+def _pixels(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
+    x, scale, zero = (need(types, i, "pixels") for i in range(3))
+    channels = x.shape[1] if x.rank == 4 else None
+    fits = isinstance(channels, int) and 0 < channels <= PIXEL_BYTES and zero.dtype in BYTES
+    if not fits or scale.size != 1 or zero.size != 1:
+        raise GraphError(
+            f"operands are {x}, {scale} and {zero}", where="pixels", expected="an image, and single numbers"
+        )
+    return (Type(zero.dtype, (x.shape[0], *x.shape[2:], PIXEL_BYTES)),)
+
+
+def _pixels_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
+    x, scale, zero = xs
+    assert x is not None and scale is not None and zero is not None
+    (q,) = _quantize_run((x, scale.reshape(()), zero.reshape(())), attrs)
+    missing = ((0, 0), (0, 0), (0, 0), (0, PIXEL_BYTES - x.shape[1]))
+    return (np.pad(q.transpose(0, 2, 3, 1), missing, constant_values=zero.reshape(())),)
 
 
 def _two_flops(ins: Sequence[Type | None], outs: Sequence[Type], attrs: Attrs) -> Dim:
@@ -143,6 +163,7 @@ FAMILY = (
     Op("quantize", _quantize, _quantize_run, _two_flops, kind="elementwise"),
     Op("dequantize", _dequantize, _dequantize_run, _two_flops, kind="elementwise"),
     Op("lookup", _lookup, _lookup_run, lambda i, o, a: o[0].size, kind="elementwise"),
+    Op("pixels", _pixels, _pixels_run, _two_flops),
     Op("conv_integer", _conv, _conv_run, lambda i, o, a: _PRODUCTS["conv"].flops(i, o, a), kind="contraction"),
     Op("matmul_integer", _matmul, _matmul_run, lambda i, o, a: _PRODUCTS["matmul"].flops(i, o, a), kind="contraction"),
 )

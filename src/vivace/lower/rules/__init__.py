@@ -17,6 +17,7 @@ from vivace.lower.rules.indexing import (
     lower_scatter_elements,
     lower_scatter_nd,
 )
+from vivace.lower.rules.pixels import lower_pixels
 from vivace.lower.rules.placement import lower_concat, lower_pad
 from vivace.lower.rules.pool import lower_pool
 from vivace.lower.rules.quantized import lower_conv_integer, lower_matmul_integer
@@ -33,6 +34,7 @@ RULES: dict[str, Callable[[Lowering, Group], None]] = {
     "matmul": lower_matmul,
     "conv": lower_conv,
     "conv_transpose": lower_conv_transpose,
+    "pixels": lower_pixels,
     "conv_integer": lower_conv_integer,
     "matmul_integer": lower_matmul_integer,
     "softmax": lower_softmax,

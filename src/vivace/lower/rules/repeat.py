@@ -155,8 +155,10 @@ def _rows(x: View, out: View, near: int, factor: int, others: dict[int, int], ta
     if target is None or not tail.reshape(tuple(shape)):
         return None
     params = Params()
-    loaded = _copies(params.load(x, tuple(source)), out.dtype)
-    read = Read("x", out.dtype)
+    loaded = params.load(x, tuple(source))
+    if tail.tree is None:
+        loaded = _copies(loaded, out.dtype)
+    read = Read("x", dtype_of(loaded))
     together = prod([shape[a] for a in copies])
     assert isinstance(together, int)
     if together > MAX_ROWS:

@@ -97,11 +97,11 @@ def tabulate(n: Node, at: At) -> Outcome:
     if found is None:
         return "it is no function of the bytes of one tensor"
     leaf, nodes = found
-    return at.op.lookup(leaf, table=tuple(_table(leaf, nodes).tolist()), to=n.output.dtype)
+    return at.op.lookup(leaf, table=_table(leaf, nodes).tobytes().hex(), to=n.output.dtype)
 
 
 def _example_twice(e: Example) -> Value:
-    first, second = (tuple(e.random.integers(0, 256, 256).tolist()) for _ in range(2))
+    first, second = (e.random.bytes(256).hex() for _ in range(2))
     return e.lookup(e.lookup(e.x("u8[2,40]"), table=first, to=DType.u8), table=second, to=DType.u8)
 
 
@@ -111,8 +111,8 @@ def join_tables(n: Node, at: At) -> Outcome:
     inner = at.by(n.inputs[0], "lookup")
     if inner is None:
         return None
-    joined = np.array(n.attrs["table"])[np.array(inner.attrs["table"]).astype(np.uint8)]
-    return at.op.lookup(inner.inputs[0], table=tuple(joined.tolist()), to=n.attrs["to"])
+    first, second = (bytes.fromhex(m.attrs["table"]) for m in (inner, n))
+    return at.op.lookup(inner.inputs[0], table=bytes(second[b] for b in first).hex(), to=n.attrs["to"])
 
 
 RULES: tuple[Rule, ...] = (tabulate, join_tables)

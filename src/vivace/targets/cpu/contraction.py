@@ -115,12 +115,9 @@ def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict
     buffers = {x: base_of(t, p, x) for x in dict.fromkeys(p.c.extra)}
     epilogue = Epilogue(t, isa, "n", symbols, buffers)
     for (o, i), offset, row in zip(rows, out_offsets, acc):
-        for j, value in enumerate(row):
-            moved = {p.outer.name: o, p.inner.name: i, "n": j * width}
-            moved.pop("", None)
-            place = t.add(offset, j * width * p.out_bytes)
-            total = Value(value, step.acc_element, width)
-            epilogue.store(finish, total, moved, p.c.out, "%out", place, masks[j])
+        moved = {name: by for name, by in ((p.outer.name, o), (p.inner.name, i)) if name}
+        totals = [Value(value, step.acc_element, width) for value in row]
+        epilogue.store_row(finish, totals, moved, p.c.out, "%out", offset, masks)
     epilogue.close()
     t.put("ret void")
     between = ", ptr %waiting, i1 %last" if p.tile.k_block else ""

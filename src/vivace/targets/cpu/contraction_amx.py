@@ -58,9 +58,8 @@ def tile_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[
             for j in range(vectors)
         ]
         epilogue = Epilogue(t, isa, "n", symbols, buffers)
-        for j, value in enumerate(loaded):
-            total = Value(value, element, width)
-            epilogue.store(p.c.epilogue, total, {"n": j * width}, p.c.out, out, j * width * p.out_bytes, masks[j])
+        totals = [Value(value, element, width) for value in loaded]
+        epilogue.store_row(p.c.epilogue, totals, {}, p.c.out, out, 0, masks)
         epilogue.close()
     t.put("ret void")
     axes = "".join(f", i64 %x{i}" for i in range(len(p.axes())))

@@ -11,9 +11,9 @@ from vivace.base.dims import linear, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError
 from vivace.base.machine import Isa
-from vivace.graph.ops.quantized import RANGES
+from vivace.graph.ops.quantized import BYTES, RANGES
 from vivace.loops.contraction import Contraction, Depthwise
-from vivace.loops.kernel import Binary, Buffer, Cast, Const, Expr, Load, Lookup, Read, Select, Unary, walk
+from vivace.loops.kernel import Binary, Buffer, Cast, Const, Expr, Load, Lookup, Read, Select, Unary, dtype_of, walk
 from vivace.targets.cpu.builder import Builder, Value, literal
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.env import Env
@@ -22,6 +22,7 @@ from vivace.targets.cpu.memory import flat_index, register_type, to_memory
 from vivace.targets.cpu.tables import look_up
 
 ACC = Read("acc", DType.i32)
+_PACK_BYTES = {DType.u8: "packuswb", DType.i8: "packsswb"}
 
 
 class Epilogue:
@@ -72,29 +73,61 @@ class Epilogue:
         b.declare(f"void @{name}({value.full}, ptr, <{lanes} x i1>)", name)
         b.effect(f"call void @{name}({value}, ptr align {align} {there}, {known})")
 
+    def store_row(
+        self, e: Expr | None, accs: list[Value], moved: Mapping[str, int], out: Buffer, pointer: str, offset: Int,
+        masks: list[str | None],
+    ) -> None:  # fmt: skip
+        """Stores neighbouring vectors of finished accumulators, the first at `offset`; two at a time where they make
+        bytes."""
+        step = self._lanes * out.dtype.size_bytes
+        j = 0
+        while j < len(accs):
+            here = {**moved, self._lane: moved.get(self._lane, 0) + j * self._lanes}
+            place = self._t.add(offset, j * step)
+            if masks[j : j + 2] == [None, None] and e is not None and self._b.isa.vector_bits == 512 and makes_bytes(e):
+                self._store_pair(e, accs[j : j + 2], here, pointer, place)
+                j += 2
+            else:
+                self.store(e, accs[j], here, out, pointer, place, masks[j])
+                j += 1
+
+    def _store_pair(self, e: Expr, accs: list[Value], moved: Mapping[str, int], pointer: str, offset: Int) -> None:
+        """32 bytes of two vectors of sums."""
+        b, whole = self._b, []
+        narrow, tables = _peeled(e)
+        for k, acc in enumerate(accs):
+            by = {**moved, self._lane: moved[self._lane] + k * self._lanes}
+            symbols = {name: b.iadd(self._env.symbols[name], literal(n, "i64")) for name, n in by.items() if n}
+            env = self._env.at(symbols, lane=self._lane, lanes=acc.lanes)
+            env.names["acc"] = acc
+            whole.append(b.widen(emit(env, _unclipped(narrow)), acc.lanes))
+        words = _pack(b, "packssdw", "i16", *whole)
+        mixed = _pack(b, _PACK_BYTES[narrow.dtype], "i8", words, words)
+        order = ", ".join(f"i32 {16 * q + 4 * k + i}" for k in range(2) for q in range(4) for i in range(4))
+        packed = b.inst(f"shufflevector {mixed}, {mixed.full} poison, <32 x i32> <{order}>", "i8", 32, mixed)
+        self._look_up_and_store(packed, tables, pointer, offset)
+
+    def _look_up_and_store(self, packed: Value, tables: list[bytes], pointer: str, offset: Int) -> None:
+        b = self._b
+        for table in tables:
+            packed = look_up(b, table, packed)
+        there = pointer if offset == 0 else b.inst(f"getelementptr i8, ptr {pointer}, i64 {offset}", "ptr", 0).text
+        b.effect(f"store {packed}, ptr {there}, align 1")
+
     def store_packed(
-        self, e: Expr, accs: list[Value], given: list[dict[Expr, Value]], out: DType, pointer: str, offset: Int
+        self, e: Expr, accs: list[Value], given: list[dict[Expr, Value]], pointer: str, offset: Int
     ) -> None:
         """Stores 64 bytes made of four vectors of sums, which lie as packing within quarters of a register wants them
         (`depthwise_wide`). `e` casts to bytes, and may look them up; `given` are the values of loads per vector.
         """
-        b, tables = self._b, []
-        while isinstance(e, Lookup):
-            tables.append(e.table)
-            e = e.x
-        assert isinstance(e, Cast)
-        wide = _unclipped(e)
-        whole = []
+        b, whole = self._b, []
+        narrow, tables = _peeled(e)
         for acc, known in zip(accs, given, strict=True):
             env = replace(self._env.at({}, lane=self._lane, lanes=acc.lanes), given=dict(known))
             env.names["acc"] = acc
-            whole.append(b.widen(emit(env, wide), acc.lanes))
+            whole.append(b.widen(emit(env, _unclipped(narrow)), acc.lanes))
         words = [_pack(b, "packssdw", "i16", whole[k], whole[k + 1]) for k in (0, 2)]
-        packed = _pack(b, "packuswb" if e.dtype is DType.u8 else "packsswb", "i8", *words)
-        for table in reversed(tables):
-            packed = look_up(b, table, packed)
-        there = pointer if offset == 0 else b.inst(f"getelementptr i8, ptr {pointer}, i64 {offset}", "ptr", 0).text
-        b.effect(f"store {packed}, ptr {there}, align 1")
+        self._look_up_and_store(_pack(b, _PACK_BYTES[narrow.dtype], "i8", *words), tables, pointer, offset)
 
     def _stored(self, v: Value, out: Buffer) -> Value:
         """The value as `out` holds it. The conversion of AVX512-BF16 takes denormals as 0, as its products do."""
@@ -113,6 +146,23 @@ class Epilogue:
         lines, needed = self._b.fragment()
         self._t.lines += lines
         self._t.declares |= needed
+
+
+def makes_bytes(e: Expr) -> bool:
+    """Whether an epilogue ends with i32 cast to bytes, which may be looked up then."""
+    while isinstance(e, Lookup):
+        e = e.x
+    return isinstance(e, Cast) and e.dtype in BYTES and dtype_of(e.x) is DType.i32
+
+
+def _peeled(e: Expr) -> tuple[Cast, list[bytes]]:
+    """The cast to bytes, and the tables that they go through, the first first."""
+    tables: list[bytes] = []
+    while isinstance(e, Lookup):
+        tables.insert(0, e.table)
+        e = e.x
+    assert isinstance(e, Cast)
+    return e, tables
 
 
 def _unclipped(e: Cast) -> Expr:

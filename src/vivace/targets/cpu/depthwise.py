@@ -202,7 +202,7 @@ def _wide_columns(p: _Plan, size: int) -> tuple[str, dict[str, str]]:
         epilogue = Epilogue(t, p.isa, "c", symbols, buffers)
         for j, column in enumerate(acc):
             totals = [Value(x, "i32", p.isa.n_f32_lanes) for x in column]
-            epilogue.store_packed(finish, totals, given, d.out.dtype, out, t.mul(t.dim(p.inner.out, dims), j))
+            epilogue.store_packed(finish, totals, given, out, t.mul(t.dim(p.inner.out, dims), j))
         epilogue.close()
     t.put("ret void")
     axes = "".join(f", i64 %x{i}" for i in range(len(d.rows)))

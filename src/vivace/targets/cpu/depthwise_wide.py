@@ -17,8 +17,9 @@ from vivace.base.dtypes import DType
 from vivace.base.machine import Isa
 from vivace.graph.ops.quantized import BYTES
 from vivace.loops.contraction import Depthwise
-from vivace.loops.kernel import Cast, Expr, Load, Lookup, walk
+from vivace.loops.kernel import Expr, Load, walk
 from vivace.targets.cpu.builder import Value
+from vivace.targets.cpu.contraction_epilogue import makes_bytes
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.memory import flat_index
 
@@ -40,9 +41,7 @@ def is_wide(d: Depthwise, isa: Isa) -> bool:
     if prod(extents[:-1]) > _MOST_ROWS or extents[-1] > _MOST_ROWS:  # type: ignore[operator]
         return False
     e = d.epilogue
-    while isinstance(e, Lookup):
-        e = e.x
-    return isinstance(e, Cast) and e.dtype in BYTES and all(map(_is_per_channel(d), walk(e)))  # type: ignore[arg-type]
+    return e is not None and makes_bytes(e) and all(map(_is_per_channel(d), walk(e)))  # type: ignore[arg-type]
 
 
 def _is_per_channel(d: Depthwise) -> Callable[[Expr], bool]:
