@@ -56,3 +56,25 @@ def test_other_element_types(dtype: DType, layout: str, constant: bool) -> None:
     for case in GROUPED[1:3]:
         graph, inputs = _conv(dtype, case, layout, constant)
         check(graph, *inputs, isas=(None, BEST), tol=0.0 if dtype is DType.i32 else 1e-2)
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize("filters, kernel", [(1, (2, 2)), (3, (2, 2)), (24, (2, 2)), (5, (1, 3)), (2, (4, 1))])
+@pytest.mark.parametrize("tail", ["", "relu", "residual"])
+def test_transposed_by_whole_kernels(isa: str, layout: str, filters: int, kernel: tuple[int, int], tail: str) -> None:
+    """Kernel and stride agree: the columns of the last axis' taps are one product."""
+    rng = np.random.default_rng(filters)
+    w, bias = rng.standard_normal((6, filters, *kernel), np.float32), rng.standard_normal(filters, np.float32)
+    size, large = (5, 7), (5 * kernel[0], 7 * kernel[1])
+    x = rng.standard_normal((2, *size, 6) if layout == "NHWC" else (2, 6, *size), np.float32)
+    other = rng.standard_normal((2, *large, filters) if layout == "NHWC" else (2, filters, *large), np.float32)
+    attrs = {"strides": kernel, "dilations": (1, 1), "before": (0, 0), "after": (0, 0), "output_padding": (0, 0),
+             "group": 1, "layout": layout}  # fmt: skip
+
+    def make(b, x, other):  # type: ignore[no-untyped-def]
+        y = b.conv_transpose(x, b.const(w), b.const(bias), **attrs)
+        return b.relu(y) if tail == "relu" else b.add(y, other) if tail else b.concat(y, other, axis=3)
+
+    graph = build(make, Type(DType.f32, x.shape), Type(DType.f32, other.shape))
+    check(graph, x, other, isas=(isa,), tol=1e-5)

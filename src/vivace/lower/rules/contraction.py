@@ -22,9 +22,11 @@ from vivace.lower.lowering import Lowering
 from vivace.lower.pack import contiguous_run, pack_groups, pack_panels
 from vivace.lower.rules import narrow, winograd
 from vivace.lower.rules.elementwise import Params, Tree, emit_pointwise
-from vivace.lower.rules.epilogue import Epilogue, tail_flops
+from vivace.lower.rules.epilogue import ACC, Epilogue, tail_flops
 from vivace.lower.tile import panel_lanes
 from vivace.lower.views import View
+
+FEW_RESULTS = 8  # columns of a transposed convolution
 
 
 def emit_contraction(
@@ -425,7 +427,11 @@ def _depthwise_weights(w: Value) -> np.ndarray:
 
 def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
     """Transposed convolution. Where kernel and stride agree, each tap is a product of its own that fills its own cells;
-    otherwise every result gathers the inputs that reach it."""
+    otherwise every result gathers the inputs that reach it.
+
+    The taps of the last axis fill cells that are neighbours: their columns stand side by side in one product. What
+    follows so few columns that vectors would be nearly empty is a step of its own.
+    """
     node = g.anchor
     x_value, w_value = node.inputs[0], node.inputs[1]
     bias_value = node.inputs[2] if len(node.inputs) > 2 else None
@@ -445,28 +451,50 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
     if not plain or y.dtype is not DType.f32:
         _gather_transpose(ctx, g, x, to_last)
         return
-    target = ctx.target(g.output)
+    oc, c, data = w_value.shape[1], x.shape[-1], w_value.data
+    assert isinstance(oc, int) and data is not None
+    tail = [n for n in g.nodes if n is not node]
+    if tail and oc * strides[-1] < FEW_RESULTS:
+        whole, g = g, Group(node, g.position, (node,), y)
+        from_last = tuple(to_last.index(i) for i in range(rank))
+        target = ctx.temporary(f"{y.name}_sums", y.dtype, tuple(y.shape[i] for i in to_last)).transpose(from_last)
+    else:
+        whole, target = g, ctx.target(g.output)
     out = target.transpose(to_last)
     if out.strides[-1] != 1 and out.shape[-1] != 1:
         out = ctx.temporary(f"{y.name}_nhwc", g.output.dtype, out.shape)
-    oc = w_value.shape[1]
-    c = x.shape[-1]
+    is_joined = (
+        out.strides[-2] == oc and (bias_value is None or bias_value.data is not None)
+        and not (whole is g and tail and Tree(ctx, tail, g.output, given=[y]).leaves)
+    )  # fmt: skip
     rows = tuple(
         Axis(f"o{i}", x.shape[i], x.strides[i], 0, out.strides[i] * (1 if i == 0 else strides[i - 1]))
         for i in range(rank - 1)
     )
-    lanes = panel_lanes(oc, ctx.isa)
-    # [c, oc, k..] -> [k.., c, oc]
-    w = _packed(ctx, w_value, lanes, "transpose", lambda: np.moveaxis(np.asarray(w_value.data), (0, 1), (-2, -1)))
-    panel = w.shape[-3] * w.shape[-2] * w.shape[-1]
+    n = oc * strides[-1] if is_joined else oc
+    lanes = panel_lanes(n, ctx.isa)
+
+    def matrices() -> np.ndarray:
+        by_tap = np.moveaxis(data, (0, 1), (-2, -1))  # [c, oc, k..] -> [k.., c, oc]
+        if not is_joined:
+            return by_tap
+        joined = np.moveaxis(by_tap, -3, -2)
+        return joined.reshape(*joined.shape[:-2], n)
+
+    w = _packed(ctx, w_value, lanes, f"transpose {is_joined}", matrices)
+    panel = prod(w.shape[-3:])
     batch = []
     step: Dim = panel
-    for i in reversed(range(n_spatial)):
+    for i in reversed(range(n_spatial - is_joined)):
         batch.append(Axis(f"t{i}", kernel[i], 0, step, out.strides[i + 1]))
         step = step * kernel[i]
     batch.reverse()
-    bias = None if bias_value is None else ctx.view(bias_value)
-    if bias is not None and not last:
+    bias: View | Callable[[Params], Expr] | None = None if bias_value is None else ctx.view(bias_value)
+    if is_joined and bias_value is not None and bias_value.data is not None:
+        tiled = np.tile(bias_value.data.reshape(-1), strides[-1])
+        columns = ctx.constant(tiled, f"{bias_value.name}_tiled", ("tiled", id(bias_value.data), strides[-1]))
+        bias = lambda params: Binary("add", ACC, params.load(columns, (symbol("n", 0),)))  # noqa: E731
+    elif isinstance(bias, View) and not last:
         bias = replace(bias, shape=(*bias.shape, *(1,) * n_spatial), strides=(*bias.strides, *(0,) * n_spatial))
     by_last = [
         symbol("o0", 0),
@@ -481,7 +509,7 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
         tuple(batch),
         rows,
         (Axis("kc", c, 1),),
-        oc,
+        n,
         a_buf,
         b_buf,
         out_buf,
@@ -493,6 +521,8 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
     emit_contraction(ctx, "conv_transpose", spec, views, g, tail_flops(g))
     if out.storage is not target.storage:
         ctx.copy(out, target.transpose(to_last))
+    if whole is not g:
+        finish(ctx, whole, target)
 
 
 def _gather_transpose(ctx: Lowering, g: Group, x: View, to_last: tuple[int, ...]) -> None:
