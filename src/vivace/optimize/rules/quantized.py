@@ -224,6 +224,8 @@ def _example_requantized(e: Example, middle: str = "") -> Value:
     if middle == "add":
         other = e.dequantize(e.x("u8[2,4]"), e.const(F32(8)), e.const(np.uint8(1)))
         y = e.relu(e.add(y, other))
+    if middle == "gate":
+        y = e.mul(_example_bytes(e, "u8[2,4]"), e.sigmoid(e.x("f32[2,1]")))
     if middle == "clip":
         y = e.add(e.clip(y, min=-8.0, max=6.0), e.const(F32(2)))
     return e.quantize(y, e.const(F32(2)), e.const(np.uint8(3)))
@@ -234,11 +236,13 @@ def _example_requantized(e: Example, middle: str = "") -> Value:
     examples=(
         lambda e: _example_requantized(e),
         lambda e: _example_requantized(e, "add"),
+        lambda e: _example_requantized(e, "gate"),
         lambda e: _example_requantized(e, "clip"),
     ),
 )
 def scale_once(n: Node, at: At) -> Outcome:
-    """quantize(x * s, t) = quantize(x * (s / t), 1): through relu, clip and sums, whose operands are scaled instead"""
+    """quantize(x * s, t) = quantize(x * (s / t), 1): through relu, clip, products of one factor, and sums, whose
+    operands are scaled instead"""
     known = _parameters(n)
     if known is None or known[0] == 1 or not known[0] > 0:
         return None
@@ -270,7 +274,12 @@ def _divided(v: Value | None, t: np.float32, at: At) -> Value | None:
     match n.op.name:
         case "mul":
             c = n.inputs[1]
-            return None if c is None or c.data is None else at.op.mul(x, at.const(np.asarray(c.data / t, F32)))
+            if c is not None and c.data is not None:
+                return at.op.mul(x, at.const(np.asarray(c.data / t, F32)))
+            for a, b in ((x, c), (c, x)):
+                if b is not None and (scaled := _divided(a, t, at)) is not None:
+                    return at.op.mul(scaled, b)
+            return None
         case "add":
             a, b = (_divided(u, t, at) for u in n.inputs)
             return None if a is None or b is None else at.op.add(a, b)
