@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vivace.runtime.engine import Engine, ForeignRunner, MakeForeign, Placement
     from vivace.runtime.partitioned import PartitionedEngine
 
-PRECISIONS = ("f32", "bf16", "f16")
+PRECISIONS = ("f32", "bf16", "f16", "auto")
 PROVIDERS = ("native", "onnxruntime", "openvino")
 Progress = Callable[[str, int, int], None]
 
@@ -71,6 +71,8 @@ def compile(
     disable: Sequence[str] = (),
     progress: Progress | None = None,
     calibration: Mapping[str, np.ndarray] | Sequence[Mapping[str, np.ndarray]] = (),
+    max_drop: float | None = None,
+    metric: str = "relative",
 ) -> Engine | PartitionedEngine:
     """Compile a model for this machine.
 
@@ -86,6 +88,9 @@ def compile(
     stay in f32 (see `vivace.lower.precision`). Where the CPU has no products of the type with f32 sums it would not pay
     (no x86 CPU that we make code for has those of f16), and f32 is used: `engine.stats["precision_note"]` says so. With
     inputs in `calibration` the error against f32 is measured on them, `engine.stats["precision_error"]`.
+    `auto` chooses by layer: a narrow format is kept where it measures faster and the outputs stay within `max_drop` of
+    those in f32 by `metric` (relative, max_absolute, top1, cosine; `vivace.formats`), on the inputs in `calibration`,
+    or else on seeded ones. `engine.stats["layers"]` tells each layer's format, its error alone, and the time saved.
     Raises: ModelError, UnsupportedError (a node has no provider), InputError (a bad option).
     """
     if precision not in PRECISIONS:
@@ -104,8 +109,10 @@ def compile(
         return fastest(replace(job, options=replace(options, providers=("native", "onnxruntime"))), shapes)
     if "native" not in names:
         return job.whole(names[0], "asked for")
-    engine = job.native()
     samples = [calibration] if isinstance(calibration, Mapping) else list(calibration)
+    if precision == "auto":
+        return _automatic(job, samples, max_drop, metric)
+    engine = job.native()
     if samples and engine.facts.get("precision", "f32") != "f32":
         f32 = replace(job, options=replace(options, precision="f32")).native()
         engine.facts["precision_error"] = measure_error(engine, f32, samples)
@@ -239,6 +246,58 @@ def build(graph: Graph, options: Options) -> tuple[Plan, Image, Graph]:
     return plan, image, graph
 
 
+def _automatic(
+    job: Job, samples: Sequence[Mapping[str, np.ndarray]], max_drop: float | None, metric: str
+) -> Engine | PartitionedEngine:
+    """The engine whose layers have the formats that measuring chose; see `vivace.formats`."""
+    from vivace.base.dtypes import DType
+    from vivace.formats import METRICS, Engines, decide, regions
+    from vivace.graph.sizes import late_nodes
+    from vivace.lower.precision import narrow, products
+    from vivace.lower.rules.contraction import is_fast_half
+    from vivace.measure.inputs import choose_shapes, generate
+
+    if max_drop is None or not max_drop >= 0:
+        raise InputError("no tolerance", where="max_drop", expected="a number, 0 or more", hint="max_drop=0.01")
+    if metric not in METRICS:
+        raise InputError(f"unknown metric {metric!r}", expected=", ".join(METRICS))
+    options = replace(job.options, precision="f32")
+    exact = replace(job, options=options)
+    halves = [h for h in (DType.bf16, DType.f16) if is_fast_half(h, options.target) or knobs.emulate]
+    loaded = load_graph(job.source, job.shapes)
+    graph = optimize_for_native(loaded, options.level, options.kept)
+    layers = regions([(onnx_names(n), n.outputs[0]) for n in products(graph)])
+    if not halves or not layers or late_nodes(loaded):
+        why = "no products of halves" if not halves else "no layer that multiplies" if not layers else "late sizes"
+        warn("precision", f"{why}: computed in f32")
+        engine = exact.native()
+        engine.facts["precision_note"] = f"{why}: computed in f32"
+        return engine
+
+    def make(formats: Mapping[str, str]) -> Engine:
+        narrowed = graph
+        for half in halves:
+            only = [v for x, f in formats.items() if f == half.value for v in layers[x].values]
+            narrowed = narrow(narrowed, half, only).graph if only else narrowed
+        plan = make_plan(narrowed, options.target, options.providers, options.without)
+        image = link_image(plan, options.target, options.cache, options.progress)
+        return _engine(plan, image, options, placements(image), job.portable)
+
+    def given(engine: Engine) -> Sequence[Mapping[str, np.ndarray]]:
+        shapes, _ = choose_shapes(engine.inputs, {k: tuple(v) for k, v in (job.shapes or {}).items()})
+        return samples or [generate(engine.inputs, shapes, seed) for seed in range(3)]
+
+    layer_of = {name: x for x, region in layers.items() for name in region.nodes}
+    measure = Engines(make, list(layers), layer_of, given, metric)
+    decision = decide(list(layers), [h.value for h in halves], measure, max_drop)
+    engine = measure.engine(decision.formats)
+    measured_on = f"{len(samples)} given inputs" if samples else "3 sets of seeded inputs, for want of calibration"
+    engine.facts.update(
+        precision="auto", max_drop=max_drop, metric=metric, measured_on=measured_on, **decision.facts()
+    )
+    return engine
+
+
 def measure_error(
     engine: Engine | PartitionedEngine, f32: Engine | PartitionedEngine, samples: Sequence[Mapping[str, np.ndarray]]
 ) -> list[dict[str, object]]:
@@ -278,7 +337,9 @@ def load(path: str | Path, *, threads: int | None = None) -> Engine | Partitione
             raise EngineError(
                 f"needs a CPU with {', '.join(missing)}", where=str(path), hint="compiling the model on this machine"
             )
-        return compile(model, threads=threads, precision=saved.header["facts"].get("precision", "f32"))
+        facts = saved.header["facts"]
+        options = {"max_drop": facts["max_drop"], "metric": facts["metric"]} if "max_drop" in facts else {}
+        return compile(model, threads=threads, precision=facts.get("precision", "f32"), **options)
     n_threads = threads_for(threads)
     program = saved.program()
     engines = [

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vivace.base.knobs import knobs
 from vivace.cli.bench import Wanted, gather_inputs, measure
 from vivace.cli.contestants import Job
 from vivace.measure.bench import Settings
@@ -187,6 +188,22 @@ def test_compile_then_run_and_inspect(cli, model: Path, tmp_path: Path) -> None:
     engine.write_bytes(engine.read_bytes()[:500])
     broken = cli("run", engine)
     assert broken.code == 2 and "small.vivace" in broken.err
+
+
+def test_precision_by_layer(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    engine, samples = tmp_path / "small.vivace", tmp_path / "samples.npz"
+    np.savez(samples, x=np.ones((3, 8), np.float32), ids=np.ones((3, 2), np.int64))
+    auto = ("compile", model, "-o", engine, "--threads", 1, "--precision", "auto")
+    refused = cli(*auto)
+    assert refused.code == 2 and "max_drop" in refused.err
+    refused = cli(*auto, "--max-drop", 0.01, "--calibration", tmp_path / "none.npz")
+    assert refused.code == 2 and "none.npz" in refused.err
+    with knobs.scope(emulate=True):
+        made = cli(*auto, "--max-drop", 0.01, "--metric", "top1", "--calibration", samples)
+    assert made.code == 0
+    shown = cli("inspect", engine)
+    assert shown.code == 0 and "precision by layer" in shown.out and "1 given inputs" in shown.out
+    assert "product" in shown.out.split("precision by layer")[1].split("softmax")[0]
 
 
 @pytest.mark.parametrize("verb", ["run", "bench", "inspect", "compile", "opt"])

@@ -20,6 +20,9 @@ def compile_model(
     shapes: options.Shapes = "",
     threads: options.Threads = 0,
     precision: options.Precision = "f32",
+    max_drop: options.MaxDrop = -1.0,
+    metric: options.Metric = "relative",
+    calibration: options.Calibration = [],  # noqa: B006 (typer reads it)
     provider: options.Provider = "native,onnxruntime",
     target: options.Target = "host",
     tune: Annotated[str, typer.Option(help="Effort of tuning: off, fast, full.")] = "fast",
@@ -54,6 +57,9 @@ def compile_model(
             level=options.level_of(level),
             disable=options.split(disable),
             progress=show,
+            calibration=options.read_samples(calibration),
+            max_drop=None if max_drop < 0 else max_drop,
+            metric=metric,
         )
         engine.save(path)
     seconds = time.perf_counter() - start

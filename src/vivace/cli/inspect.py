@@ -252,10 +252,22 @@ def _inspect_engine(path: Path, as_json: bool, scaling: Scaling | None) -> None:
     for name, specs in (("inputs", engine.inputs), ("outputs", engine.outputs)):
         for i, spec in enumerate(specs):
             print(f"{name if i == 0 else '':10} {spec}")
+    layers = engine.stats.get("layers")
     for fact, value in engine.stats.items():
+        if fact == "layers":
+            continue
         print(f"{fact:24} {size(value) if fact.endswith('_bytes') and isinstance(value, int) else value}")
+    if isinstance(layers, list):
+        _print_layers(layers)
     for place in engine.placement:
         because = f", because {place.reason}" if place.reason else ""
         print(f"{place.node} ({place.op}) -> {place.kernel} in {place.provider}{because}")
     if scaling:
         print_scaling(scaling)
+
+
+def _print_layers(layers: Sequence[Mapping[str, Any]]) -> None:
+    from vivace.cli.console import print_table
+
+    rows = [[x["layer"], x["format"], f"{x['error']:.2g}", f"{x['saved_ms']:.3f}", x["reason"]] for x in layers]
+    print_table("precision by layer", ["layer", "format", "error", "saved ms", "f32 because of"], rows, left=2)

@@ -23,7 +23,15 @@ Inputs = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of generated arrays.")]
 Threads = Annotated[int, typer.Option("--threads", "-t", help="Threads; 0 is all that this process may use.")]
-Precision = Annotated[str, typer.Option(help="Numbers between kernels: f32, bf16, f16.")]
+Precision = Annotated[str, typer.Option(help="Numbers between kernels: f32, bf16, f16, auto.")]
+MaxDrop = Annotated[
+    float, typer.Option(metavar="DROP", help="For --precision auto: how far outputs may be from f32 by --metric.")
+]
+Metric = Annotated[str, typer.Option(help="relative, max_absolute, top1, cosine.")]
+Calibration = Annotated[
+    list[Path],
+    typer.Option(metavar="FILE.npz", help="Inputs to measure errors on; may be given several times."),
+]
 Provider = Annotated[
     str,
     typer.Option(
@@ -87,6 +95,14 @@ def read_arrays(inputs: Sequence[str]) -> dict[str, np.ndarray]:
                 raise InputError(f"cannot read {text!r}", where="--input", expected="NAME=FILE.npy or FILE.npz")
             arrays[name] = _read_array(Path(file))
     return arrays
+
+
+def read_samples(files: Sequence[Path]) -> list[dict[str, np.ndarray]]:
+    """The arrays of each file by input name. Raises: InputError for what cannot be read."""
+    for file in files:
+        if not file.is_file():
+            raise InputError("no such file", where=str(file), expected="a .npz file with one array per input")
+    return [_read_archive(file) for file in files]
 
 
 def _is_named(text: str) -> bool:

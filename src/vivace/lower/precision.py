@@ -26,6 +26,7 @@ Not handled: branches and loops (they stay f32), f64.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,19 +54,28 @@ class Narrowed:
     n_products: int
 
 
-def narrow(graph: Graph, half: DType = DType.bf16) -> Narrowed:
-    """The graph with its intermediate values stored in a half type."""
+def narrow(graph: Graph, half: DType = DType.bf16, only: Collection[Value] | None = None) -> Narrowed:
+    """The graph with its intermediate values stored in a half type. `only` are the results of the products that may
+    multiply halves (None: all); what follows such a product up to the next one is narrow with it.
+    """
     groups = group(graph)
-    chosen = _Choice(graph, groups, half).stored
-    made = _Rebuild(graph, groups, half, chosen)
+    allowed = {n.outputs[0] for n in products(graph, half)} if only is None else set(only)
+    chosen = _Choice(graph, groups, half, allowed).stored
+    made = _Rebuild(graph, groups, half, chosen, allowed)
     return Narrowed(made.run(), len(chosen), made.n_products)
+
+
+def products(graph: Graph, half: DType = DType.bf16) -> list[Node]:
+    """The nodes that can multiply halves, in order."""
+    return [n for n in graph.nodes if n.op.name in _PRODUCTS and reads_half(n, 0, half)]
 
 
 class _Choice:
     """Which group outputs are stored narrow."""
 
-    def __init__(self, graph: Graph, groups: list[Group], half: DType) -> None:
-        self.graph, self.half = graph, half
+    def __init__(self, graph: Graph, groups: list[Group], half: DType, allowed: set[Value]) -> None:
+        self.graph, self.half, self.allowed = graph, half, allowed
+        self.layer = _layers(groups, half)
         self.users, self.producer = graph.users(), graph.producers()
         self.outputs = set(graph.outputs)
         self.maker = {g.output: g for g in groups}
@@ -103,6 +113,8 @@ class _Choice:
         wanted = [n.op.name for (n, _), ok in zip(readers, able, strict=True) if ok and n is not None]
         if any(name in _PRODUCTS for name in wanted):
             return True
+        if (layer := self.layer[v]) is not None and layer not in self.allowed:
+            return False
         if len(readers) > 1 and "add" in wanted and _STREAM_READERS.issuperset(wanted):  # STREAM
             return False
         size = v.type.size
@@ -114,6 +126,8 @@ class _Choice:
             return True
         if n.op.name in MOVERS:
             return self._moves(n, operand)
+        if n.op.name in _PRODUCTS and n.outputs[0] not in self.allowed:
+            return False
         if n.op.name == "attention" and operand in (1, 2):  # of halves where the queries are
             return self._is_half(n.inputs[0])
         return reads_half(n, operand, self.half)
@@ -148,11 +162,25 @@ def moved(n: Node) -> tuple[Value | None, ...]:
     return n.inputs if n.op.name == "concat" else n.inputs[:1]
 
 
+def _layers(groups: list[Group], half: DType) -> dict[Value, Value | None]:
+    """For the result of each group the last product before it (the first one, where there is none)."""
+    anchors = [g.anchor for g in groups if g.anchor.op.name in _PRODUCTS and reads_half(g.anchor, 0, half)]
+    last = anchors[0].outputs[0] if anchors else None
+    found: dict[Value, Value | None] = {}
+    for g in groups:
+        if g.anchor in anchors:
+            last = g.anchor.outputs[0]
+        found[g.output] = last
+    return found
+
+
 class _Rebuild:
     """The graph in the order of its groups, with casts where values are stored and read."""
 
-    def __init__(self, graph: Graph, groups: list[Group], half: DType, stored: set[Value]) -> None:
-        self.graph, self.groups, self.half, self.stored = graph, groups, half, stored
+    def __init__(
+        self, graph: Graph, groups: list[Group], half: DType, stored: set[Value], allowed: set[Value]
+    ) -> None:
+        self.graph, self.groups, self.half, self.stored, self.allowed = graph, groups, half, stored, allowed
         self.producer = graph.producers()
         self.nodes: list[Node] = []
         self.done: set[Node] = set()
@@ -187,7 +215,7 @@ class _Rebuild:
         for i, x in enumerate(n.inputs):
             if x is None or x in inside:
                 continue
-            is_factor = i == 0 and n.op.name in _PRODUCTS and reads_half(n, 0, self.half)
+            is_factor = i == 0 and n.outputs[0] in self.allowed and reads_half(n, 0, self.half)
             source = self.narrow.get(x)
             if source is None and is_factor and self._is_given(x):
                 source = self._rounded(x, n.origin)

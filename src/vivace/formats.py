@@ -1,0 +1,254 @@
+"""`precision="auto"`: which layers compute in a narrow format, by measurement and within a tolerance.
+
+    saved[layer]   time of its kernels in f32, less that in the format with all layers narrow
+    error[layer]   error of the outputs against f32 with this layer alone in its format
+    kept           layers that save time, those with the least error power for it first, as many as the tolerance allows
+
+Rules:
+* MEASURED: a layer that is not faster in a narrow format stays f32. What is kept is measured again as a whole: layers
+  that lost by the casts around them are dropped, and all are where the engine is not faster than in f32.
+* WITHIN: the error of the engine that is returned was measured on the samples, and is at most `max_drop`.
+* LAYER: a product (or attention) with what follows it up to the next one. A model with more than `MOST_LAYERS` is cut
+  into as many runs of neighbours, each of which is decided as one.
+
+The decision is a function of what `Measure` says, so that it is the same for the same measurements.
+Not handled: two narrow formats within one layer; branches and loops, which stay f32.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from vivace.base.errors import InputError
+
+if TYPE_CHECKING:
+    from vivace.graph.graph import Value
+    from vivace.runtime.engine import Engine
+
+MOST_LAYERS = 32
+N_ROUNDS, LEAST_GAIN = 9, 0.02  # a layer must win by more than the noise of a median of 9
+Arrays = Mapping[str, np.ndarray]
+Assignment = Mapping[str, str]  # format by layer
+
+
+def _relative(got: np.ndarray, want: np.ndarray) -> float:
+    noise, signal = float(np.sum((got - want) ** 2)), float(np.sum(want**2))
+    return 0.0 if noise == 0 else float(np.sqrt(noise / signal)) if signal else np.inf
+
+
+def _max_absolute(got: np.ndarray, want: np.ndarray) -> float:
+    return float(np.max(np.abs(got - want), initial=0.0))
+
+
+def _top1(got: np.ndarray, want: np.ndarray) -> float:
+    if not want.ndim or not want.size:
+        return 0.0
+    return float(np.mean(got.argmax(axis=-1) != want.argmax(axis=-1)))
+
+
+def _cosine(got: np.ndarray, want: np.ndarray) -> float:
+    if not want.size:
+        return 0.0
+    x, y = (a.reshape(-1, a.shape[-1] if a.ndim else 1) for a in (got, want))
+    lengths = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    return float(np.max(1 - np.where(lengths > 0, (x * y).sum(axis=1) / np.where(lengths > 0, lengths, 1), 1.0)))
+
+
+# How far outputs are from those in f32; 0 for equal ones.
+METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
+    "relative": _relative,  # root of error power over power: 0.01 is a signal-to-noise ratio of 40 dB
+    "max_absolute": _max_absolute,
+    "top1": _top1,  # share of the rows whose largest element is another one
+    "cosine": _cosine,  # 1 - cosine similarity of the row that changed most
+}
+
+
+def drop(metric: str, got: Arrays, want: Arrays) -> float:
+    """The worst over the outputs of floats; infinite where NaN or infinity is on one side only."""
+    worst = 0.0
+    for name, w in want.items():
+        if w.dtype.kind not in "fV":
+            continue
+        a, b = got[name].astype(np.float64), w.astype(np.float64)
+        finite = np.isfinite(b)
+        if not np.array_equal(finite, np.isfinite(a)):
+            return np.inf
+        worst = max(worst, METRICS[metric](np.where(finite, a, 0), np.where(finite, b, 0)))
+    return worst
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Neighbouring products that are decided as one: the ONNX nodes they come from, and their results."""
+
+    nodes: tuple[str, ...]
+    values: tuple[Value, ...]
+
+
+def regions(products: Sequence[tuple[Sequence[str], Value]]) -> dict[str, Region]:
+    """At most `MOST_LAYERS` regions of the products, by name (rule LAYER)."""
+    size = -(-len(products) // MOST_LAYERS)
+    found: dict[str, Region] = {}
+    for i in range(0, len(products), max(size, 1)):
+        some = products[i : i + size]
+        names = [nodes[0] if nodes else v.name for nodes, v in some]
+        label = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
+        label = label if label not in found else f"{label} ({i})"
+        found[label] = Region(tuple(n for nodes, _ in some for n in nodes), tuple(v for _, v in some))
+    return found
+
+
+class Measure(Protocol):
+    """What deciding needs to know of an assignment; layers that it does not name are f32."""
+
+    def seconds(self, formats: Assignment) -> Mapping[str, float]:
+        """Time by layer."""
+        ...
+
+    def whole(self, formats: Assignment) -> tuple[float, float]:
+        """Time of an inference in f32 and with the assignment, taken in turns."""
+        ...
+
+    def error(self, formats: Assignment) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What became of a layer. `error` is that of its format alone (of the best one, where it stayed f32 for its error);
+    `saved_ms` is what its format saves.
+    """
+
+    layer: str
+    format: str
+    error: float
+    saved_ms: float
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The format of each layer, and what that comes to."""
+
+    layers: tuple[Layer, ...]
+    error: float
+    f32_ms: float
+    ms: float
+
+    @property
+    def formats(self) -> dict[str, str]:
+        return {x.layer: x.format for x in self.layers if x.format != "f32"}
+
+    def facts(self) -> dict[str, object]:
+        rows = [asdict(x) for x in self.layers]
+        return {"layers": rows, "error": self.error, "f32_ms": self.f32_ms, "auto_ms": self.ms}
+
+
+def decide(layers: Sequence[str], formats: Sequence[str], measure: Measure, max_drop: float) -> Decision:
+    """The formats that save most time within a tolerance."""
+    exact = measure.seconds({})
+    best: dict[str, tuple[str, float]] = {}
+    for f in formats:
+        narrow = measure.seconds(dict.fromkeys(layers, f))
+        for x in layers:
+            gain = exact[x] - narrow[x]
+            if gain > LEAST_GAIN * exact[x] and gain > best.get(x, ("", 0.0))[1]:
+                best[x] = (f, gain)
+    errors = {x: measure.error({x: f}) for x, (f, _) in best.items()}
+    able = [x for x in best if errors[x] <= max_drop]
+    able.sort(key=lambda x: (errors[x] ** 2 / best[x][1], layers.index(x)))
+
+    def first(n: int) -> dict[str, str]:
+        return {x: best[x][0] for x in able[:n]}
+
+    low, high = 0, len(able) + 1  # `low` fit, `high` do not
+    while high - low > 1:
+        n = len(able) if high > len(able) else (low + high) // 2
+        low, high = (n, high) if measure.error(first(n)) <= max_drop else (low, n)
+    kept = first(low)
+    why = dict.fromkeys(able[low:], "its error, beside that of the others")
+    why |= {x: "its error" for x in best if errors[x] > max_drop}
+    gains = {x: gain for x, (_, gain) in best.items()}
+    while kept:  # rule MEASURED
+        now = measure.seconds(kept)
+        gains |= {x: exact[x] - now[x] for x in kept}
+        slower = [x for x in kept if now[x] >= exact[x]]
+        if not slower:
+            break
+        why |= dict.fromkeys(slower, "no faster than f32")
+        kept = {x: f for x, f in kept.items() if x not in slower}
+    while kept and measure.error(kept) > max_drop:  # rule WITHIN, where errors had cancelled
+        last = max(kept, key=able.index)
+        why[last] = "its error, beside that of the others"
+        del kept[last]
+    f32, whole = measure.whole(kept) if kept else (sum(exact.values()), sum(exact.values()))
+    if kept and whole >= f32:
+        why |= dict.fromkeys(kept, "the engine was no faster than in f32")
+        kept, whole = {}, f32
+    rows = tuple(
+        Layer(x, kept.get(x, "f32"), errors.get(x, 0.0), 1e3 * gains[x] if x in kept else 0.0,
+              "" if x in kept else why.get(x, "no faster than f32"))
+        for x in layers
+    )  # fmt: skip
+    return Decision(rows, measure.error(kept) if kept else 0.0, 1e3 * f32, 1e3 * whole)
+
+
+class Engines:
+    """`Measure` by running engines. `make` builds one from an assignment; `layer_of` names the layer of an ONNX node
+    that is a product.
+    """
+
+    def __init__(
+        self, make: Callable[[Assignment], Engine], layers: Sequence[str], layer_of: Mapping[str, str],
+        samples: Callable[[Engine], Sequence[Arrays]], metric: str,
+    ) -> None:  # fmt: skip
+        self.make, self.layers, self.layer_of, self.metric = make, layers, layer_of, metric
+        self.f32 = make({})
+        self.samples = samples(self.f32)
+        if not self.samples:
+            raise InputError("no samples", where="calibration", expected="at least one set of inputs")
+        self.want = [self.f32.run(s) for s in self.samples]
+        self._last: tuple[dict[str, str], Engine] = ({}, self.f32)
+
+    def engine(self, formats: Assignment) -> Engine:
+        """The engine of an assignment; the last one is kept."""
+        if not formats:
+            return self.f32
+        if self._last[0] != dict(formats):
+            self._last = (dict(formats), self.make(formats))
+        return self._last[1]
+
+    def error(self, formats: Assignment) -> float:
+        engine = self.engine(formats)
+        return max(drop(self.metric, engine.run(s), w) for s, w in zip(self.samples, self.want, strict=True))
+
+    def seconds(self, formats: Assignment) -> dict[str, float]:
+        engine, times = self.engine(formats), defaultdict(list)
+        for _ in range(N_ROUNDS):
+            total = dict.fromkeys(self.layers, 0.0)
+            by_line: dict[int, float] = defaultdict(float)
+            for event in engine.profile(self.samples[0]):
+                by_line[int(event.kernel.partition(":")[0])] += event.duration_ns * 1e-9
+            layer = self.layers[0]
+            for number, line in enumerate(engine.image.lines):
+                layer = next((self.layer_of[n] for n in line.nodes if n in self.layer_of), layer)
+                total[layer] += by_line[number]
+            for x, t in total.items():
+                times[x].append(t)
+        return dict(zip(times, map(median, times.values()), strict=True))
+
+    def whole(self, formats: Assignment) -> tuple[float, float]:
+        engine, times = self.engine(formats), ([], [])  # type: ignore[var-annotated]
+        for _ in range(N_ROUNDS):
+            for e, t in zip((self.f32, engine), times, strict=True):
+                e.run(self.samples[0])
+                start = time.perf_counter()
+                e.run(self.samples[0])
+                t.append(time.perf_counter() - start)
+        return median(times[0]), median(times[1])
