@@ -81,7 +81,8 @@ def compile(
     `providers` lists who may compute, the first choice first: with `native` alone a node that we have no kernel for is
     an error; without `native` the first provider runs the whole model; `auto` measures all, whole and for parts of the
     model, and keeps the fastest.
-    `disable` names passes and rules of the optimizer (docs/rules.md) to leave out, and `winograd`.
+    `disable` names passes and rules of the optimizer (docs/rules.md) to leave out, and choices of the lowering
+    (`winograd`, `epilogues`, `trees`, `placement`): `benchmarks/ablations.py` shows what each brings.
     `tune` has no effect yet: tiles come from a model of the machine. `progress(stage, done, total)` is called as work
     goes on.
     `precision` is `f32`, `bf16` or `f16`: values between kernels and weights of products are stored in that type, sums

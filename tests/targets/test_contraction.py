@@ -293,6 +293,19 @@ def test_tiles_outside_panels(isa: Isa) -> None:
     check(case, isa)
 
 
+def test_panels_pass_inside_only_where_a_is_the_larger_operand() -> None:
+    isa, machine = ISAS["avx512"], replace(host(), caches=())
+    assert choose_tile(matmul(3136, 64, 64, isa).c, isa, machine).tiles_outside
+    assert not choose_tile(matmul(40, 120, 6625, isa).c, isa, machine).tiles_outside
+
+
+@pytest.mark.parametrize("rows", [7, 40])
+def test_the_next_panel_is_fetched_ahead_also_by_a_single_tile(rows: int) -> None:
+    isa = ISAS["avx512"]
+    text = emit_contraction(matmul(rows, 960, 160, isa).c, isa).llvm_text
+    assert "ptr %ahead" in text and ", i32 0, i32 2, i32 1)" in text
+
+
 def test_large_products_are_cut_for_the_caches() -> None:
     isa = ISAS["avx512"]
     tile = choose_tile(matmul(128, 3072, 768, isa).c, isa, replace(host(), caches=()))

@@ -50,14 +50,16 @@ class Group:
     output: Value
 
 
-def group(graph: Graph) -> list[Group]:
-    """Partition the graph into groups, in an order of execution. Views and constants are in none."""
-    return _Grouping(graph).run()
+def group(graph: Graph, without: frozenset[str] = frozenset()) -> list[Group]:
+    """Partition the graph into groups, in an order of execution. Views and constants are in none. `without` may name
+    "epilogues" and "trees": what they would join stays apart."""
+    return _Grouping(graph, without).run()
 
 
 class _Grouping:
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, without: frozenset[str]) -> None:
         self.graph = graph
+        self.without = without
         self.users = graph.users()
         self.outputs = set(graph.outputs)
         self.producer = graph.producers()
@@ -83,7 +85,7 @@ class _Grouping:
                     self._exists(node, i)
                     continue
                 groups.append(self._tree(node, i))
-            elif node.op.name in WITH_EPILOGUE:
+            elif node.op.name in WITH_EPILOGUE and "epilogues" not in self.without:
                 groups.append(self._with_epilogue(node, i))
             else:
                 self._exists(node, i)
@@ -101,6 +103,8 @@ class _Grouping:
         """True when the node's one reader is an element-wise tree that computes it on the fly."""
         y = node.outputs[0]
         users = self.users.get(y, [])
+        if "trees" in self.without and not is_widening(node):
+            return False
         if y in self.outputs or len(users) != 1 or users[0] in self.taken:
             return False
         user = users[0]
@@ -128,6 +132,8 @@ class _Grouping:
             self.taken.add(node)
             for v in node.inputs:
                 p = self.producer.get(v) if v is not None else None
+                if "trees" in self.without and not (p is not None and is_widening(p)):
+                    continue
                 if p is not None and p not in self.taken and p.op.kind == "elementwise" and self.users[v] == [node]:  # type: ignore[index]
                     if v not in self.outputs and (v.shape == node.outputs[0].shape or is_widening(p)):  # type: ignore[union-attr]
                         take(p)

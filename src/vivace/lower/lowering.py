@@ -209,6 +209,8 @@ class Lowering:
         computed = {v for g in groups for v in (g.output, *g.anchor.outputs)}
         for value, out in outputs:
             self._place(value, _fixed(out), computed)
+        if "placement" in self.without:
+            return
         for g in groups:
             node, y = g.anchor, g.anchor.outputs[0]
             if node.op.name == "concat":
@@ -260,7 +262,7 @@ class Lowering:
         """Lower every group, then make sure that each output's view holds its value."""
         from vivace.lower.rules import RULES
 
-        groups = group(self.graph)
+        groups = group(self.graph, self.without)
         self.plan_placement(groups, outputs)
         for g in groups:
             RULES[g.anchor.op.name if g.anchor.op.kind != "elementwise" else "elementwise"](self, g)
@@ -272,7 +274,12 @@ class Lowering:
 
 
 # Choices of the lowering that a user may switch off by name, as the optimizer's passes.
-OPTIONS = {"winograd": "3x3 convolutions with fewer products: other rounding, NaN reaches its whole tile"}
+OPTIONS = {
+    "winograd": "3x3 convolutions with fewer products: other rounding, NaN reaches its whole tile",
+    "epilogues": "element-wise nodes on the results of a product, norm, reduction or pool, in registers",
+    "trees": "element-wise nodes computed where the one other that reads them is",
+    "placement": "operands of concat and pad, and what a transpose reads, written where they are wanted",
+}
 
 
 def lower(

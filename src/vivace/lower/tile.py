@@ -43,7 +43,8 @@ class Tile:
     `stage_a` copies a block's rows of A to scratch, an odd number of cache lines apart; `stage_b` makes panels in
     scratch from a run-time B. `k_block` steps of the outermost tap are summed in one pass over a unit (0: all);
     accumulators wait in scratch between passes. `tiles_outside` walks all panels of a unit for each tile, which
-    touches A and out in order, where the panels are small.
+    touches A and out in order, where the panels are small and A is larger than B: 40x120 @ 120x6625 is 8 % faster with
+    panels outside, 56x56x64 -> 256 3 % slower.
     """
 
     nv: int
@@ -150,7 +151,8 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None, choice
         rows_outer = False
         panels = max(1, min(panels, _half_l2(machine) // max(1, _known([_k(c)]) * lanes * 4)))
     b_block = panels * lanes * _known([_k(c)]) * ar.b_bytes
-    fits = b_block <= machine.cache_bytes(2) // 16 if choice.tiles_outside is None else choice.tiles_outside
+    fits = rows_outer and b_block <= machine.cache_bytes(2) // 16
+    fits = fits if choice.tiles_outside is None else choice.tiles_outside
     tiles_outside = panels > 1 and not k_block and fits
     return Tile(
         nv, lanes, outer, inner, unroll, tiles, panels, rows_outer or stage_a, stage_a, stage_b, k_block, tiles_outside
