@@ -97,7 +97,14 @@ def measure(name: str, form: str, precision: str, threads: int) -> Record:
         "model": name, "form": form, "precision": precision, "threads": threads, "seconds": seconds,
         "share_of_limit": sum(row["limit_seconds"] for row in rows) / seconds if seconds else 0.0,
         "isa": engine.image.isa, "machine": host().model, "versions": versions(),
-        "rows": [{**row, "nodes": row["nodes"][:1]} for row in rows],
+        "rows": [_compact(row) for row in rows],
+    }  # fmt: skip
+
+
+def _compact(row: Record) -> Record:
+    return {
+        "kernel": row["kernel"], "node": (row["nodes"] or ["-"])[0], "us": round(row["seconds"] * 1e6, 2),
+        "limit_us": round(row["limit_seconds"] * 1e6, 2), "flops": row["flops"], "bytes": row["bytes"],
     }  # fmt: skip
 
 
@@ -112,18 +119,17 @@ def markdown(records: Sequence[Record]) -> str:
         title = " ".join(filter(None, (r["model"], r["form"], r["precision"], f"{r['threads']} thread(s)")))
         lines += ["", f"## {title}", "", "| layer | first ONNX node | us | GOP/s | bytes | of limit | lost us |"]
         lines.append("|---|---|---|---|---|---|---|")
-        for row in sorted(r["rows"], key=_lost, reverse=True)[:N_WORST]:
-            node = (row["nodes"] or ["-"])[0]
+        for row in sorted(r["rows"], key=_lost_us, reverse=True)[:N_WORST]:
+            node, us = row["node"], row["us"] or 0.01  # the least that is kept
             lines.append(
-                f"| {row['kernel']} | {node if len(node) <= 60 else '...' + node[-57:]} | {row['seconds'] * 1e6:.1f}"
-                f" | {row['operations_per_second'] / 1e9:.0f} | {row['bytes']} | {row['share_of_limit']:.0%}"
-                f" | {_lost(row) * 1e6:.1f} |"
+                f"| {row['kernel']} | {node if len(node) <= 60 else '...' + node[-57:]} | {us:.1f}"
+                f" | {row['flops'] / us / 1e3:.0f} | {row['bytes']} | {row['limit_us'] / us:.0%} | {_lost_us(row):.1f} |"
             )
     return "\n".join([*lines, ""])
 
 
-def _lost(row: Record) -> float:
-    return max(0.0, row["seconds"] - row["limit_seconds"])
+def _lost_us(row: Record) -> float:
+    return max(0.0, float(row["us"] - row["limit_us"]))
 
 
 def _about(records: Sequence[Record]) -> str:

@@ -23,6 +23,7 @@ from benchmarks.times import ROOT, versions
 import vivace
 from vivace.base.machine import host
 from vivace.cli.console import plain
+from vivace.measure.noise import noise_since, snapshot
 from vivace.measure.scaling import examine
 from vivace.runtime.engine import Engine
 
@@ -70,6 +71,7 @@ def measure(name: str) -> Record:
     times: dict[int, list[int]] = {n: [] for n in CHECKED}
     for engine in (one, two):
         engine.run(arrays)
+    start_of_noise = snapshot()
     for _ in range(_ROUNDS):
         for engine in (one, two):
             engine.run(arrays)
@@ -79,10 +81,11 @@ def measure(name: str) -> Record:
                 engine.run(arrays)
                 times[engine.threads].append(time.perf_counter_ns() - start)
                 n_calls += 1
+    foreign_cores = noise_since(start_of_noise).foreign_cores
     found = examine(one, arrays, (*CHECKED, *THREADS))
     return {
         "model": name, "scaling": plain(found), "measured_seconds": {n: median(t) / 1e9 for n, t in times.items()},
-        "machine": host().model, "versions": versions(),
+        "foreign_cores": foreign_cores, "machine": host().model, "versions": versions(),
     }  # fmt: skip
 
 
@@ -95,15 +98,24 @@ def markdown(records: Sequence[Record]) -> str:
     machines = "; ".join(sorted({r["machine"] for r in records}))
     lines = ["# Many cores, on paper", "", f"{machines}. Made by `python -m benchmarks.scaling`.", ""]
     lines += ["## The simulation against this machine", ""]
-    lines.append("| model | stages | shared out | 1 thread ms (simulated; measured) | 2 threads | times faster |")
-    lines.append("|---|---|---|---|---|---|")
+    heads = [
+        "model",
+        "stages",
+        "shared out",
+        "1 thread ms (simulated; measured)",
+        "2 threads ms",
+        "times faster",
+        "notes",
+    ]
+    lines += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for r in records:
         s, measured = r["scaling"], {int(n): t * 1e3 for n, t in r["measured_seconds"].items()}
         simulated = {p["threads"]: p["seconds"] * 1e3 for p in s["predictions"]}
         pairs = " | ".join(f"{simulated[n]:.3g}; {measured[n]:.3g}" for n in CHECKED)
         gains = f"{simulated[1] / simulated[2]:.2f}; {measured[1] / measured[2]:.2f}"
         gains = "stays on one" if s["stays_on_one"] else gains
-        lines.append(f"| {r['model']} | {s['n_stages']} | {s['n_barriers']} | {pairs} | {gains} |")
+        noise = f"others used {r['foreign_cores']:.1f} cores" if r["foreign_cores"] >= 0.1 else ""
+        lines.append(f"| {r['model']} | {s['n_stages']} | {s['n_barriers']} | {pairs} | {gains} | {noise} |")
     lines += ["", "## Predicted efficiency", ""]
     lines.append("Work over the time of all threads; in brackets how many times faster than one thread.")
     lines += ["", f"| model | one piece only | {' | '.join(map(str, THREADS))} |", f"|{'---|' * (2 + len(THREADS))}"]

@@ -313,18 +313,6 @@ def test_large_products_are_cut_for_the_caches() -> None:
     assert choose_tile(matmul(64, 64, 64, isa).c, isa, replace(host(), caches=())).k_block == 0
 
 
-def test_many_cores_get_more_units() -> None:
-    """What is enough for a few threads leaves most of 64 without work."""
-    c = matmul(512, 3072, 768, ISAS["avx512"]).c
-    units = {}
-    for n in (2, 64):
-        machine = replace(host(), affinity=tuple(range(n)), n_physical_cores=n, quota_cores=None)
-        tile = choose_tile(c, ISAS["avx512"], machine)
-        n_tiles, n_panels = sum(evaluate(count, {}) for count, _ in tile.inner), -(-768 // tile.lanes)
-        units[n] = -(-n_tiles // tile.tiles_per_unit) * -(-n_panels // tile.panels_per_unit)
-    assert 32 <= units[2] < 100 and units[64] >= 256
-
-
 @each_isa
 def test_nan_and_infinity_propagate(isa: Isa) -> None:
     case = matmul(20, 12, 40, isa, "plain")

@@ -24,7 +24,9 @@ Segment = tuple[Dim, int]  # count, size
 # One unit should cost a thread some microseconds more than claiming it does, and a step should offer each of a few
 # threads several units, to even out. Rates are those of one core today, to the nearest half order of magnitude.
 _UNIT_NS = 8_000
-_UNITS_WANTED, _UNITS_PER_THREAD = 32, 8  # the larger of 32, and 8 for each thread of the machine
+# Eight for each of 64 threads would, by `measure.scaling`, bring ResNet-50 from 23 to 26 times the speed of one thread,
+# and MiniLM from 36 down to 35: no reason to cut by the number of threads.
+_UNITS_WANTED = 32
 _FLOPS_PER_NS = 100
 _BYTES_PER_NS = 30
 _LEAST_TILES_TO_STAGE = 20  # of 14 rows: between 197 and 1500 rows
@@ -172,8 +174,7 @@ def _unit(
     channels = k_block if len(c.taps) == 1 and k_block else _known([_channel(c)])
     a_bytes, b_bytes = rows * channels * ar.a_bytes, n * k * ar.b_bytes
     work_ns = max(2 * rows * n * k / (_FLOPS_PER_NS * ar.group), (b_bytes + a_bytes) / _BYTES_PER_NS)
-    most = max(_UNITS_WANTED, _UNITS_PER_THREAD * machine.n_compute_threads)
-    wanted = max(1, math.ceil(min(most, n_batch * work_ns / _UNIT_NS) / n_batch))
+    wanted = max(1, math.ceil(min(_UNITS_WANTED, n_batch * work_ns / _UNIT_NS) / n_batch))
     tiles = n_tiles if a_bytes <= _half_l2(machine) else max(1, n_tiles * _half_l2(machine) // a_bytes)
     panels = n_panels
     if (k_block and len(c.taps) == 1) or b_bytes > a_bytes:
