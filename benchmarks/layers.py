@@ -121,9 +121,11 @@ def markdown(records: Sequence[Record]) -> str:
         lines.append("|---|---|---|---|---|---|---|")
         for row in sorted(r["rows"], key=_lost_us, reverse=True)[:N_WORST]:
             node, us = row["node"], row["us"] or 0.01  # the least that is kept
+            node = node if len(node) <= 60 else "..." + node[-57:]
+            speed, share = row["flops"] / us / 1e3, row["limit_us"] / us
             lines.append(
-                f"| {row['kernel']} | {node if len(node) <= 60 else '...' + node[-57:]} | {us:.1f}"
-                f" | {row['flops'] / us / 1e3:.0f} | {row['bytes']} | {row['limit_us'] / us:.0%} | {_lost_us(row):.1f} |"
+                f"| {row['kernel']} | {node} | {us:.1f} | {speed:.0f} | {row['bytes']} | {share:.0%}"
+                f" | {_lost_us(row):.1f} |"
             )
     return "\n".join([*lines, ""])
 
