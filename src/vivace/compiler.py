@@ -455,10 +455,12 @@ def build_image(
 
 def make_plan(graph: Graph, chosen: Isa, providers: Sequence[str], without: frozenset[str] = frozenset()) -> Plan:
     """Lower. Raises: UnsupportedError for nodes that no chosen provider runs."""
+    from vivace.lower.in_place import write_in_place
     from vivace.lower.lowering import lower
 
     refuse_unhosted(graph, providers)
-    return lower(graph, chosen, without)
+    plan = lower(graph, chosen, without)
+    return plan if knobs.check else write_in_place(plan)
 
 
 def link_image(
