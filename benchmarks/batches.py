@@ -83,10 +83,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def measure_one(name: str, batch: int, threads: int, options: argparse.Namespace) -> Record:
     """Times one batch in this process."""
-    from vivace.cli.bench import LEAST_SNR_DB, Wanted, gather_inputs, measure
+    from vivace.cli.bench import Wanted, gather_inputs, measure
     from vivace.cli.contestants import Job
     from vivace.measure.bench import Settings
-    from vivace.measure.compare import Tolerance
+    from vivace.measure.compare import LEAST_SNR_DB, Tolerance
 
     model = find(name)
     path = materialise_quantized(QUANTIZED.get(name, name), options.form) if options.form else materialise(name)

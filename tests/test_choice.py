@@ -14,6 +14,7 @@ import pytest
 import vivace
 from vivace import choice
 from vivace.compiler import Job, Options, choose_isa, load_graph
+from vivace.measure.compare import Tolerance
 from vivace.providers.provider import availability
 from vivace.runtime.engine import Engine
 from vivace.runtime.partitioned import PartitionedEngine
@@ -40,7 +41,7 @@ class Clock:
         self.rows: Iterator[Mapping[str, float]] = iter(rows)
 
     def __call__(
-        self, runs: Mapping[str, Any], inputs: Any, refused: dict[str, str], settings: Any
+        self, runs: Mapping[str, Any], inputs: Any, near: Any, refused: Any, settings: Any
     ) -> dict[str, float]:
         outputs = [run(inputs) for run in runs.values()]
         for found in outputs[1:]:
@@ -121,7 +122,7 @@ def test_who_gives_other_answers_or_fails_is_refused() -> None:
     runs = {"native": lambda x: {"y": x["x"]}, "wrong": lambda x: {"y": x["x"] + 1}, "fails": fails}
     refused: dict[str, str] = {}
     settings = choice.Settings(budget_seconds=0.0, least_rounds=1, turn_seconds=1e-4)
-    times = choice._measure(runs, {"x": np.zeros(3, np.float32)}, refused, settings)
+    times = choice._measure(runs, {"x": np.zeros(3, np.float32)}, Tolerance(), refused, settings)
     assert list(times) == ["native"] and refused["wrong"] == "its outputs differ from ours" and "no" in refused["fails"]
 
 

@@ -32,6 +32,7 @@ from vivace.graph.cut import graphs_of, with_own_names
 from vivace.graph.graph import Graph, Node
 from vivace.graph.text import print_graph
 from vivace.measure.bench import Contestant, Runner, Settings, bench
+from vivace.measure.compare import Tolerance
 from vivace.measure.inputs import choose_shapes, generate
 from vivace.providers.provider import KNOWN, availability
 
@@ -56,6 +57,11 @@ class Job(Protocol):
     @property
     def key(self) -> str:
         """What times depend on besides the graph, the machine and the versions of providers."""
+        ...
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """How near answers must be to ours."""
         ...
 
     def portable_graph(self) -> Graph:
@@ -152,12 +158,15 @@ def choose(job: Job, graph: Graph, shapes: Mapping[str, Sequence[int]] | None) -
             wholes[name] = job.whole(name, "measured")
         except VivaceError as e:
             refused[name] = str(e)
-    times = _measure({name: e.run for name, e in wholes.items()}, inputs, refused, _SETTINGS)
+    near = job.tolerance
+    times = _measure({name: e.run for name, e in wholes.items()}, inputs, near, refused, _SETTINGS)
     best = min(times, key=lambda name: times[name] * (MARGIN if name == NATIVE else 1.0))
     choice = Choice(best, {k: 1e3 * t for k, t in times.items()}, refused)
     if len(times) < 2 or times[best] < LEAST_SECONDS:
         return choice
     groups = split(graph, node_seconds(graph, ours, inputs), sizes)
+    fastest_whole = wholes[best]
+    del ours, wholes  # and their weights
     table = _piece_times(job, graph, groups, inputs, list(times))
     runs = assign(table, times)
     if runs is None or len(set(runs)) == 1:
@@ -165,7 +174,8 @@ def choose(job: Job, graph: Graph, shapes: Mapping[str, Sequence[int]] | None) -
     parts = tuple((provider, len(g)) for provider, g in zip(runs, groups, strict=True))
     pieces = tuple({name: 1e3 * t for name, t in row.items()} for row in table)
     mixed = Choice(MIXED, choice.times, refused, parts, pieces)
-    final = _measure({best: wholes[best].run, MIXED: _engine(job, graph, mixed).run}, inputs, refused, _FINAL)
+    rivals = {best: fastest_whole.run, MIXED: _engine(job, graph, mixed).run}
+    final = _measure(rivals, inputs, near, refused, _FINAL)
     all_times = {**choice.times, **{k: 1e3 * t for k, t in final.items()}}
     if final.get(MIXED, np.inf) < MARGIN * final[best]:
         return replace(mixed, times=all_times)
@@ -173,7 +183,7 @@ def choose(job: Job, graph: Graph, shapes: Mapping[str, Sequence[int]] | None) -
 
 
 def _measure(
-    runs: Mapping[str, Runner], inputs: Arrays, refused: dict[str, str], settings: Settings
+    runs: Mapping[str, Runner], inputs: Arrays, near: Tolerance, refused: dict[str, str], settings: Settings
 ) -> dict[str, float]:
     """Median seconds of each, side by side; who fails or differs from the first goes to `refused` (rule SAME)."""
     reference = next(iter(runs.values()))(inputs)
@@ -181,7 +191,7 @@ def _measure(
     def contestant(name: str) -> Contestant:
         return Contestant(name, "", lambda: runs[name])
 
-    found = bench([contestant(name) for name in runs], inputs, settings, reference=reference)
+    found = bench([contestant(name) for name in runs], inputs, settings, reference=reference, tolerance=near)
     refused |= {e.name: e.failure or "its outputs differ from ours" for e in found.engines if e.failure or not e.agrees}
     return {e.name: e.median for e in found.engines if not e.failure and e.agrees}
 
@@ -250,7 +260,7 @@ def _piece_times(
                 except VivaceError:
                     continue  # it cannot run this piece
         given = {v.name: values[v.name] for v in piece.inputs}
-        table.append(_measure({name: e.run for name, e in engines.items()}, given, {}, _SETTINGS))
+        table.append(_measure({name: e.run for name, e in engines.items()}, given, job.tolerance, {}, _SETTINGS))
         values |= engines[NATIVE].run(given)
     return table
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from vivace.lower.choices import Choices
     from vivace.lower.image import ForeignEntry, Image
     from vivace.lower.plan import Plan
+    from vivace.measure.compare import Tolerance
     from vivace.runtime.engine import Engine, ForeignRunner, MakeForeign, Placement
     from vivace.runtime.partitioned import PartitionedEngine
 
@@ -133,6 +134,13 @@ class Job:
         """All that the speed of an engine depends on, besides the model and the machine."""
         o = self.options
         return repr((__version__, o.threads, o.target.name, o.precision, o.level, o.disable))
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """How near another provider's answers, in f32, must be to ours."""
+        from vivace.measure.compare import LEAST_SNR_DB, Tolerance
+
+        return Tolerance(least_snr_db=None if self.options.precision == "f32" else LEAST_SNR_DB)
 
     def portable(self) -> bytes:
         return portable_model(self.source, self.shapes)

@@ -25,11 +25,6 @@ if TYPE_CHECKING:
     from vivace.measure.roofline import Total
 
 
-# Of outputs in bf16 against f32. Each product adds two roundings of at most 2**-9 (weights and operand), a power of
-# 2 * 2**-18 / 3: 50 of them stand 39 dB below the values. Networks that amplify errors, as MobileNetV2, lose up to 18.
-LEAST_SNR_DB = 20.0
-
-
 def bench_model(
     model: options.Model,
     against: Annotated[str, typer.Option(help="Engines to compare with: onnxruntime, openvino.")] = "onnxruntime",
@@ -63,7 +58,7 @@ def bench_model(
     from vivace.cli.console import print_json, progress
     from vivace.cli.contestants import Job
     from vivace.measure.bench import Settings
-    from vivace.measure.compare import Tolerance
+    from vivace.measure.compare import LEAST_SNR_DB, Tolerance
     from vivace.measure.inputs import parse_shapes
 
     options.check_output(html)
