@@ -83,7 +83,7 @@ def compile(
     an error; without `native` the first provider runs the whole model; `auto` measures all, whole and for parts of the
     model, and keeps the fastest.
     `disable` names passes and rules of the optimizer (docs/rules.md) to leave out, and choices of the lowering
-    (`winograd`, `epilogues`, `trees`, `placement`): `benchmarks/ablations.py` shows what each brings.
+    (`winograd`, `epilogues`, `trees`, `placement`, `in_place`): `benchmarks/ablations.py` shows what each brings.
     `tune` has no effect yet: tiles come from a model of the machine. `progress(stage, done, total)` is called as work
     goes on.
     `precision` is `f32`, `bf16` or `f16`: values between kernels and weights of products are stored in that type, sums
@@ -468,7 +468,8 @@ def make_plan(graph: Graph, chosen: Isa, providers: Sequence[str], without: froz
 
     refuse_unhosted(graph, providers)
     plan = lower(graph, chosen, without)
-    return plan if knobs.check else write_in_place(plan)
+    is_apart = knobs.check or "in_place" in without
+    return plan if is_apart else write_in_place(plan)
 
 
 def link_image(

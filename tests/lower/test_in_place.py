@@ -9,6 +9,7 @@ from tests.lower.harness import build, check
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import ISAS
+from vivace.compiler import choose_isa, make_plan
 from vivace.graph.build import Builder
 from vivace.graph.graph import Type, Value
 from vivace.lower.in_place import write_in_place
@@ -86,3 +87,9 @@ def test_convolutions_of_any_size() -> None:
 def test_what_must_stay_apart(make) -> None:  # type: ignore[no-untyped-def]
     plan = check(build(make, SQUARE), rng.standard_normal((24, 24)).astype(np.float32), tol=1e-3)
     assert n_shared(plan) == 0
+
+
+def test_it_can_be_left_out() -> None:
+    graph = build(lambda b, x: product(b, b.add(product(b, product(b, x)), product(b, b.exp(x)))), SQUARE)
+    made = [make_plan(graph, choose_isa("host"), ("native",), frozenset(names)) for names in ((), ("in_place",))]
+    assert [n_shared(plan) for plan in made] == [1, 0]
