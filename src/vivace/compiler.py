@@ -81,7 +81,7 @@ def compile(
     symbolic. `target` is `host` or an instruction set (`sse`, `avx2`, `avx512`).
     `providers` lists who may compute, the first choice first: with `native` alone a node that we have no kernel for is
     an error; without `native` the first provider runs the whole model; `auto` measures all, whole and for parts of the
-    model, and keeps the fastest.
+    model, and keeps the fastest (5 to 30 s the first time, then from the cache).
     `disable` names passes and rules of the optimizer (docs/rules.md) to leave out, and choices of the lowering
     (`winograd`, `epilogues`, `trees`, `placement`, `in_place`): `benchmarks/ablations.py` shows what each brings.
     `tune` has no effect yet: tiles come from a model of the machine. `progress(stage, done, total)` is called as work
