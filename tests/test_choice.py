@@ -140,3 +140,8 @@ def test_the_estimate_counts_what_borders_cost() -> None:
     table = [{"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 0.7}, {"a": 1.0, "b": 2.0}]
     assert choice.assign(table, {"a": 3.0, "b": 4.7}) == ("a", "b", "a")
     assert choice.assign(table, {"a": 2.5, "b": 4.7}) is None  # a's borders cost a quarter each
+
+
+def test_formats_are_not_chosen_beside_providers() -> None:
+    with pytest.raises(vivace.VivaceError, match="in one"):
+        vivace.compile(model(), providers="auto", precision="auto", max_drop=0.01)

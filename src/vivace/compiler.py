@@ -108,6 +108,11 @@ def compile(
     if names == ("auto",):
         from vivace.choice import fastest
 
+        if precision == "auto":
+            raise InputError(
+                "formats and providers cannot be chosen by measurement in one", where="precision",
+                expected="f32, bf16 or f16 with providers='auto'",
+            )  # fmt: skip
         return fastest(replace(job, options=replace(options, providers=("native", "onnxruntime"))), shapes)
     if "native" not in names:
         return job.whole(names[0], "asked for")
@@ -191,10 +196,12 @@ class Job:
         parts: list[Part] = []
         runners: list[Any] = []
         placement: list[Placement] = []
+        facts: dict[str, Any] = {"precision": self.options.precision}
         for k, piece in enumerate(cut(graph, whose)):
             g = piece.graph
             if piece.provider == "native":
                 plan, image, _ = build(g, self.options)
+                facts |= {name: image.facts[name] for name in ("precision", "precision_note") if name in image.facts}
                 parts.append(Part("native", _specs(g.inputs), _specs(g.outputs), image))
                 records = placements(image, because)
                 runners.append(_engine(plan, image, self.options, records, self.portable))
@@ -206,7 +213,7 @@ class Job:
             names = {name: n.op.name for n in g.nodes for name in onnx_names(n)}
             place = f"{k}:{piece.provider}"
             placement += [Placement(o, op, place, piece.provider, because.get(o, "")) for o, op in names.items()]
-        facts: dict[str, Any] = {"precision": self.options.precision, "compile_seconds": time.perf_counter() - started}
+        facts["compile_seconds"] = time.perf_counter() - started
         program = Program(
             tuple(parts), _specs(graph.inputs), _specs(graph.outputs), [p.fields for p in placement], facts
         )
@@ -301,9 +308,7 @@ def _automatic(
     decision = decide(list(layers), [h.value for h in halves], measure, max_drop)
     engine = measure.engine(decision.formats)
     measured_on = f"{len(samples)} given inputs" if samples else "3 sets of seeded inputs, for want of calibration"
-    engine.facts.update(
-        precision="auto", max_drop=max_drop, metric=metric, measured_on=measured_on, **decision.facts()
-    )
+    engine.facts.update(precision="auto", max_drop=max_drop, metric=metric, measured_on=measured_on, **decision.facts())
     return engine
 
 

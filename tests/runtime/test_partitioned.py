@@ -221,3 +221,11 @@ def test_an_operator_that_cannot_be_exported_takes_the_model_along() -> None:
     assert "opset 24" in engine.placement[0].reason
     x = np.arange(12, dtype=np.float32).reshape(2, 6)
     np.testing.assert_allclose(engine(x, np.array([4, 3])), np.exp(x).reshape(4, 3), rtol=1e-6)
+
+
+def test_parts_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIVACE_EMULATE", "1")
+    engine = vivace.compile(model("compress"), threads=1, precision="bf16")
+    assert isinstance(engine, PartitionedEngine) and engine.stats["precision"] == "bf16"
+    fed = inputs("compress", 9)
+    np.testing.assert_allclose(engine.run(fed)["y"], reference("compress", fed)["y"], rtol=2e-2, atol=2e-2)
