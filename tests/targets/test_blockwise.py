@@ -9,14 +9,14 @@ from tests.targets.low_precision import UNTOUCHED, at_page_end, buffer, isas, ru
 from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import UnsupportedError
-from vivace.base.machine import Isa
+from vivace.base.machine import Isa, isa
 from vivace.loops.blockwise import BlockwiseProduct
 from vivace.loops.contraction import Axis
 from vivace.loops.kernel import Binary, Load, Read
 from vivace.lower.pack_blockwise import blockwise_lanes, pack_blockwise
 from vivace.targets.cpu.blockwise import emit_blockwise
 
-each_isa = pytest.mark.parametrize("target", isas("sse", "avx2", "avx512"))
+each_isa = pytest.mark.parametrize("target", isas("sse", "avx2", "avx2+avx_vnni", "avx512", "avx512+avx512_vnni"))
 
 
 def check(
@@ -28,7 +28,7 @@ def check(
     q = random.integers(0, 1 << bits, (k, n)).astype(np.uint8)
     scales = random.standard_normal((n_blocks, n)).astype(scale_dtype)
     points = random.integers(0, 1 << bits, (n_blocks, n)).astype(np.uint8) if zero_points else None
-    packed = pack_blockwise(q, scales, points, bits, block, lanes)
+    packed = pack_blockwise(q, scales, points, bits, block, target)
     a = at_page_end(random.standard_normal((m, k), dtype=np.float32))
     bias, out = random.standard_normal(n, dtype=np.float32), np.full((m, n + 3), UNTOUCHED, np.float32)
     dim_m: Dim = symbol("M") if symbolic else m
@@ -85,4 +85,4 @@ def test_half_scales(target: Isa) -> None:
 
 def test_odd_formats_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="3 bits"):
-        pack_blockwise(np.zeros((32, 4), np.uint8), np.zeros((1, 4), np.float32), None, 3, 32, 16)
+        pack_blockwise(np.zeros((32, 4), np.uint8), np.zeros((1, 4), np.float32), None, 3, 32, isa("sse"))

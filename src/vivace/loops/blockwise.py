@@ -2,12 +2,14 @@
 
     out[m, n] = epilogue(sum over k  A[m, k] * scale[k / block, n] * (q[k, n] - zero_point[k / block, n]))
 
-A stays f32. Weights are packed by `lower/pack_blockwise.py` in panels of `lanes` columns:
+A is f32, or bf16. Weights are packed by `lower/pack_blockwise.py` in panels of `lanes` columns, in words of 32 bits
+that hold neighbouring steps of k of one column:
 
-    b        4 bits: [panel][k / 8][lanes] words, step k of a group of 8 in bits 4k..4k+3;  8 bits: [panel][k][lanes] of
-             i8, which are q - 128
+    b        [panel][k / steps][lanes] words. 8 bits: 4 steps, step j in byte j. 4 bits: 8 steps, step j in the low half
+             of byte j, step j + 4 in the upper half, so that both halves are 4 neighbouring steps as bytes
     scales   [panel][k / block][lanes], f32 or f16
-    shifts   [panel][k / block][lanes] of i16: 8 (or 128) less the zero point; None where that is 0 everywhere
+    shifts   [panel][k / block][lanes]: the weight is (q - center + shift) * scale for i8, where center is 8 (or 128),
+             and q * scale + shift for f32 and f16; (q - center) * scale where there are none
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ class BlockwiseProduct:
 
     @property
     def product(self) -> Contraction:
-        """The same product with B as f32 in panels."""
+        """The same product with B in panels, of A's type."""
         taps, packing = (Axis("k", self.k, 1),), Packing("panels", self.lanes)
         return Contraction(
             self.name, (), (self.m,), taps, self.n, self.a, self.b, self.out, packing, self.epilogue, self.extra
@@ -63,6 +65,16 @@ class BlockwiseProduct:
     @property
     def n_panels(self) -> int:
         return -(-self.n // self.lanes)
+
+    @property
+    def steps(self) -> int:
+        """Steps of k in a word."""
+        return 32 // self.bits
+
+    @property
+    def center(self) -> int:
+        """What is subtracted from q before anything else."""
+        return 0 if self.shifts is not None and self.shifts.dtype.is_float else 1 << (self.bits - 1)
 
     @property
     def block_bytes(self) -> int:

@@ -27,8 +27,8 @@ from vivace.lower.halves import HALVES, is_converted, is_widening, reads_half
 VIEWS = frozenset({"reshape", "transpose", "slice", "expand"})
 # Ops whose lowering evaluates an epilogue on each result before it is stored.
 WITH_EPILOGUE = frozenset(
-    {"conv", "conv_transpose", "matmul", "conv_integer", "matmul_integer", "softmax", "layer_norm", "rms_norm",
-     "reduce_sum", "reduce_max", "reduce_min", "reduce_prod",
+    {"conv", "conv_transpose", "matmul", "conv_integer", "matmul_integer", "matmul_blocks", "softmax", "layer_norm",
+     "rms_norm", "reduce_sum", "reduce_max", "reduce_min", "reduce_prod",
      "reduce_mean", "max_pool", "avg_pool", "gather", "resize", "attention"}
 )  # fmt: skip
 # Of these the generators store floats only, or keep intermediate values in the result: an epilogue changes the dtype

@@ -53,6 +53,8 @@ def reads_half(n: Node, operand: int, half: DType = DType.bf16) -> bool:
     if len(n.inputs) < 2 or (w := n.inputs[1]) is None or w.data is None:
         return False
     match n.op.name:
+        case "matmul_blocks":
+            return half is DType.bf16
         case "matmul":
             return x.rank > 0 and isinstance(x.shape[-1], int) and _is_matrix(w)
         case "conv":

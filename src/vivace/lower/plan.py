@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from vivace.base.dims import Dim
 from vivace.graph.graph import Graph, Node, Value
 from vivace.loops.blocked import Blocked
+from vivace.loops.blockwise import BlockwiseProduct
 from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Kernel
 from vivace.loops.pack import Pack
 from vivace.lower.choices import Site
 from vivace.lower.views import Storage, View
 
-Spec = Kernel | Contraction | Depthwise | Blocked | Pack
+Spec = Kernel | Contraction | Depthwise | BlockwiseProduct | Blocked | Pack
 
 
 @dataclass(frozen=True, slots=True)

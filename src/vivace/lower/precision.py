@@ -40,7 +40,7 @@ from vivace.lower.halves import reads_half, rounded
 
 # They hand elements on, so they run on narrow ones, and what they make is narrow.
 MOVERS = frozenset({"concat", "pad", "resize", "gather"})
-_PRODUCTS = frozenset({"conv", "matmul", "attention"})
+_PRODUCTS = frozenset({"conv", "matmul", "matmul_blocks", "attention"})
 _STREAM_READERS = frozenset({"add", "layer_norm", "rms_norm"})
 _SMALL = 4096  # elements
 
@@ -225,7 +225,8 @@ class _Rebuild:
             if is_factor and n.op.name == "attention":
                 self.n_products += 2
             elif is_factor:
-                inputs[1] = self._weight(n.inputs[1])
+                if n.op.name != "matmul_blocks":  # its kernel makes them of what is stored
+                    inputs[1] = self._weight(n.inputs[1])
                 self.n_products += 1
         return replace(n, inputs=tuple(inputs))
 

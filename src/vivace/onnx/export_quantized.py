@@ -1,7 +1,7 @@
 """Writing quantized tensors: QuantizeLinear and DequantizeLinear, ConvInteger and MatMulInteger.
 
-The operators take scales for the whole tensor or along one axis; what varies otherwise (blocks), or is of a type that
-the opset's operators lack, is written in its parts.
+The operators take scales for the whole tensor or along one axis, from opset 21 on also per block of an axis;
+what varies otherwise, or is of a type that the opset's operators lack, is written in its parts.
 """
 
 from __future__ import annotations
@@ -116,10 +116,36 @@ def write_matmul_integer(w: Writer, n: Node, outs: list[str]) -> None:
         w.emit("Add", [total, w.ref(n.inputs[3])], outs)
 
 
+def write_matmul_blocks(w: Writer, n: Node, outs: list[str]) -> None:
+    """Blocks of DequantizeLinear where they can say it; else the weights in their parts."""
+    a, q, scale, zero = n.inputs
+    assert q is not None and scale is not None and zero is not None
+    if q.data is None or scale.data is None or zero.data is None:
+        raise UnsupportedError("weights in blocks that change at run time", where="export", expected="constants")
+    block, (k, width) = n.attrs["block"], q.data.shape
+    low, high = RANGES[q.dtype]
+    is_whole = bool(np.all(zero.data == np.clip(np.rint(zero.data), low, high)))
+    if w.opset >= NARROW_SINCE and is_whole and k % block == 0:
+        ins = [w.ref(q), w.ref(scale), w.const(zero.data.astype(q.dtype.numpy), zero.name)]
+        b = w.emit("DequantizeLinear", ins, axis=0, block_size=block)
+    else:
+        blocks = scale.data.shape[0]
+        filled = np.zeros((blocks * block, width), np.uint8)
+        filled[:k] = q.data.astype(np.uint8)
+        wide = w.emit("Cast", [w.const(filled.reshape(blocks, block, width), q.name)], to=data_type_of(DType.f32))
+        moved = w.emit("Sub", [wide, w.const(zero.data[:, None], zero.name)])
+        scaled = w.emit("Mul", [moved, w.const(scale.data[:, None], scale.name)])
+        b = w.emit("Reshape", [scaled, w.const([-1, width], "shape")])
+        if k % block:
+            b = w.emit("Slice", [b, w.const([0]), w.const([k]), w.const([0])])
+    w.emit("MatMul", [w.ref(a), b], outs)
+
+
 WRITERS = {
     "quantize": write_quantize,
     "dequantize": write_dequantize,
     "lookup": write_lookup,
     "conv_integer": write_conv_integer,
     "matmul_integer": write_matmul_integer,
+    "matmul_blocks": write_matmul_blocks,
 }

@@ -3,6 +3,7 @@
 The layout must be NCHW. Ops that the opset lacks are written in their parts (attention before 23, gelu before 20). A
 matmul and the sum
 that follows are one Gemm, slices that divide a tensor are one Split, and `onnx` nodes are written as they were.
+Integers of 4 bits and weights with scales per block want opset 21 at least.
 Opsets 18 (reductions take their axes as an input) to `NEWEST`.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto, helper
 
+from vivace.base.dtypes import DType
 from vivace.base.errors import InputError, UnsupportedError
 from vivace.graph.graph import Graph, Node, Value
 from vivace.graph.rewrite import rewrite
@@ -25,6 +27,7 @@ from vivace.onnx.tensors import data_type_of
 from vivace.onnx.writer import Writer
 
 OLDEST, DEFAULT, NEWEST = 18, 20, 23
+NIBBLES = (DType.i4, DType.u4)
 _IR_VERSION = {18: 8, 19: 9, 20: 9, 21: 10, 22: 10, 23: 11}
 LIMIT_BYTES = 1_900_000_000
 """A protobuf message ends at 2 GiB; above this the weights go to a file beside the model."""
@@ -36,6 +39,8 @@ def export(graph: Graph, opset: int = DEFAULT) -> ModelProto:
     """The graph as an ONNX model. Raises: UnsupportedError for a channels-last layout or an opset out of range."""
     if not OLDEST <= opset <= NEWEST:
         raise InputError(f"opset {opset} cannot be written", where="export", expected=f"{OLDEST} to {NEWEST}")
+    if any(_wants_narrow(n) for n in graph.walk()):
+        opset = max(opset, export_quantized.NARROW_SINCE)
     opset = _agreed(opset, [n for n in graph.walk() if n.op.name == "onnx" and not n.attrs["domain"]])
     if opset >= 23:
         graph = rewrite(graph, [operator_guards_itself])
@@ -53,6 +58,11 @@ def export(graph: Graph, opset: int = DEFAULT) -> ModelProto:
     proto.initializer.extend(w.initializer_protos())
     imports = [helper.make_opsetid("", w.opset), *(helper.make_opsetid(d, k) for d, k in w.imports.items())]
     return helper.make_model(proto, opset_imports=imports, ir_version=_IR_VERSION[w.opset], producer_name="vivace")
+
+
+def _wants_narrow(n: Node) -> bool:
+    """Whether a node has weights in blocks, or integers of 4 bits."""
+    return n.op.name == "matmul_blocks" or any(v is not None and v.dtype in NIBBLES for v in (*n.inputs, *n.outputs))
 
 
 def _agreed(opset: int, kept: Sequence[Node]) -> int:

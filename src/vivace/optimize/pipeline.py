@@ -82,6 +82,11 @@ PIPELINE: tuple[Pass, ...] = (
         requires=frozenset({"simple"}), ensures=frozenset({"simple"}),
     ),
     Pass(
+        "pack_weights", "weights with scales per block, which no integer product reads; before they are folded to f32",
+        Level.LAYOUT, rules=(quantized.keep_blocks_packed,), requires=frozenset({"simple"}),
+        ensures=frozenset({"simple"}),
+    ),
+    Pass(
         "fold_dequantized_weights", "weights that no integer product reads, as f32", Level.LAYOUT,
         rules=(quantized.fold_dequantized, *weights.RULES, *SIMPLIFY), requires=frozenset({"simple"}),
     ),

@@ -11,6 +11,8 @@ pixels(x, scale, zero)          quantize(x, scale, zero) of f32[N,C,H,W], C up t
 conv_integer{as conv}(x, w, zero, bias?)    the convolution of x - zero with w, in i32; padding is x = zero
 matmul_integer(a, b, zero, bias?)           (a - zero) @ b, in i32; bias is one per column
         x, a: u8 or i8; w, b: i8, constant; zero: a scalar of x's dtype; bias: i32
+matmul_blocks{block}(a, q, scale, zero)     a @ ((q - zero) * scale), where `block` steps of k share scale and zero
+        a: f32[..,k]; q: u4 or u8 [k,n]; scale, zero: f32[ceil(k/block),n]; sums in f32
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vivace.base.dims import Dim
+from vivace.base.dims import Dim, ceildiv
 from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError
 from vivace.graph.graph import Attrs, Op, Type
@@ -37,6 +39,7 @@ RANGES = {
 }
 BYTES = (DType.u8, DType.i8)
 PIXEL_BYTES = 4
+LEVELS = (DType.u4, DType.u8)
 _PRODUCTS = {op.name: op for op in _CONTRACTIONS}
 
 
@@ -159,6 +162,40 @@ def _matmul_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
     return (out if not bias else out + bias[0],)
 
 
+def _matmul_blocks(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
+    a, q, scale, zero = (need(types, i, "matmul_blocks") for i in range(4))
+    block = attrs["block"]
+    if a.dtype is not DType.f32 or q.dtype not in LEVELS or scale.dtype is not DType.f32 or zero.dtype is not DType.f32:
+        raise GraphError(
+            f"operands are {a}, {q}, {scale} and {zero}", where="matmul_blocks", expected="f32, u4 or u8, f32 and f32"
+        )
+    if not a.rank or q.rank != 2 or not isinstance(block, int) or block < 1:
+        raise GraphError(f"operands are {a} and {q} in blocks of {block}", where="matmul_blocks", expected="matrices")
+    same(a.shape[-1], q.shape[0], "matmul_blocks")
+    for v in (scale, zero):
+        if v.shape != (ceildiv(q.shape[0], block), q.shape[1]):
+            raise GraphError(f"{v} for blocks of {block} of {q}", where="matmul_blocks", expected="one per block")
+    return (Type(DType.f32, (*a.shape[:-1], q.shape[1])),)
+
+
+def dequantized_blocks(q: Array, scale: Array, zero: Array, block: int) -> Array:
+    """The weights of matmul_blocks as f32."""
+    k = q.shape[0]
+    spread = (np.repeat(v, block, axis=0)[:k] for v in (zero, scale))
+    with np.errstate(all="ignore"):
+        return np.asarray((q.astype(np.float32) - next(spread)) * next(spread), np.float32)
+
+
+def _matmul_blocks_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
+    a, q, scale, zero = xs
+    assert a is not None and q is not None and scale is not None and zero is not None
+    return _PRODUCTS["matmul"].evaluate([a, dequantized_blocks(q, scale, zero, attrs["block"])], {})
+
+
+def _matmul_blocks_flops(ins: Sequence[Type | None], outs: Sequence[Type], attrs: Attrs) -> Dim:
+    return _PRODUCTS["matmul"].flops(ins, outs, attrs)
+
+
 FAMILY = (
     Op("quantize", _quantize, _quantize_run, _two_flops, kind="elementwise"),
     Op("dequantize", _dequantize, _dequantize_run, _two_flops, kind="elementwise"),
@@ -166,4 +203,5 @@ FAMILY = (
     Op("pixels", _pixels, _pixels_run, _two_flops),
     Op("conv_integer", _conv, _conv_run, lambda i, o, a: _PRODUCTS["conv"].flops(i, o, a), kind="contraction"),
     Op("matmul_integer", _matmul, _matmul_run, lambda i, o, a: _PRODUCTS["matmul"].flops(i, o, a), kind="contraction"),
+    Op("matmul_blocks", _matmul_blocks, _matmul_blocks_run, _matmul_blocks_flops, False, 3e-7, "contraction"),
 )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.rules.attention import lower_attention
+from vivace.lower.rules.blockwise import lower_matmul_blocks
 from vivace.lower.rules.contraction import lower_conv, lower_conv_transpose, lower_matmul
 from vivace.lower.rules.control import lower_if, lower_loop, lower_onnx
 from vivace.lower.rules.elementwise import dims_values, lower_elementwise
@@ -37,6 +38,7 @@ RULES: dict[str, Callable[[Lowering, Group], None]] = {
     "pixels": lower_pixels,
     "conv_integer": lower_conv_integer,
     "matmul_integer": lower_matmul_integer,
+    "matmul_blocks": lower_matmul_blocks,
     "softmax": lower_softmax,
     "log_softmax": lower_softmax,
     "layer_norm": lower_norm,

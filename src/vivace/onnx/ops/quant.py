@@ -8,7 +8,8 @@ Source: `y = saturate(round_half_even(x / scale) + zero_point)`, `x = (q - zero_
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -25,18 +26,29 @@ from vivace.onnx.tensors import dtype_of
 _RANGES = {**RANGES, DType.i32: (-(1 << 31), (1 << 31) - 1)}
 
 
-def along_axis(c: Call, v: Value, x: Value, axis: int, block: int) -> Value:
-    """A scale or zero point in a shape that broadcasts with x: per tensor, per axis, or per block of an axis."""
-    if v.type.size == 1 and not block:
+def along_axis(c: Call, v: Value, x: Value, axis: int) -> Value:
+    """A scale or zero point in a shape that broadcasts with x: per tensor or per axis."""
+    if v.type.size == 1:
         return c.reshaped(v, ())
+    return c.reshaped(v, tuple(x.shape[i] if i == axis else 1 for i in range(x.rank)))
+
+
+def in_blocks(
+    c: Call, x: Value, axis: int, block: int, scale: Value, zero: Value | None, apply: Callable[..., Value]
+) -> Value:
+    """`apply(x, scale, zero)` where they are given per tensor, per axis, or per block of an axis: then x has an axis
+    more meanwhile."""
     if not block:
-        return c.reshaped(v, tuple(x.shape[i] if i == axis else 1 for i in range(x.rank)))
-    blocks = v.shape[axis]
+        return apply(x, along_axis(c, scale, x, axis), None if zero is None else along_axis(c, zero, x, axis))
+    blocks = scale.shape[axis]
     if exact_div(x.shape[axis], blocks) != block:
         raise Fallback("its blocks do not divide the axis")
-    spread = c.reshape(v, shape=(*v.shape[: axis + 1], 1, *v.shape[axis + 1 :]))
-    full = c.expand(spread, shape=(*v.shape[: axis + 1], block, *v.shape[axis + 1 :]))
-    return c.reshape(full, shape=x.shape)
+    split = (*x.shape[:axis], blocks, block, *x.shape[axis + 1 :])
+    one = (*split[: axis + 1], 1, *split[axis + 2 :])
+    y = apply(
+        c.reshape(x, shape=split), c.reshape(scale, shape=one), None if zero is None else c.reshape(zero, shape=one)
+    )
+    return c.reshape(y, shape=x.shape)
 
 
 def dequantize(c: Call, x: Value, scale: Value, zero: Value | None) -> Value:
@@ -70,9 +82,7 @@ def quantize(c: Call, x: Value, scale: Value, zero: Value | None, to: DType) -> 
 def dequantize_linear(c: Call, x: Value, scale: Value, zero: Value | None = None) -> Value:
     axis, block = c.axis(c.attr("axis", 1), max(x.rank, 2)), c.attr("block_size", 0)
     to = dtype_of(c.attr("output_dtype"), c.site) if c.attr("output_dtype", 0) else scale.dtype
-    scale = along_axis(c, scale, x, axis, block)
-    zero = None if zero is None else along_axis(c, zero, x, axis, block)
-    return c.cast_to(dequantize(c, x, scale, zero), to)
+    return c.cast_to(in_blocks(c, x, axis, block, scale, zero, partial(dequantize, c)), to)
 
 
 @onnx_op("QuantizeLinear", since=10)
@@ -90,9 +100,7 @@ def quantize_linear(c: Call, x: Value, scale: Value, zero: Value | None = None) 
         raise Fallback(f"it quantizes to {to}")
     if to.is_float and not c.attr("saturate", 1):
         raise Fallback("it does not saturate")
-    scale = along_axis(c, scale, x, axis, block)
-    zero = None if zero is None else along_axis(c, zero, x, axis, block)
-    return quantize(c, x, scale, zero, to)
+    return in_blocks(c, x, axis, block, scale, zero, partial(quantize, c, to=to))
 
 
 @onnx_op("DynamicQuantizeLinear", since=11)
@@ -305,25 +313,24 @@ def matmul_n_bits(
     groups: Value | None = None,
     bias: Value | None = None,
 ) -> Value:
-    """B is packed [N, blocks, bytes]; its constant is dequantized at import."""
+    """B is packed [N, blocks, bytes]. Weights of 2 bits become weights of 4."""
     bits, depth, width, block = c.attr("bits", 4), c.attr("K"), c.attr("N"), c.attr("block_size")
     if groups is not None or bits not in (2, 4, 8):
         raise Fallback("its blocks are reordered" if groups is not None else f"its weights have {bits} bits")
     blocks = -(-depth // block)
-    levels = unpack_bits(c.array(packed, "the packed matrix").reshape(width, blocks, -1), bits, block).astype(
-        np.float32
-    )
-    scale = c.array(scales, "the scales").astype(np.float32).reshape(width, blocks, 1)
+    levels = unpack_bits(c.array(packed, "the packed matrix").reshape(width, blocks, -1), bits, block)
+    q = np.ascontiguousarray(levels.reshape(width, -1)[:, :depth].T)
+    scale = c.array(scales, "the scales").astype(np.float32).reshape(width, blocks)
     if zeros is None:
-        zero: np.ndarray = np.full((width, blocks, 1), 1 << (bits - 1), np.float32)
+        zero = np.full((width, blocks), 1 << (bits - 1), np.float32)
     else:
         given = c.array(zeros, "the zero points")
-        zero = (
-            unpack_bits(given.reshape(width, -1), bits, blocks)
-            if given.dtype == np.uint8
-            else given.reshape(width, blocks)
-        )
-        zero = zero.astype(np.float32)[..., None]
-    matrix = ((levels - zero) * scale).reshape(width, -1)[:, :depth].T
-    y = c.matmul(a, c.const(np.ascontiguousarray(matrix).astype(a.dtype.numpy)))
+        is_packed = given.dtype == np.uint8
+        zero = unpack_bits(given.reshape(width, -1), bits, blocks) if is_packed else given.reshape(width, blocks)
+    named = [
+        c.const(q.astype((DType.u8 if bits == 8 else DType.u4).numpy)),
+        c.const(np.ascontiguousarray(scale.T)),
+        c.const(np.ascontiguousarray(zero.astype(np.float32).T)),
+    ]
+    y = c.cast_to(c.matmul_blocks(c.cast_to(a, DType.f32), *named, block=block), a.dtype)
     return y if bias is None else c.add(y, bias)

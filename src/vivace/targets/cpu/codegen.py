@@ -11,6 +11,7 @@ from dataclasses import replace
 from vivace.base.cache import Cache
 from vivace.base.machine import Isa, host
 from vivace.loops.blocked import Blocked
+from vivace.loops.blockwise import BlockwiseProduct
 from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Kernel
 from vivace.loops.pack import Pack
@@ -22,7 +23,7 @@ from vivace.targets.cpu.contraction import emit_contraction
 from vivace.targets.cpu.llvm import emit_kernel
 
 _MOST_THREADS = 8  # writing the text takes a fifth of the time of compiling it, and is done by one thread
-Spec = Kernel | Contraction | Depthwise | Blocked | Pack
+Spec = Kernel | Contraction | Depthwise | BlockwiseProduct | Blocked | Pack
 
 
 def emit(spec: Spec, isa: Isa, choices: Choices = NO_CHOICES) -> KernelCode:
@@ -40,6 +41,10 @@ def emit(spec: Spec, isa: Isa, choices: Choices = NO_CHOICES) -> KernelCode:
             from vivace.targets.cpu.pack import emit_pack
 
             return emit_pack(spec, isa)
+        case BlockwiseProduct():
+            from vivace.targets.cpu.blockwise import emit_blockwise
+
+            return emit_blockwise(spec, isa)
         case Blocked():
             from vivace.targets.cpu.blocked import emit_blocked
 

@@ -1,0 +1,130 @@
+"""Products with weights that share a scale per block: `matmul_blocks` as a `BlockwiseProduct` step.
+
+Its rows are one axis. Where an epilogue reads something that does not step evenly over all rows (one number per row of
+an inner axis, say), the epilogue is a step of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from vivace.base.dims import Dim, prod, symbol
+from vivace.base.dtypes import DType
+from vivace.base.errors import UnsupportedError
+from vivace.base.mapped import forget
+from vivace.loops.blockwise import BlockwiseProduct
+from vivace.loops.contraction import Axis, Contraction, Packing, merge_axes
+from vivace.loops.kernel import Buffer, Expr
+from vivace.lower.group import Group
+from vivace.lower.lowering import Lowering
+from vivace.lower.pack_blockwise import blockwise_lanes, pack_blockwise
+from vivace.lower.rules.contraction import finish
+from vivace.lower.rules.epilogue import Epilogue, tail_flops
+from vivace.lower.views import View
+
+
+def lower_matmul_blocks(ctx: Lowering, g: Group) -> None:
+    """Rows of A against packed weights."""
+    y = g.anchor.outputs[0]
+    a = _rows_of_a(ctx, g)
+    axes = [Axis(f"m{i}", d) for i, d in enumerate(y.shape[:-1])]
+    epilogue = Epilogue(ctx, g, None, [*(symbol(x.name, 0) for x in axes), symbol("n", 0)])
+    merged = _merged(axes, y.shape[-1], epilogue)
+    if merged is None:
+        out = ctx.temporary(y.name, y.dtype, y.shape)
+        _emit(ctx, Group(g.anchor, g.position, (g.anchor,), y), a, out, "m", None)
+        finish(ctx, g, out)
+        return
+    name, expr = merged
+    target = ctx.target(g.output)
+    n = y.shape[-1]
+    placed = target.reshape((a.shape[0], n))
+    if placed is not None and (placed.strides[-1] == 1 or n == 1):
+        out = placed
+    else:
+        out = ctx.temporary(f"{y.name}_dense", g.output.dtype, (a.shape[0], n))
+    epilogue.expr = expr
+    _emit(ctx, g, a, out, name, epilogue)
+    if out.storage is not target.storage:
+        ctx.copy(_required(out.reshape(target.shape)), target)
+
+
+def _rows_of_a(ctx: Lowering, g: Group) -> View:
+    """A as [rows, k], k contiguous; bf16 where it is stored so."""
+    value = g.anchor.inputs[0]
+    assert value is not None
+    k, shape = value.shape[-1], (prod(value.shape[:-1]), value.shape[-1])
+    a = ctx.operand(value)
+    if a.dtype is not DType.bf16:
+        a = ctx.view(value)
+    flat = a.reshape(shape) if a.strides[-1] == 1 or k == 1 else None
+    return flat if flat is not None else _required(ctx.contiguous(a, f"{value.name}_rows").reshape(shape))
+
+
+def _merged(axes: list[Axis], n: Dim, epilogue: Epilogue) -> tuple[str, Expr | None] | None:
+    """The name of the one row axis that all become, and the epilogue over it; None where they do not."""
+    step: Dim = 1
+    dense: list[Axis] = []
+    for x in reversed(axes):
+        dense.append(replace(x, a=step, out=step))
+        step = step * x.extent
+    nothing = Buffer("nothing", DType.f32, (0,), (1,))
+    whole = Contraction(
+        "k", (), tuple(reversed(dense)), (), n, nothing, nothing, nothing, Packing("panels"), epilogue.expr
+    )
+    c = merge_axes(whole)
+    if len(c.rows) > 1:
+        return None
+    return (c.rows[0].name if c.rows else "m"), c.epilogue
+
+
+def _emit(ctx: Lowering, g: Group, a: View, out: View, m: str, epilogue: Epilogue | None) -> None:
+    q, block = g.anchor.inputs[1], g.anchor.attrs["block"]
+    assert q is not None and q.data is not None
+    (k, n), rows = q.data.shape, a.shape[0]
+    b, scales, shifts = _weights(ctx, g)
+    flat = _required(out.reshape((rows, n)))
+    axis = Axis(m, rows, a.strides[0] if rows != 1 else 0, 0, flat.strides[0] if rows != 1 else 0)
+    extra = epilogue.extra if epilogue is not None else ()
+    w = BlockwiseProduct(
+        "k", axis, k, n, 4 if q.dtype is DType.u4 else 8, block, blockwise_lanes(ctx.isa), a.buffer("a"),
+        b.buffer("b"), scales.buffer("scales"), None if shifts is None else shifts.buffer("shifts"),
+        flat.buffer("out", writable=True), epilogue.expr if epilogue is not None else None, extra,
+    )  # fmt: skip
+    views: dict[Buffer, View] = {w.a: a, w.b: b, w.scales: scales, w.out: flat}
+    if w.shifts is not None and shifts is not None:
+        views[w.shifts] = shifts
+    if epilogue is not None:
+        views |= dict(zip(extra, epilogue.views, strict=True))
+    ordered = [views[x] for x in w.params]
+    ctx.emit("matmul_blocks", w, ordered, len(ordered) - 1, g.nodes, tail_flops(g))
+
+
+def _weights(ctx: Lowering, g: Group) -> tuple[View, View, View | None]:
+    """The packed weights; equal ones share their storages."""
+    q, scale, zero = g.anchor.inputs[1:4]
+    assert q is not None and scale is not None and zero is not None
+    if q.data is None or scale.data is None or zero.data is None:
+        raise UnsupportedError("weights in blocks that change at run time", where=q.name, expected="constants")
+    block = g.anchor.attrs["block"]
+    key = ("blocks", id(q.data), id(scale.data), id(zero.data), block)
+    parts = ("b", "scales", "shifts")
+    if (*key, "b") not in ctx.packed:
+        packed = pack_blockwise(
+            q.data.astype(np.uint8), scale.data, zero.data, 4 if q.dtype is DType.u4 else 8, block, ctx.isa
+        )
+        for part, data in zip(parts, (packed.b, packed.scales, packed.shifts), strict=True):
+            if data is not None:
+                ctx.constant(data, f"{q.name}_{part}", (*key, part))
+        forget(q.data)
+    found = [ctx.packed.get((*key, part)) for part in parts]
+    views = [None if s is None or s.data is None else ctx.constant(s.data, s.name, (*key, part))
+             for s, part in zip(found, parts, strict=True)]  # fmt: skip
+    return _required(views[0]), _required(views[1]), views[2]
+
+
+def _required(view: View | None) -> View:
+    assert view is not None
+    return view
