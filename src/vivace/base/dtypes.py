@@ -1,7 +1,7 @@
 """Element types, with the spelling used everywhere (`f32`, `i64`, ...).
 
 A `DType` is an enum member, so comparisons are by identity and a misspelling is an AttributeError, not a silent miss.
-Half, bfloat16 and the 8-bit floats are stored in NumPy through `ml_dtypes`.
+Half, bfloat16 and the floats of 8 and 4 bits are stored in NumPy through `ml_dtypes`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ class DType(Enum):
     f16 = "f16"
     bf16 = "bf16"
     f8e4m3fn = "f8e4m3fn"
+    f8e4m3fnuz = "f8e4m3fnuz"
     f8e5m2 = "f8e5m2"
+    f8e5m2fnuz = "f8e5m2fnuz"
+    f8e8m0 = "f8e8m0"
+    f4e2m1 = "f4e2m1"
     i4 = "i4"
     i8 = "i8"
     i16 = "i16"
@@ -87,7 +91,11 @@ _NUMPY: dict[DType, np.dtype] = {
     DType.f16: np.dtype(np.float16),
     DType.bf16: np.dtype(ml_dtypes.bfloat16),
     DType.f8e4m3fn: np.dtype(ml_dtypes.float8_e4m3fn),
+    DType.f8e4m3fnuz: np.dtype(ml_dtypes.float8_e4m3fnuz),
     DType.f8e5m2: np.dtype(ml_dtypes.float8_e5m2),
+    DType.f8e5m2fnuz: np.dtype(ml_dtypes.float8_e5m2fnuz),
+    DType.f8e8m0: np.dtype(ml_dtypes.float8_e8m0fnu),
+    DType.f4e2m1: np.dtype(ml_dtypes.float4_e2m1fn),
     DType.i4: np.dtype(ml_dtypes.int4),
     DType.u4: np.dtype(ml_dtypes.uint4),
     DType.i8: np.dtype(np.int8),
@@ -102,4 +110,12 @@ _NUMPY: dict[DType, np.dtype] = {
     DType.string: np.dtype(object),
 }
 _FROM_NUMPY = {n: d for d, n in _NUMPY.items()}
-_FLOATS = frozenset({DType.f32, DType.f64, DType.f16, DType.bf16, DType.f8e4m3fn, DType.f8e5m2})
+NARROW_FLOATS = (
+    DType.f8e4m3fn,
+    DType.f8e4m3fnuz,
+    DType.f8e5m2,
+    DType.f8e5m2fnuz,
+    DType.f8e8m0,
+    DType.f4e2m1,
+)
+_FLOATS = frozenset({DType.f32, DType.f64, DType.f16, DType.bf16, *NARROW_FLOATS})

@@ -24,7 +24,11 @@ _DTYPES: dict[int, DType] = {
     TensorProto.FLOAT16: DType.f16,
     TensorProto.BFLOAT16: DType.bf16,
     TensorProto.FLOAT8E4M3FN: DType.f8e4m3fn,
+    TensorProto.FLOAT8E4M3FNUZ: DType.f8e4m3fnuz,
     TensorProto.FLOAT8E5M2: DType.f8e5m2,
+    TensorProto.FLOAT8E5M2FNUZ: DType.f8e5m2fnuz,
+    TensorProto.FLOAT8E8M0: DType.f8e8m0,
+    TensorProto.FLOAT4E2M1: DType.f4e2m1,
     TensorProto.INT4: DType.i4,
     TensorProto.INT8: DType.i8,
     TensorProto.INT16: DType.i16,
@@ -39,6 +43,7 @@ _DTYPES: dict[int, DType] = {
     TensorProto.STRING: DType.string,
 }
 _NUMBERS = {d: n for n, d in _DTYPES.items()}
+_TWO_PER_BYTE = (DType.i4, DType.u4, DType.f4e2m1)
 MAX_BYTES = 1 << 42
 """No tensor of a model that fits a machine is larger than 4 TiB; a larger one is a damaged or hostile file."""
 
@@ -89,7 +94,7 @@ class Tensors:
             return self._external(t, dtype, shape, where)
         n = math.prod(shape)
         if t.HasField("raw_data"):
-            packed = dtype in (DType.i4, DType.u4)
+            packed = dtype in _TWO_PER_BYTE
             want = (n + 1) // 2 if packed else n * dtype.size_bytes
             if dtype is DType.string or len(t.raw_data) != want:
                 raise ModelError(
@@ -122,7 +127,7 @@ class Tensors:
     def _external(self, t: TensorProto, dtype: DType, shape: tuple[int, ...], where: str) -> np.ndarray:
         entries = {e.key: e.value for e in t.external_data}
         file, name = self._file(entries.get("location", ""), where)
-        packed = dtype in (DType.i4, DType.u4)
+        packed = dtype in _TWO_PER_BYTE
         want = (math.prod(shape) + 1) // 2 if packed else math.prod(shape) * dtype.size_bytes
         try:
             offset, length = int(entries.get("offset") or 0), int(entries.get("length") or want)

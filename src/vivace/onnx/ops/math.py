@@ -100,7 +100,13 @@ def bit_shift(c: Call, a: Value, b: Value) -> Value:
     return c.shl(a, b) if c.attr("direction") == "LEFT" else c.shr(a, b)
 
 
-_SATURATING = {DType.f8e4m3fn: 448.0, DType.f8e5m2: 57344.0}
+_SATURATING = {
+    DType.f8e4m3fn: 448.0,
+    DType.f8e4m3fnuz: 240.0,
+    DType.f8e5m2: 57344.0,
+    DType.f8e5m2fnuz: 57344.0,
+    DType.f4e2m1: 6.0,
+}
 
 
 @onnx_op("Cast")
@@ -116,6 +122,8 @@ def cast_like(c: Call, x: Value, like: Value) -> Value:
 def cast_value(c: Call, x: Value, to: DType) -> Value:
     if DType.string in (to, x.dtype) and to is not x.dtype:
         raise Fallback("it converts strings")
+    if to is DType.f8e8m0 and x.dtype is not to:
+        raise Fallback("it rounds to powers of two")
     if to in _SATURATING and c.attr("saturate", 1) and x.dtype.is_float:
         wide = c.cast_to(x, DType.f64 if x.dtype is DType.f64 else DType.f32)
         x = c.clip(wide, min=-_SATURATING[to], max=_SATURATING[to])

@@ -6,7 +6,7 @@ IR.
 
 from __future__ import annotations
 
-from vivace.base.dtypes import DType
+from vivace.base.dtypes import NARROW_FLOATS, DType
 from vivace.base.errors import InternalError, UnsupportedError
 from vivace.targets.cpu import vmath, vmath64
 from vivace.targets.cpu.builder import Builder, Value, literal, type_bits
@@ -23,7 +23,7 @@ def cast(b: Builder, v: Value, source: DType, target: DType) -> Value:
     """Numbers keep their value where the target can hold it; fractions are cut off; integers wrap; bool is `!= 0`."""
     if source is target:
         return v
-    if target in (DType.f16, DType.bf16):
+    if target in (DType.f16, DType.bf16, *NARROW_FLOATS):
         v = cast(b, v, source, DType.f32)
         bits = to_memory(b, v, target)
         return from_memory(b, bits, target)

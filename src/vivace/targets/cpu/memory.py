@@ -6,7 +6,8 @@ reversed one, 2 to 4 whole vectors and shuffles, everything else a gather or sca
 lanes redirect a load to a block of fill values, which needs no branch and no mask; conditions that vary become the mask
 of the access.
 
-Elements in memory and in registers: f16 and bf16 are computed in f32; bool is a byte in memory and i1 in registers.
+Elements in memory and in registers: f16, bf16 and narrower floats are computed in f32; bool is a byte in memory and i1
+in registers.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from __future__ import annotations
 import numpy as np
 
 from vivace.base.dims import Dim, bounds
-from vivace.base.dtypes import DType
+from vivace.base.dtypes import NARROW_FLOATS, DType
 from vivace.base.errors import UnsupportedError
 from vivace.loops.kernel import Buffer, Inside, Load
 from vivace.targets.cpu.builder import Builder, Value, literal, type_bits, type_text
 from vivace.targets.cpu.env import Env, as_vector, is_uniform, lane_stride, per_lane, scalar, sorted_terms
+from vivace.targets.cpu.narrow_floats import narrowed, widened
 from vivace.targets.cpu.shuffles import every_nth
 
 _MEMORY = {
     DType.f32: "float", DType.f64: "double", DType.f16: "i16", DType.bf16: "i16", DType.bool: "i8",
     DType.i8: "i8", DType.u8: "i8", DType.i16: "i16", DType.u16: "i16",
     DType.i32: "i32", DType.u32: "i32", DType.i64: "i64", DType.u64: "i64",
-}  # fmt: skip
-_REGISTER = _MEMORY | {DType.f16: "float", DType.bf16: "float", DType.bool: "i1"}
+} | dict.fromkeys(NARROW_FLOATS, "i8")  # fmt: skip
+_REGISTER = _MEMORY | dict.fromkeys((DType.f16, DType.bf16, *NARROW_FLOATS), "float") | {DType.bool: "i1"}
 _FILL_BYTES = 1024
 _NEAR = 4  # strides up to this are read as whole vectors: a gather costs more than so many loads and shuffles
 
@@ -51,6 +53,8 @@ def from_memory(b: Builder, v: Value, t: DType) -> Value:
         return b.bitcast(b.op("shl", b.convert("zext", v, "i32"), literal(16, "i32")), "float")
     if t is DType.f16:
         return _half_to_float(b, v)
+    if t in NARROW_FLOATS:
+        return widened(b, v, t)
     if t is DType.bool:
         return b.compare("icmp ne", v, literal(0, "i8"))
     return v
@@ -70,6 +74,8 @@ def to_memory(b: Builder, v: Value, t: DType) -> Value:
         return b.convert("trunc", b.op("lshr", bits, literal(16, "i32")), "i16")
     if t is DType.f16:
         return _float_to_half(b, v)
+    if t in NARROW_FLOATS:
+        return narrowed(b, v, t)
     return b.convert("zext", v, "i8") if t is DType.bool else v
 
 
