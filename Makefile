@@ -50,7 +50,7 @@ $(BIN)/python:
 # A fresh environment with every extra, at the newest versions that pyproject.toml allows.
 constraints:
 	$(PYTHON) -m venv --clear build/constraints
-	build/constraints/bin/python -m pip install --quiet --editable '.[test,check,bench,demo,torch]'
+	build/constraints/bin/python -m pip install --quiet --editable '.[test,check,bench,demo,torch,llama]'
 	printf '%s\n' '# The versions that the tests ran with; `make constraints` renews them from a fresh environment with every extra.' > constraints.txt
 	build/constraints/bin/python -m pip freeze --exclude-editable | sed 's/+cpu$$//' >> constraints.txt
 
