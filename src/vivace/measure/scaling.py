@@ -123,9 +123,8 @@ def examine(engine: Engine, inputs: Mapping[str, np.ndarray], threads: Sequence[
 
 def stages_of(engine: Engine, inputs: Mapping[str, np.ndarray], n_runs: int = _N_RUNS) -> list[Stage]:
     """The stages of one inference in the order in which they ran, loops unrolled; times are medians of some runs."""
-    runs = [engine.trace(inputs)]
-    once_ns = sum(chunk.duration_ns for chunk in runs[0])
-    runs += [engine.trace(inputs) for _ in range(min(n_runs, max(3, round(_RUNS_NS / max(once_ns, 1)))) - 1)]
+    once_ns = sum(chunk.duration_ns for chunk in engine.traces(inputs)[0])
+    runs = engine.traces(inputs, min(n_runs, max(3, round(_RUNS_NS / max(once_ns, 1)))))
     lines, kernels = engine.image.lines, engine.image.kernels
     dims = engine.dims_of(inputs)
     stages: list[list[Piece]] = []
