@@ -207,6 +207,7 @@ class Job:
                 runners.append(_engine(plan, image, self.options, records, self.portable))
                 placement += [replace(p, kernel=f"{k}/{p.kernel}") for p in records]
                 continue
+            refuse_odd_types(piece.provider, (*g.inputs, *g.outputs))
             model = export(g).SerializeToString()
             parts.append(Part(piece.provider, _specs(g.inputs), _specs(g.outputs), model=model))
             runners.append(load_part(parts[-1], self.options.threads, self.portable, spin=False))
@@ -511,6 +512,13 @@ def refuse_unhosted(graph: Graph, providers: Sequence[str]) -> None:
             expected="a model of native operators",
             hint="providers=('native', 'onnxruntime')",
         )
+
+
+def refuse_odd_types(provider: str, border: Sequence[Value]) -> None:
+    """Raises: UnsupportedError for values that other providers do not take from NumPy: bf16, f8, 4-bit integers."""
+    odd = [v for v in border if v.dtype.numpy.isbuiltin != 1]
+    if odd:
+        raise UnsupportedError(f"{odd[0]} cannot be handed over", where=provider, expected="types of NumPy's own")
 
 
 def foreign_model(node: Node) -> bytes:

@@ -229,3 +229,13 @@ def test_parts_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(engine, PartitionedEngine) and engine.stats["precision"] == "bf16"
     fed = inputs("compress", 9)
     np.testing.assert_allclose(engine.run(fed)["y"], reference("compress", fed)["y"], rtol=2e-2, atol=2e-2)
+
+
+def test_a_type_that_numpy_lacks_does_not_cross_a_border() -> None:
+    text = """m (float[N] x, int64[2] shape) => (float[A, B] y) {
+        h = Cast<to = 16>(x)  r = Reshape(h, shape)  y = Cast<to = 1>(r) }"""
+    proto = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 17]> {text}')
+    engine = vivace.compile(proto, threads=1)
+    assert {p.provider for p in engine.placement} == {"onnxruntime"}
+    x = np.arange(6, dtype=np.float32)
+    np.testing.assert_array_equal(engine(x, np.array([2, 3])), x.reshape(2, 3))
