@@ -12,7 +12,7 @@ from tests.lower.harness import HERE, build, check, run_plan
 
 from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
-from vivace.base.machine import ISAS, CacheLevel, Isa, Machine, host
+from vivace.base.machine import ISAS, CacheLevel, Isa, Machine, host, isa
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Node, Type, Value
 from vivace.loops.blocked import Blocked
@@ -295,3 +295,12 @@ def test_weights_of_a_run_time_input_are_left_to_the_direct_way() -> None:
     g: Graph = build(make, Type(F32, (1, 12, 12, 32)), Type(F32, (32, 32, 3, 3)))
     plan = check(g, random(1, 12, 12, 32), random(32, 32, 3, 3), isas=(HERE[-1],), tol=2e-4)
     assert blocked(plan) == 0
+
+
+def test_tile_registers_leave_nothing_to_save() -> None:
+    w = np.zeros((64, 64, 3, 3), np.float32)
+    attrs = {"strides": (1, 1), "dilations": (1, 1), "before": (0, 0), "after": (0, 0), "group": 1, "layout": "NHWC"}
+    graph = build(lambda b, x: b.conv(x, b.const(w), **attrs), Type(DType.f32, (1, 58, 58, 64)))
+    tiles = isa("avx512+amx_bf16+amx_int8+amx_tile+avx512_bf16")
+    assert winograd.choose(graph.nodes[0], tiles) is not None
+    assert winograd.choose(graph.nodes[0], tiles, half=True) is None

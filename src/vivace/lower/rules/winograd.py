@@ -61,6 +61,7 @@ _TRANSFORM_FLOPS = 11  # per position and channel, for C and for K
 # times of layers it is 15 where 30 GB/s feed 110 GFLOP/s (Zen 4), 30 where 20 GB/s feed 171 (Sapphire Rapids).
 _WEIGHT_FLOPS = 20  # per element of U or of the weights
 _LEAST_GAIN = 1.25  # below it the direct way is as good where caches are cold (112x112, 3 to 64 channels)
+_TILE_SPEED = 5  # of bf16 in tile registers over f32: 880 to 1420 GFLOP/s in layers of ResNet-50, against 164
 _GUESS = 64  # for symbolic dims
 _MOST_TILES = 256  # of a block that was chosen for a symbolic size
 _LEAST_TILES = 6  # rows of a micro-kernel that hide the latency of its sums
@@ -69,8 +70,8 @@ _LEAST_TILES = 6  # rows of a micro-kernel that hide the latency of its sums
 def choose(node: Node, isa: Isa, half: bool = False, machine: Machine | None = None) -> Size | None:
     """The m to use for each axis, or None for the direct way: the least by counted flops and bytes of weights.
 
-    `half`: the direct way would multiply bf16 at twice the speed (1.0 ms for the 3x3 layers of ResNet-50, against 0.6
-    to 0.8 in f32 by tiles for 56x56 to 14x14).
+    `half`: the direct way would multiply bf16, at twice the speed (1.0 ms for the 3x3 layers of ResNet-50, against 0.6
+    to 0.8 in f32 by tiles for 56x56 to 14x14), with tile registers at more (56x56: 0.26 ms against 0.59).
     """
     if not is_possible(node):
         return None
@@ -88,7 +89,7 @@ def choose(node: Node, isa: Isa, half: bool = False, machine: Machine | None = N
     n_taps = math.prod(_taps(w))
     best = n_taps * channels * n_out * (2 * images * height * width + _WEIGHT_FLOPS) / _LEAST_GAIN
     if half:
-        best *= _LEAST_GAIN / 2
+        best *= _LEAST_GAIN / (_TILE_SPEED if isa.has("amx_bf16") else 2)
     found = None
     for m in sizes(node):
         tiles = images * -(-height // m[0]) * -(-width // m[1])
