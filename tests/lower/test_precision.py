@@ -25,6 +25,7 @@ from vivace.graph import reference
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type, Value
 from vivace.graph.verify import verify
+from vivace.loops.contraction import Depthwise
 from vivace.lower.halves import holds, rounded
 from vivace.lower.lowering import lower
 from vivace.lower.plan import steps_of
@@ -197,6 +198,17 @@ def test_what_is_read_in_f32_only_stays_f32() -> None:
         return b.cumsum(b.relu(b.matmul(x, b.const(weights(64, 256)))), axis=1, exclusive=False, reverse=False)
 
     assert narrow(build(net, Type(F32, (64, 64)))).n_values == 0
+
+
+def test_weights_of_depthwise_convolutions_stay_f32() -> None:
+    graph = build(
+        lambda b, x: b.relu(conv(b, b.relu(conv(b, x, 64)), 64, 3, group=64, seed=5)), Type(F32, (1, 9, 9, 32))
+    )
+    found = narrow(graph)
+    weights = [n.inputs[1].data for n in found.graph.nodes if n.op.name == "conv"]
+    assert found.n_products == 2 and [holds(DType.bf16, w) for w in weights] == [True, False]
+    (step,) = [s for s in steps_of(lower(found.graph, best_isa(host())).body) if isinstance(s.spec, Depthwise)]
+    assert (step.spec.a.dtype, step.spec.b.dtype) == (DType.bf16, F32)
 
 
 def test_rounding() -> None:

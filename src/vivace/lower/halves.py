@@ -63,6 +63,17 @@ def reads_half(n: Node, operand: int, half: DType = DType.bf16) -> bool:
     return False
 
 
+def is_depthwise(n: Node) -> bool:
+    """Whether a node is a convolution of each channel by itself. Its kernel widens what it loads, and weights of it are
+    never stored in half precision.
+    """
+    x, w = n.inputs[:2]
+    if n.op.name != "conv" or x is None or w is None or w.data is None:
+        return False
+    channels = x.shape[-1 if n.attrs["layout"] == "NHWC" else 1]
+    return bool(n.attrs["group"] == w.shape[0] == channels and w.shape[1] == 1)
+
+
 def _is_matrix(w: Value) -> bool:
     assert w.data is not None
     return w.rank >= 2 and w.data.size > 0 and all(d == 1 for d in w.data.shape[:-2])

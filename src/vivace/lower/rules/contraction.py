@@ -17,7 +17,7 @@ from vivace.loops.kernel import Binary, Buffer, Const, Expr, For, Index, Kernel,
 from vivace.lower.arithmetic import arithmetic_of, choose_arithmetic
 from vivace.lower.choices import DIRECT, Site
 from vivace.lower.group import Group
-from vivace.lower.halves import is_widening, reads_half
+from vivace.lower.halves import is_depthwise, is_widening, reads_half
 from vivace.lower.lowering import Lowering
 from vivace.lower.pack import contiguous_run, pack_groups, pack_panels
 from vivace.lower.rules import narrow, winograd
@@ -155,12 +155,14 @@ def _matrix(view: View, value: Value) -> np.ndarray:
     return data.reshape(data.shape[-2:]) if data.ndim > 1 else data.reshape(-1, 1)
 
 
-def _is_half_product(ctx: Lowering, x: Value, w: Value) -> bool:
-    """Whether a product reads halves: its operand widens them, and the weights are constants that their type holds."""
+def _is_half_product(ctx: Lowering, x: Value, w: Value | None) -> bool:
+    """Whether a product reads halves: its operand widens them, and the weights (None: any) are constants that their
+    type holds.
+    """
     n = ctx.producer.get(x)
-    if n is None or not is_widening(n) or w.data is None or n.inputs[0] is None:
+    if n is None or not is_widening(n) or n.inputs[0] is None or x in ctx.views:
         return False
-    return x not in ctx.views and ctx.fits(w, n.inputs[0].dtype)
+    return w is None or (w.data is not None and ctx.fits(w, n.inputs[0].dtype))
 
 
 def is_fast_half(half: DType, isa: Isa) -> bool:
@@ -275,7 +277,7 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
     groups: int = attrs["group"]
     last = attrs["layout"] == "NHWC"
     to_last = tuple(range(rank)) if last else (0, *range(2, rank), 1)
-    half = _is_half_product(ctx, x_value, w_value) and reads_half(node, 0)
+    half = reads_half(node, 0) and _is_half_product(ctx, x_value, None if is_depthwise(node) else w_value)
     x = (ctx.operand(x_value) if half else ctx.view(x_value)).transpose(to_last)
     if x.strides[-1] != 1 and x.shape[-1] != 1:
         x = ctx.contiguous(x, f"{x_value.name}_nhwc")
@@ -300,8 +302,7 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
         bias = replace(bias, shape=(*bias.shape, *(1,) * n_spatial), strides=(*bias.strides, *(0,) * n_spatial))
     taps = (*spatial_taps, Axis("kc", cg, 1))
     is_narrow = narrow.pays(w_value, groups, taps)
-    is_depthwise = groups == oc == x_value.shape[-1 if last else 1] and cg == 1 and w_value.data is not None
-    depthwise = is_depthwise and not is_narrow
+    depthwise = is_depthwise(node) and not is_narrow
     lane: Dim = symbol("c" if depthwise else "n", 0)
     channel = lane if groups == 1 or depthwise else symbol("g", 0) * (oc // groups) + lane
     by_last = [*(symbol(s, 0) for s in names), channel]
@@ -324,9 +325,7 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
         narrow.lower_narrow(ctx, g, x, out, rows, taps, epilogue)
     elif depthwise:
         assert w_value.data is not None
-        kind = x.dtype if half else DType.f32
-        weights = _depthwise_weights(w_value).astype(kind.numpy)
-        w = ctx.constant(weights, f"{w_value.name}_taps", ("depthwise", id(w_value.data), kind))
+        w = ctx.constant(_depthwise_weights(w_value), f"{w_value.name}_taps", ("depthwise", id(w_value.data)))
         b_buf = w.buffer("b")
         step: Dim = oc
         with_b = []

@@ -1,8 +1,8 @@
 """Loads and multiply-adds of depthwise convolutions: one channel per lane, narrow elements widened as they are loaded.
 
     f32         as it is           multiply-add
-    bf16        shifted to f32     multiply-add
-    f16         converted to f32   multiply-add
+    bf16        shifted to f32     multiply-add, by weights in f32: they are few, and rounding them would save nothing
+    f16         converted to f32   multiply-add, likewise
     8-bit       widened to i32     vpdpwssd, or vpmaddwd and an addition: exact, since a byte fits the lower i16 of its
                                    lane and the upper i16 of every weight is 0
     u8 by i8    rows interleaved   vpdpbusd, where AVX512-VNNI has it: up to four kernel rows stand side by side in each
@@ -22,6 +22,7 @@ from vivace.targets.cpu.contraction_text import Text
 from vivace.targets.cpu.contraction_vector import load, vector_type
 
 _BYTES = (DType.u8, DType.i8)
+_FLOATS = (DType.f32, DType.bf16, DType.f16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +34,9 @@ class ChannelStep:
 
     def __post_init__(self) -> None:
         a, b = self.d.a.dtype, self.d.b.dtype
-        if not ((a is b and a.is_float and a is not DType.f64) or (a in _BYTES and b in _BYTES)):
+        if not ((a in _FLOATS and b is DType.f32) or (a in _BYTES and b in _BYTES)):
             raise UnsupportedError(
-                f"depthwise products of {a} and {b}", where=self.d.name, expected="twice f32, bf16 or f16, or 8-bit"
+                f"depthwise products of {a} and {b}", where=self.d.name, expected="f32, bf16 or f16 by f32, or 8-bit"
             )
 
     @property
