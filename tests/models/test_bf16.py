@@ -22,8 +22,8 @@ from vivace.measure.compare import Tolerance, compare_arrays
 from vivace.runtime.engine import Engine
 
 AMPLIFIED_DB = 18.0
-# Steps that only convert. An input of the model that a product reads is one; so is a value that a product and an
-# operator without bf16 both read.
+# Steps that only convert, besides one for each norm whose result both products and an addition read. An input of the
+# model that a product reads is one; so is a value that a product and an operator without bf16 both read.
 CASTS = 2
 
 
@@ -79,7 +79,8 @@ def test_error_of_bf16(model: Model) -> None:
     labels = [line.label for line in engine.image.lines if line.kind == "run"]
     plain = vivace.compile(path, threads=1, providers=("native",))
     assert isinstance(plain, Engine)
-    assert labels.count("cast") - sum(line.label == "cast" for line in plain.image.lines) <= CASTS
+    norms = sum(label in ("layer_norm", "rms_norm") for label in labels)
+    assert labels.count("cast") - sum(line.label == "cast" for line in plain.image.lines) <= CASTS + norms
 
 
 @pytest.mark.parametrize("isa", ISAS)

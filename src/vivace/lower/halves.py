@@ -22,6 +22,7 @@ _CONVERTING = frozenset(
      "reduce_sum", "reduce_mean", "reduce_max", "reduce_min", "reduce_prod"}
 )  # fmt: skip
 _CONVERTING_BYTES = frozenset({"avg_pool", "reduce_sum", "reduce_mean", "reduce_max", "reduce_min"})
+LEAST_ROWS = 16  # one tile register full; packing reads and writes each element of B once
 NARROW_RESULTS = 2  # per pixel and group: so few are computed along the taps (`rules/narrow.py`), in f32
 
 
@@ -44,6 +45,8 @@ def reads_half(n: Node, operand: int, half: DType = DType.bf16) -> bool:
         return False
     if n.op.name == "attention":
         return half is DType.bf16 and operand < 3
+    if is_pair_product(n):
+        return half is DType.bf16 and operand < 2
     if operand != 0:
         return False
     if half in BYTES:
@@ -61,6 +64,16 @@ def reads_half(n: Node, operand: int, half: DType = DType.bf16) -> bool:
             groups = n.attrs["group"]
             return w.data.size > 0 and not (groups <= 4 and w.data.shape[0] // groups <= NARROW_RESULTS)
     return False
+
+
+def is_pair_product(n: Node) -> bool:
+    """Whether a node is a matrix product of two values that only show when the model runs, with rows enough to pay for
+    packing the second one.
+    """
+    if n.op.name != "matmul" or (a := n.inputs[0]) is None or (b := n.inputs[1]) is None or b.data is not None:
+        return False
+    m, k = a.shape[-2:] if a.rank > 1 else (1, 0)
+    return isinstance(k, int) and isinstance(m, int) and m >= LEAST_ROWS and k > 0 and b.rank > 1
 
 
 def is_depthwise(n: Node) -> bool:

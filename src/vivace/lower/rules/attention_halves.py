@@ -81,14 +81,29 @@ class HalfAttention:
         steps: Dim = 1 if alone else ceildiv(seen, chunk)
         each, last = [], []
         for rows, when in _sizes(n_queries, block, n_parts, self.part):
-            some = _Rows(self, rows, first, chunk, seen, causal, alone, packs, state)
-            stages, final = some.stages()
-            each += [replace(s, when=when) for s in stages]
-            last += [replace(s, when=when) for s in final]
+            some = _Rows(self, rows, first, chunk, causal, alone, packs, state)
+            for chunk_of, here in self._chunks(chunk, seen, alone):
+                each += [replace(s, when=when * here) for s in some.of_chunk(chunk_of)]
+            last += [] if alone else [replace(some.at_the_end(), when=when)]
         once = tuple(Stage(p, (operand.moved(0),)) for p, operand in zip(packs, (a.k, a.v), strict=True))
         used = {b for s in (*each, *last, *once) for b in s.params}
         local = [b for b in (*(p.out for p in packs), *state.buffers) if b in used]
         return Blocks(each, last, local, steps, once, maximum(1, n_parts // 4))
+
+    def _chunks(self, chunk: int, seen: Dim, alone: bool) -> list[tuple[_Chunk, Dim]]:
+        """The chunks that a step may compute, and when (1 or 0) it does: sizes are numbers where they can be."""
+        n_keys, step = self.a.n_keys, symbol(STEP, 0)
+        if alone:
+            return [(_Chunk(0, seen, RUN * ceildiv(n_keys, RUN)), 1)]
+        start, in_chunk = step * chunk, chunk // RUN
+        if not isinstance(n_keys, int) or seen is not n_keys:
+            run = RUN * minimum(in_chunk, ceildiv(n_keys, RUN) - step * in_chunk)
+            return [(_Chunk(start, minimum(chunk, seen - start), run), 1)]
+        left = (n_keys - 1) % chunk + 1
+        if left == chunk:
+            return [(_Chunk(start, chunk, chunk), 1)]
+        is_last = maximum(0, step - (n_keys // chunk - 1))
+        return [(_Chunk(start, chunk, chunk), 1 - is_last), (_Chunk(start, left, -(-left // RUN) * RUN), is_last)]
 
     def _packs(self, block: int) -> tuple[Pack, Pack]:
         a, ar = self.a, choose_arithmetic(BF16, BF16, self.isa)
@@ -150,6 +165,15 @@ class _State:
 
 
 @dataclass(frozen=True, slots=True)
+class _Chunk:
+    """`keys` from key `start` on, filled up to `run`."""
+
+    start: Dim
+    keys: Dim
+    run: Dim
+
+
+@dataclass(frozen=True, slots=True)
 class _Rows:
     """The stages of one block of `rows` queries from query `first` on."""
 
@@ -157,50 +181,43 @@ class _Rows:
     rows: Dim
     first: Dim
     chunk: int
-    seen: Dim
     causal: bool
     alone: bool
     packs: tuple[Pack, Pack]
     state: _State
 
-    def stages(self) -> tuple[list[Stage], list[Stage]]:
-        """Those of a chunk of keys, and those at the end of the block."""
-        a, state, here = self.half.a, self.state, self.rows
-        width, n_keys, v = a.v.view.shape[3], a.n_keys, self.packs[1]
-        start: Dim = 0 if self.alone else symbol(STEP, 0) * self.chunk
-        keys: Dim = self.seen if self.alone else minimum(self.chunk, self.seen - start)
-        packed, in_chunk = ceildiv(n_keys, RUN), self.chunk // RUN
-        run = RUN * (packed if self.alone else minimum(in_chunk, packed - symbol(STEP, 0) * in_chunk))
-        if isinstance(n_keys, int) and not self.causal and n_keys % self.chunk == 0:
-            keys = run = self.chunk
-        each = [self._scores(here, start, keys)]
-        out_offset = a.out.moved(self.first * a.out.row)
-        s, n = symbol("s", 0), symbol("n", 0)
+    def of_chunk(self, chunk: _Chunk) -> list[Stage]:
+        """Scores, weights, and the weighted sums so far; where all keys are one chunk, the results."""
+        a, state, here, v = self.half.a, self.state, self.rows, self.packs[1]
+        out, s, n = a.out.buffer, symbol("s", 0), symbol("n", 0)
         values = Contraction(
-            "k", (), (Axis("s", here, state.w.strides[0], 0, a.out.row),), (Axis("t", run, 1),), width,
-            state.w, v.out, a.out.buffer, Packing("panels", v.lanes),
+            "k", (), (Axis("s", here, state.w.strides[0], 0, a.out.row),), (Axis("t", chunk.run, 1),),
+            a.v.view.shape[3], state.w, v.out, out, Packing("panels", v.lanes),
+            a.result(mul(ACC, Load(state.inverse, (s,)))), (state.inverse,),
         )  # fmt: skip
         if self.alone:
-            epilogue = a.result(mul(ACC, Load(state.inverse, (s,))))
-            each.append(Stage(_softmax(state, here, keys, run)))
-            each.append(Stage(replace(values, epilogue=epilogue, extra=(state.inverse,)), (out_offset,)))
-            return each, []
+            softmax = Stage(_softmax(state, here, chunk))
+            return [self._scores(chunk), softmax, Stage(values, (a.out.moved(self.first * a.out.row),))]
         so_far = Binary("add", ACC, mul(Load(state.sums, (s, n)), Load(state.rescale, (s,))))
         values = replace(
             values, rows=(Axis("s", here, state.w.strides[0], 0, state.sums.strides[0]),), out=state.sums,
             epilogue=Select(_is_first(), ACC, so_far), extra=(state.sums, state.rescale),
         )  # fmt: skip
-        each.append(Stage(_online_softmax(state, here, keys, run)))
-        each.append(Stage(values, ((v.out, start * (v.n_panels * v.lanes)),)))
-        return each, [Stage(a.divided(state.sums, state.total, here), (out_offset,))]
+        panels = (v.out, chunk.start * (v.n_panels * v.lanes))
+        return [self._scores(chunk), Stage(_online_softmax(state, here, chunk)), Stage(values, (panels,))]
 
-    def _scores(self, here: Dim, start: Dim, keys: Dim) -> Stage:
-        a, k = self.half.a, self.packs[0]
+    def at_the_end(self) -> Stage:
+        """The results of a block of several chunks."""
+        a = self.half.a
+        return Stage(a.divided(self.state.sums, self.state.total, self.rows), (a.out.moved(self.first * a.out.row),))
+
+    def _scores(self, chunk: _Chunk) -> Stage:
+        a, k, start = self.half.a, self.packs[0], chunk.start
         s, n = symbol("s", 0), symbol("n", 0, self.chunk - 1)
         ahead = s + self.first + a.n_keys - a.n_queries - n - start if self.causal else None
         epilogue = a.score(ACC, a.mask, s, n, ahead)
         scores = Contraction(
-            "k", (), (Axis("s", here, a.q.row, 0, self.state.p.strides[0]),), (Axis("d", k.k, 1),), keys,
+            "k", (), (Axis("s", self.rows, a.q.row, 0, self.state.p.strides[0]),), (Axis("d", k.k, 1),), chunk.keys,
             a.q.buffer, k.out, self.state.p, Packing("panels", k.lanes),
             None if epilogue is ACC else epilogue, () if a.mask is None else (a.mask.buffer,),
         )  # fmt: skip
@@ -214,39 +231,39 @@ def _is_first() -> Binary:
     return Binary("eq", Index(symbol(STEP, 0)), Const(0, DType.i64))
 
 
-def _weights(state: _State, keys: Dim, run: Dim) -> tuple[For | Let, ...]:
+def _weights(state: _State, chunk: _Chunk) -> tuple[For | Let, ...]:
     """w = exp(p - top), and zeros up to the end of the run; the sum of w as `chunk_total`."""
-    s, t, u, z = symbol("s", 0), symbol("t", 0), symbol("u", 0), symbol("z", 0)
+    s, t, u, z, keys = symbol("s", 0), symbol("t", 0), symbol("u", 0), symbol("z", 0), chunk.keys
     stored = Cast(BF16, exp_below(Load(state.p, (s, t)), Read("top", F32)))
     total = Reduce("add", "u", keys, Cast(F32, Load(state.w, (s, u))))
     found: list[For | Let] = [For("t", keys, (Store(state.w, (s, t), stored),), "vector"), Let("chunk_total", total)]
-    if keys is not run:
-        found.append(For("z", run - keys, (Store(state.w, (s, keys + z), Const(0.0, BF16)),), "vector"))
+    if keys != chunk.run:
+        found.append(For("z", chunk.run - keys, (Store(state.w, (s, keys + z), Const(0.0, BF16)),), "vector"))
     return tuple(found)
 
 
-def _softmax(state: _State, queries: Dim, keys: Dim, run: Dim) -> Kernel:
+def _softmax(state: _State, queries: Dim, chunk: _Chunk) -> Kernel:
     """The weights of a row, and 1 / their sum."""
     s, t = symbol("s", 0), symbol("v", 0)
     body = (
-        Let("top", Reduce("max", "v", keys, Load(state.p, (s, t)))),
-        *_weights(state, keys, run),
+        Let("top", Reduce("max", "v", chunk.keys, Load(state.p, (s, t)))),
+        *_weights(state, chunk),
         Store(state.inverse, (s,), Binary("div", number(1), Read("chunk_total", F32))),
     )
     return Kernel("k", (state.p, state.w, state.inverse), (For("s", queries, body),))
 
 
-def _online_softmax(state: _State, queries: Dim, keys: Dim, run: Dim) -> Kernel:
+def _online_softmax(state: _State, queries: Dim, chunk: _Chunk) -> Kernel:
     """The weights for the maximum so far, their sum so far, and what earlier sums are to be multiplied with."""
     s, v = symbol("s", 0), symbol("v", 0)
     body = (
         Let("old", Select(_is_first(), number(LOWEST), Load(state.top, (s,)))),
-        Let("chunk_top", Reduce("max", "v", keys, Load(state.p, (s, v)))),
+        Let("chunk_top", Reduce("max", "v", chunk.keys, Load(state.p, (s, v)))),
         Let("top", Binary("max", Read("old", F32), Read("chunk_top", F32))),
         Let("rescale", exp_below(Read("old", F32), Read("top", F32))),
         Store(state.top, (s,), Read("top", F32)),
         Store(state.rescale, (s,), Read("rescale", F32)),
-        *_weights(state, keys, run),
+        *_weights(state, chunk),
         Let("before", Select(_is_first(), number(0), mul(Load(state.total, (s,)), Read("rescale", F32)))),
         Store(state.total, (s,), Binary("add", Read("before", F32), Read("chunk_total", F32))),
     )

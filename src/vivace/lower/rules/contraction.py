@@ -14,6 +14,7 @@ from vivace.base.mapped import forget
 from vivace.graph.graph import Value
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
 from vivace.loops.kernel import Binary, Buffer, Const, Expr, For, Index, Kernel, Reduce, Select, Store
+from vivace.loops.pack import Pack
 from vivace.lower.arithmetic import arithmetic_of, choose_arithmetic
 from vivace.lower.choices import DIRECT, Site
 from vivace.lower.group import Group
@@ -64,8 +65,10 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
     if y.dtype is not DType.f32:
         _integer_matmul(ctx, g)
         return
-    half = _is_half_product(ctx, a_value, b_value)
-    a, b = ctx.operand(a_value) if half else ctx.view(a_value), ctx.view(b_value)
+    is_pair = reads_half(g.anchor, 1) and _is_half_product(ctx, a_value, None)
+    half = is_pair or _is_half_product(ctx, a_value, b_value)
+    a = ctx.operand(a_value) if half else ctx.view(a_value)
+    b = ctx.operand(b_value) if is_pair else ctx.view(b_value)
     a = _two_d(a, column=False)
     b = _two_d(b, column=True)
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
@@ -89,11 +92,14 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
     rows = tuple(x for x, is_b in zip(axes, [*batched, False], strict=True) if not is_b)
     index = [symbol(x, 0) for x in names] + [symbol("n", 0)]
     epilogue = Epilogue(ctx, g, None, _index_for(y.shape, full, index))
-    if half and not batch:
-        c, places = _half_contraction(
-            ctx, b_value, "matmul", lambda: np.asarray(_matrix(b, b_value))[None],
-            (), rows, (Axis("k", k, 1),), n, a, out, epilogue
-        )  # fmt: skip
+    if is_pair or (half and not batch):
+        if is_pair:
+            c, places = _pair_contraction(ctx, g, b_full, batch, rows, n, a, out, epilogue)
+        else:
+            c, places = _half_contraction(
+                ctx, b_value, "matmul", lambda: np.asarray(_matrix(b, b_value))[None],
+                (), rows, (Axis("k", k, 1),), n, a, out, epilogue
+            )  # fmt: skip
         emit_contraction(ctx, "matmul", c, places, g, tail_flops(g))
         if out.storage is not target.storage:
             ctx.copy(_required(out.reshape(target.shape)), target)
@@ -195,6 +201,32 @@ def _half_contraction(
     batch = tuple(replace(x, b=prod(b.shape[1:])) for x in batch)
     c = replace(c, batch=batch, b=b_buf, packing=Packing("panels", lanes))
     return c, {a_buf: a, b_buf: b, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
+
+
+def _pair_contraction(
+    ctx: Lowering, g: Group, b: View, batch: tuple[Axis, ...], rows: tuple[Axis, ...], n: Dim, a: View, out: View,
+    epilogue: Epilogue,
+) -> tuple[Contraction, dict[Buffer, View]]:  # fmt: skip
+    """A product of bf16 with what only shows when the model runs, packed by a step of its own."""
+    k, (k_stride, n_stride) = b.shape[-2], b.strides[-2:]
+    n_stride = 1 if n == 1 else n_stride
+    if n_stride != 1 and k_stride != 1:
+        b = ctx.contiguous(b, "dense")
+        k_stride, n_stride = b.strides[-2:]
+        batch = tuple(replace(x, b=b.strides[int(x.name[1:])]) for x in batch)
+    a_buf, b_buf, out_buf = a.buffer("a"), b.buffer("b"), out.buffer("out", writable=True)
+    c = Contraction(
+        "k", batch, rows, (Axis("k", k, 1),), n, a_buf, Buffer("b", DType.bf16, (0,), (1,)), out_buf,
+        Packing("panels", 1), epilogue.expr, epilogue.extra,
+    )  # fmt: skip
+    lanes = panel_lanes(n, ctx.isa, arithmetic_of(c, ctx.isa))
+    steps = tuple(Axis(x.name, x.extent, 0, x.b) for x in batch)
+    pack = Pack("k", steps, k, n, k_stride, n_stride, b_buf, b_buf, lanes)
+    panels = ctx.temporary("panels", DType.bf16, (prod([x.extent for x in batch]) * pack.size,))
+    pack = replace(pack, out=panels.buffer("panels", writable=True))
+    ctx.emit("pack", pack, [b, panels], 1, (g.anchor,), 0)
+    c = replace(c, b=panels.buffer("b"), packing=Packing("panels", lanes))
+    return c, {a_buf: a, c.b: panels, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
 
 
 def _packed(ctx: Lowering, value: Value, lanes: int, how: str, make: object) -> View:
