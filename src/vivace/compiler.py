@@ -271,7 +271,7 @@ def _automatic(
     from vivace.formats import METRICS, Engines, decide, regions
     from vivace.graph.sizes import late_nodes
     from vivace.lower.precision import narrow, products
-    from vivace.lower.rules.contraction import is_fast_half
+    from vivace.lower.rules.half_products import is_fast_half
     from vivace.measure.inputs import choose_shapes, generate
 
     if max_drop is None or not max_drop >= 0:
@@ -444,7 +444,7 @@ def apply_precision(graph: Graph, precision: str, target: Isa) -> tuple[Graph, d
         return graph, {"precision": "f32"}
     from vivace.base.dtypes import DType
     from vivace.lower.precision import narrow
-    from vivace.lower.rules.contraction import is_fast_half
+    from vivace.lower.rules.half_products import is_fast_half
 
     half = DType(precision)
     if not (is_fast_half(half, target) or knobs.emulate):

@@ -9,21 +9,19 @@ import numpy as np
 
 from vivace.base.dims import Dim, maximum, minimum, prod, symbol
 from vivace.base.dtypes import DType
-from vivace.base.machine import Isa
 from vivace.base.mapped import forget
 from vivace.graph.graph import Value
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
 from vivace.loops.kernel import Binary, Buffer, Const, Expr, For, Index, Kernel, Reduce, Select, Store
-from vivace.loops.pack import Pack
-from vivace.lower.arithmetic import arithmetic_of, choose_arithmetic
 from vivace.lower.choices import DIRECT, Site
 from vivace.lower.group import Group
-from vivace.lower.halves import is_depthwise, is_widening, reads_half
+from vivace.lower.halves import is_depthwise, reads_half
 from vivace.lower.lowering import Lowering
-from vivace.lower.pack import contiguous_run, pack_groups, pack_panels
+from vivace.lower.pack import pack_panels
 from vivace.lower.rules import narrow, winograd
 from vivace.lower.rules.elementwise import Params, Tree, emit_pointwise
 from vivace.lower.rules.epilogue import ACC, Epilogue, tail_flops
+from vivace.lower.rules.half_products import half_contraction, is_fast_half, is_half_product, pair_contraction, unpacked
 from vivace.lower.tile import panel_lanes
 from vivace.lower.views import View
 
@@ -47,11 +45,6 @@ def emit_contraction(
     ctx.emit(label, c, ordered, len(ordered) - 1, g.nodes, flops, moved, site=site)
 
 
-def unpacked(c: Contraction, dtype: DType = DType.f32) -> Contraction:
-    """The contraction before its constant weights are packed: what `Choices` know it by."""
-    return replace(c, b=Buffer("b", dtype, (0,), (1,)), packing=Packing("panels"))
-
-
 # ---- matrix products
 # ----------------------------------------------------------------------------------------------------
 
@@ -65,8 +58,8 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
     if y.dtype is not DType.f32:
         _integer_matmul(ctx, g)
         return
-    is_pair = reads_half(g.anchor, 1) and _is_half_product(ctx, a_value, None)
-    half = is_pair or _is_half_product(ctx, a_value, b_value)
+    is_pair = reads_half(g.anchor, 1) and is_half_product(ctx, a_value, None)
+    half = is_pair or is_half_product(ctx, a_value, b_value)
     a = ctx.operand(a_value) if half else ctx.view(a_value)
     b = ctx.operand(b_value) if is_pair else ctx.view(b_value)
     a = _two_d(a, column=False)
@@ -94,9 +87,9 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
     epilogue = Epilogue(ctx, g, None, _index_for(y.shape, full, index))
     if is_pair or (half and not batch):
         if is_pair:
-            c, places = _pair_contraction(ctx, g, b_full, batch, rows, n, a, out, epilogue)
+            c, places = pair_contraction(ctx, g, b_full, batch, rows, n, a, out, epilogue)
         else:
-            c, places = _half_contraction(
+            c, places = half_contraction(
                 ctx, b_value, "matmul", lambda: np.asarray(_matrix(b, b_value))[None],
                 (), rows, (Axis("k", k, 1),), n, a, out, epilogue
             )  # fmt: skip
@@ -159,74 +152,6 @@ def _matrix(view: View, value: Value) -> np.ndarray:
     assert value.data is not None
     data = np.asarray(value.data, np.float32)
     return data.reshape(data.shape[-2:]) if data.ndim > 1 else data.reshape(-1, 1)
-
-
-def _is_half_product(ctx: Lowering, x: Value, w: Value | None) -> bool:
-    """Whether a product reads halves: its operand widens them, and the weights (None: any) are constants that their
-    type holds.
-    """
-    n = ctx.producer.get(x)
-    if n is None or not is_widening(n) or n.inputs[0] is None or x in ctx.views:
-        return False
-    return w is None or (w.data is not None and ctx.fits(w, n.inputs[0].dtype))
-
-
-def is_fast_half(half: DType, isa: Isa) -> bool:
-    """Whether products of a half type have instructions of their own."""
-    return choose_arithmetic(half, half, isa).kind not in ("split16", "wide16")
-
-
-def _half_contraction(
-    ctx: Lowering, w: Value, how: str, make: Callable[[], np.ndarray], batch: tuple[Axis, ...], rows: tuple[Axis, ...],
-    taps: tuple[Axis, ...], n: Dim, a: View, out: View, epilogue: Epilogue,
-) -> tuple[Contraction, dict[Buffer, View]]:  # fmt: skip
-    """A product of halves with constant weights `make()` [batch, k, n], and the views of its operands."""
-    a_buf, out_buf = a.buffer("a"), out.buffer("out", writable=True)
-    b_buf = Buffer("b", a.dtype, (0,), (1,))
-    c = Contraction(
-        "k", batch, rows, taps, n, a_buf, b_buf, out_buf, Packing("panels", 1), epilogue.expr, epilogue.extra
-    )
-    arithmetic = arithmetic_of(c, ctx.isa)
-    chosen = ctx.choices.of(unpacked(c, a.dtype)).lanes
-    run, lanes = contiguous_run(c), panel_lanes(n, ctx.isa, arithmetic, chosen)
-    key = ("groups", how, id(w.data), lanes, a.dtype, arithmetic.group, run)
-    if key in ctx.packed:
-        s = ctx.packed[key]
-        assert s.data is not None
-        b = ctx.constant(s.data, s.name, key)
-    else:
-        halves = np.ascontiguousarray(make()).astype(a.dtype.numpy)
-        b = ctx.constant(pack_groups(halves, lanes, arithmetic.group, run), f"{w.name}_pairs", key)
-    b_buf = b.buffer("b")
-    batch = tuple(replace(x, b=prod(b.shape[1:])) for x in batch)
-    c = replace(c, batch=batch, b=b_buf, packing=Packing("panels", lanes))
-    return c, {a_buf: a, b_buf: b, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
-
-
-def _pair_contraction(
-    ctx: Lowering, g: Group, b: View, batch: tuple[Axis, ...], rows: tuple[Axis, ...], n: Dim, a: View, out: View,
-    epilogue: Epilogue,
-) -> tuple[Contraction, dict[Buffer, View]]:  # fmt: skip
-    """A product of bf16 with what only shows when the model runs, packed by a step of its own."""
-    k, (k_stride, n_stride) = b.shape[-2], b.strides[-2:]
-    n_stride = 1 if n == 1 else n_stride
-    if n_stride != 1 and k_stride != 1:
-        b = ctx.contiguous(b, "dense")
-        k_stride, n_stride = b.strides[-2:]
-        batch = tuple(replace(x, b=b.strides[int(x.name[1:])]) for x in batch)
-    a_buf, b_buf, out_buf = a.buffer("a"), b.buffer("b"), out.buffer("out", writable=True)
-    c = Contraction(
-        "k", batch, rows, (Axis("k", k, 1),), n, a_buf, Buffer("b", DType.bf16, (0,), (1,)), out_buf,
-        Packing("panels", 1), epilogue.expr, epilogue.extra,
-    )  # fmt: skip
-    lanes = panel_lanes(n, ctx.isa, arithmetic_of(c, ctx.isa))
-    steps = tuple(Axis(x.name, x.extent, 0, x.b) for x in batch)
-    pack = Pack("k", steps, k, n, k_stride, n_stride, b_buf, b_buf, lanes)
-    panels = ctx.temporary("panels", DType.bf16, (prod([x.extent for x in batch]) * pack.size,))
-    pack = replace(pack, out=panels.buffer("panels", writable=True))
-    ctx.emit("pack", pack, [b, panels], 1, (g.anchor,), 0)
-    c = replace(c, b=panels.buffer("b"), packing=Packing("panels", lanes))
-    return c, {a_buf: a, c.b: panels, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
 
 
 def _packed(ctx: Lowering, value: Value, lanes: int, how: str, make: object) -> View:
@@ -309,7 +234,7 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
     groups: int = attrs["group"]
     last = attrs["layout"] == "NHWC"
     to_last = tuple(range(rank)) if last else (0, *range(2, rank), 1)
-    half = reads_half(node, 0) and _is_half_product(ctx, x_value, None if is_depthwise(node) else w_value)
+    half = reads_half(node, 0) and is_half_product(ctx, x_value, None if is_depthwise(node) else w_value)
     x = (ctx.operand(x_value) if half else ctx.view(x_value)).transpose(to_last)
     if x.strides[-1] != 1 and x.shape[-1] != 1:
         x = ctx.contiguous(x, f"{x_value.name}_nhwc")
@@ -370,7 +295,7 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
         ctx.emit("depthwise", d, ordered, len(ordered) - 1, g.nodes, tail_flops(g), site=site)
     else:
         if half:
-            c, places = _half_contraction(
+            c, places = half_contraction(
                 ctx, w_value, f"conv{groups}", lambda: _conv_weights(w_value, groups), batch, rows,
                 taps, n, x, out, epilogue,
             )  # fmt: skip

@@ -25,9 +25,10 @@ from vivace.lower.choices import Site
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.pack import contiguous_run, pack_groups
-from vivace.lower.rules.contraction import emit_contraction, unpacked
+from vivace.lower.rules.contraction import emit_contraction
 from vivace.lower.rules.elementwise import Params
 from vivace.lower.rules.epilogue import Epilogue, tail_flops
+from vivace.lower.rules.half_products import unpacked
 from vivace.lower.tile import panel_lanes
 from vivace.lower.views import View
 
