@@ -23,9 +23,12 @@ if TYPE_CHECKING:
     from vivace.lower.choices import Choices
     from vivace.lower.image import ForeignEntry, Image
     from vivace.lower.plan import Plan
+    from vivace.lower.views import Storage
     from vivace.measure.compare import Tolerance
     from vivace.runtime.engine import Engine, ForeignRunner, MakeForeign, Placement
     from vivace.runtime.partitioned import PartitionedEngine
+    from vivace.targets.cpu.codegen import Known
+    from vivace.tuning import Tune
 
 PRECISIONS = ("f32", "bf16", "f16", "auto")
 PROVIDERS = ("native", "onnxruntime", "openvino")
@@ -44,6 +47,7 @@ class Options:
     disable: tuple[str, ...] = ()
     cache: bool = True
     progress: Progress | None = None
+    tune: Tune | None = None
 
     @property
     def without(self) -> frozenset[str]:
@@ -65,7 +69,9 @@ def compile(
     threads: int | None = None,
     providers: Sequence[str] | str = ("native", "onnxruntime"),
     target: str = "host",
-    tune: str = "fast",
+    tune: str = "off",
+    tune_budget: float | None = None,
+    timing_cache: str | Path | None = None,
     cache: bool = True,
     shapes: Mapping[str, Sequence[int]] | None = None,
     level: int | str = 99,
@@ -84,8 +90,8 @@ def compile(
     model, and keeps the fastest (5 to 30 s the first time, then from the cache).
     `disable` names passes and rules of the optimizer (docs/rules.md) to leave out, and choices of the lowering
     (`winograd`, `epilogues`, `trees`, `placement`, `in_place`): `benchmarks/ablations.py` shows what each brings.
-    `tune` has no effect yet: tiles come from a model of the machine. `progress(stage, done, total)` is called as work
-    goes on.
+    `tune` measures ways to make the kernels: `off` none, `fast` for seconds, `full` for minutes, or `tune_budget` seconds;
+    it keeps them here and in `timing_cache` (see `vivace timings`). `progress(stage, done, total)` tells how far it is.
     `precision` is `f32`, `bf16` or `f16`: values between kernels and weights of products are stored in that type, sums
     stay in f32 (see `vivace.lower.precision`). Where the CPU has no products of the type with f32 sums it would not pay
     (no x86 CPU that we make code for has those of f16), and f32 is used: `engine.stats["precision_note"]` says so. With
@@ -97,13 +103,16 @@ def compile(
     """
     if precision not in PRECISIONS:
         raise UnsupportedError(f"precision {precision!r} is not available", expected=", ".join(PRECISIONS))
+    from vivace.tuning import tune_of
+
     names = tuple(providers.split(",")) if isinstance(providers, str) else tuple(providers)
     for name in names:
         if name not in (*PROVIDERS, "auto"):
             raise InputError(f"unknown provider {name!r}", where="providers", expected=", ".join((*PROVIDERS, "auto")))
     options = Options(
-        threads_for(threads), choose_isa(target), names, precision, level, tuple(disable), cache, progress
-    )
+        threads_for(threads), choose_isa(target), names, precision, level, tuple(disable), cache, progress,
+        tune_of(tune, tune_budget, timing_cache, cache),
+    )  # fmt: skip
     job = Job(source, shapes, options)
     if names == ("auto",):
         from vivace.choice import fastest
@@ -138,7 +147,7 @@ class Job:
     def key(self) -> str:
         """All that the speed of an engine depends on, besides the model and the machine."""
         o = self.options
-        return repr((__version__, o.threads, o.target.name, o.precision, o.level, o.disable))
+        return repr((__version__, o.threads, o.target.name, o.precision, o.level, o.disable, o.tune and o.tune.effort))
 
     @property
     def tolerance(self) -> Tolerance:
@@ -257,10 +266,34 @@ def build(graph: Graph, options: Options) -> tuple[Plan, Image, Graph]:
     """Optimize, choose a precision, lower, generate and link; the graph is what was lowered."""
     graph = optimize_for_native(graph, options.level, options.kept)
     graph, facts = apply_precision(graph, options.precision, options.target)
-    plan = make_plan(graph, options.target, options.providers, options.without)
-    image = link_image(plan, options.target, options.cache, options.progress)
+    if options.tune is None:
+        plan = make_plan(graph, options.target, options.providers, options.without)
+        image = link_image(plan, options.target, options.cache, options.progress)
+    else:
+        plan, image = _tuned(graph, options, options.tune)
     image.facts.update(facts)
     return plan, image, graph
+
+
+def _tuned(graph: Graph, options: Options, wanted: Tune) -> tuple[Plan, Image]:
+    """Lower, generate and link as measuring says."""
+    from vivace.lower.prepare import prepare
+    from vivace.runtime.engine import Engine
+    from vivace.tuning import Workshop, tuned
+
+    graph, target, threads = prepare(graph), options.target, options.threads
+    packed: dict[object, Storage] = {}
+    known: Known = {}
+    shop = Workshop(
+        graph, target, threads,
+        lambda choices: make_plan(graph, target, options.providers, options.without, choices, packed),
+        lambda plan, choices: link_image(plan, target, False, None, choices, known),
+        lambda image: Engine(image, threads, (), make_foreign(threads)),
+    )  # fmt: skip
+    plan, choices, facts = tuned(shop, wanted, options.progress)
+    image = link_image(plan, target, options.cache, options.progress, choices)
+    image.facts["tuning"] = facts
+    return plan, image
 
 
 def _automatic(
@@ -467,22 +500,25 @@ def build_image(
     return link_image(make_plan(graph, chosen, providers, without), chosen, cache, progress)
 
 
-def make_plan(graph: Graph, chosen: Isa, providers: Sequence[str], without: frozenset[str] = frozenset()) -> Plan:
+def make_plan(
+    graph: Graph, chosen: Isa, providers: Sequence[str], without: frozenset[str] = frozenset(),
+    choices: Choices | None = None, packed: dict[object, Storage] | None = None,
+) -> Plan:  # fmt: skip
     """Lower. Raises: UnsupportedError for nodes that no chosen provider runs."""
     from vivace.lower.in_place import write_in_place
     from vivace.lower.lowering import lower
 
     refuse_unhosted(graph, providers)
-    plan = lower(graph, chosen, without)
+    plan = lower(graph, chosen, without, choices, packed)
     is_apart = knobs.check or "in_place" in without
     return plan if is_apart else write_in_place(plan)
 
 
 def link_image(
-    plan: Plan, chosen: Isa, cache: bool, progress: Progress | None, choices: Choices | None = None
-) -> Image:
-    """Generate and link; `choices` are those that the plan was made with."""
-    from vivace.lower.choices import NO_CHOICES
+    plan: Plan, chosen: Isa, cache: bool, progress: Progress | None, choices: Choices | None = None,
+    known: Known | None = None,
+) -> Image:  # fmt: skip
+    """Generate and link; `choices` are those that the plan was made with, `known` keeps kernels in memory."""
     from vivace.lower.image import KernelEntry
     from vivace.lower.link import Compiled, link
     from vivace.lower.plan import steps_of
@@ -491,7 +527,7 @@ def link_image(
     specs = [s.spec for s in steps_of(plan.body)]
     report = (lambda done, total: progress("compile", done, total)) if progress else None
     codes, numbers, objects, n_new = generate(
-        specs, chosen, default_cache() if cache else None, report, choices or NO_CHOICES
+        specs, chosen, default_cache() if cache else None, report, choices, known
     )
     by_spec = {id(s): n for s, n in zip(specs, numbers, strict=True)}
     entries = [KernelEntry(c.name, c.dims, c.units, c.grain, c.scratch_bytes) for c in codes]

@@ -16,7 +16,7 @@ from vivace.base.errors import GateError, InternalError, ModelError
 from vivace.cli import app
 from vivace.cli.app import describe
 
-VERBS = ["compile", "run", "bench", "inspect", "optimize", "sys", "demo", "opt", "reduce"]
+VERBS = ["compile", "run", "bench", "inspect", "optimize", "sys", "demo", "opt", "reduce", "timings"]
 
 
 def test_verbs_are_these() -> None:

@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 
 from vivace.base.errors import VivaceError
-from vivace.cli import bench, compile, demo, inspect, opt, optimize, reduce, run_model, system
+from vivace.cli import bench, compile, demo, inspect, opt, optimize, reduce, run_model, system, timings
 
 # Typer has Click inside or beside it, depending on its version; this is the root of its complaints in both.
 _ClickException = typer.BadParameter.__mro__[2]
@@ -44,6 +44,7 @@ app.command("sys")(system.show_system)
 app.command("demo")(demo.show_demo)
 app.command("opt")(opt.run_passes)
 app.command("reduce")(reduce.reduce_model)
+app.command("timings")(timings.show_timings)
 
 
 def _print_version(is_wanted: bool) -> None:

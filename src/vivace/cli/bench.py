@@ -36,6 +36,9 @@ def bench_model(
     precision: options.Precision = "f32",
     level: options.Level = "all",
     target: options.Target = "host",
+    tune: options.Tune = "off",
+    tune_budget: options.TuneBudget = 0.0,
+    timing_cache: options.TimingCache = None,
     budget: Annotated[float, typer.Option(help="Seconds of measuring.")] = 10.0,
     half_width: Annotated[float, typer.Option(help="Stop early once ratios are known so closely, such as 0.01.")] = 0.0,
     memory: Annotated[bool, typer.Option(help="Measure peak memory and cold start in fresh processes.")] = True,
@@ -63,7 +66,8 @@ def bench_model(
 
     options.check_output(html)
     given = parse_shapes(shapes)
-    job = Job(model, options.threads_of(threads), precision, given, level=options.level_of(level), target=target)
+    job = Job(model, options.threads_of(threads), precision, given, level=options.level_of(level), target=target,
+              tune=tune, tune_budget=tune_budget, timing_cache=str(timing_cache or ""))  # fmt: skip
     others = [name for name in options.split(against) if name != "native"]
     settings = Settings(budget_seconds=budget, half_width=half_width, seed=seed)
     with progress() as show:

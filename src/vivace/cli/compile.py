@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from vivace.base.errors import InputError
 from vivace.cli import options
+
+
+def tuned(facts: Any) -> str:
+    """What tuning did, in a sentence."""
+    done = "took all from the cache" if not facts["n_measured"] else f"measured {facts['n_measured']} ways"
+    cut = "" if facts.get("is_complete", True) else ", as far as the budget went"
+    return f"{done}{cut}: {facts['n_changed']} of {facts['n_sites']} kernels are made otherwise than by default"
 
 
 def compile_model(
@@ -25,7 +32,9 @@ def compile_model(
     calibration: options.Calibration = [],  # noqa: B006 (typer reads it)
     provider: options.Provider = "native,onnxruntime",
     target: options.Target = "host",
-    tune: Annotated[str, typer.Option(help="Effort of tuning: off, fast, full.")] = "fast",
+    tune: options.Tune = "off",
+    tune_budget: options.TuneBudget = 0.0,
+    timing_cache: options.TimingCache = None,
     level: options.Level = "all",
     disable: options.Disable = "",
     cache: Annotated[bool, typer.Option(help="Use the cache of compiled kernels.")] = True,
@@ -43,6 +52,7 @@ def compile_model(
         raise InputError("no such file", where=str(model), expected="an ONNX model")
     path = output or model.with_suffix(".vivace")
     options.check_output(path)
+    options.check_output(timing_cache)
     start = time.perf_counter()
     with progress() as show:
         engine = vivace.compile(
@@ -52,6 +62,8 @@ def compile_model(
             providers=provider if provider == "auto" else options.split(provider),
             target=target,
             tune=tune,
+            tune_budget=tune_budget or None,
+            timing_cache=timing_cache,
             cache=cache,
             shapes=parse_shapes(shapes) or None,
             level=options.level_of(level),
@@ -70,6 +82,7 @@ def compile_model(
         "inputs": list(map(str, engine.inputs)),
         "outputs": list(map(str, engine.outputs)),
         "stats": {name: value for name, value in engine.stats.items() if isinstance(value, (int, float, str, bool))},
+        "tuning": engine.stats.get("tuning"),
     }
     if as_json:
         print_json(facts)
@@ -79,6 +92,8 @@ def compile_model(
     print(f"  inputs   {', '.join(map(str, engine.inputs))}")
     print(f"  outputs  {', '.join(map(str, engine.outputs))}")
     print(f"  nodes    {len(engine.placement) - n_foreign} native, {n_foreign} in other engines")
+    if "tuning" in engine.stats:
+        print(f"  tuning   {tuned(engine.stats['tuning'])}")
     for place in engine.placement:
         if place.provider != "native":
             print(f"           {place.node} ({place.op}): {place.provider}, because {place.reason}")

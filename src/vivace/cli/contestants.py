@@ -30,6 +30,9 @@ class Job:
     disable: tuple[str, ...] = ()
     target: str = "host"
     cache: bool = True
+    tune: str = "off"
+    tune_budget: float = 0.0
+    timing_cache: str = ""
 
 
 def is_saved(path: Path) -> bool:
@@ -56,6 +59,9 @@ def open_engine(provider: str, job: Job, progress: Any = None) -> Session:
                 providers=providers,
                 target=job.target,
                 cache=job.cache,
+                tune=job.tune,
+                tune_budget=job.tune_budget or None,
+                timing_cache=job.timing_cache or None,
                 shapes=job.shapes or None,
                 level=job.level,
                 disable=job.disable,

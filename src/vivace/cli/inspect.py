@@ -231,6 +231,16 @@ def _print(found: Inspection, show_all: bool) -> None:
         print(f"{place.node} ({place.domain}) would run in {place.provider}: {place.reason}")
 
 
+def _print_tuning(facts: dict[str, Any]) -> None:
+    from vivace.cli.compile import tuned
+    from vivace.cli.console import print_table
+
+    print(f"{'tuning':24} {tuned(facts)}")
+    rows = [[c["site"], c["choice"], f"{c['ratio']:.2f}"] for c in facts["changes"]]
+    if rows:
+        print_table("", ["kernel", "made with", "time over default's"], rows, left=2)
+
+
 def _inspect_engine(path: Path, as_json: bool, scaling: Scaling | None) -> None:
     import vivace
     from vivace.cli.console import plain, print_json, size
@@ -254,6 +264,9 @@ def _inspect_engine(path: Path, as_json: bool, scaling: Scaling | None) -> None:
             print(f"{name if i == 0 else '':10} {spec}")
     layers = engine.stats.get("layers")
     for fact, value in engine.stats.items():
+        if fact == "tuning" and isinstance(value, dict):
+            _print_tuning(value)
+            continue
         if fact == "layers":
             continue
         print(f"{fact:24} {size(value) if fact.endswith('_bytes') and isinstance(value, int) else value}")

@@ -41,6 +41,13 @@ Provider = Annotated[
 Level = Annotated[str, typer.Option(help="Optimization: 0, 1, 2, 3, 99 or disable, basic, extended, layout, all.")]
 Disable = Annotated[str, typer.Option(metavar="RULE,...", help="Rules to leave out.")]
 Target = Annotated[str, typer.Option(help="host, or an instruction set: sse, avx2, avx512.")]
+Tune = Annotated[str, typer.Option(help="How much to measure for choosing kernels: off, fast, full.")]
+TuneBudget = Annotated[float, typer.Option(metavar="SECONDS", help="Seconds of tuning; 0 is the effort's own.")]
+TimingCache = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="What tuning measured, read and written beside the machine's own cache.",
+                 show_default=False),
+]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 LEVELS = {"disable": 0, "basic": 1, "extended": 2, "layout": 3, "all": 99, "0": 0, "1": 1, "2": 2, "3": 3, "99": 99}

@@ -27,6 +27,9 @@ def run_model(
     precision: options.Precision = "f32",
     target: options.Target = "host",
     level: options.Level = "all",
+    tune: options.Tune = "off",
+    tune_budget: options.TuneBudget = 0.0,
+    timing_cache: options.TimingCache = None,
     save: Annotated[
         Path | None, typer.Option("--save", "-o", help="Write the outputs to this .npz file.", show_default=False)
     ] = None,
@@ -47,7 +50,8 @@ def run_model(
 
     _check_archive(save)
     given = parse_shapes(shapes)
-    job = Job(model, options.threads_of(threads), precision, given, level=options.level_of(level), target=target)
+    job = Job(model, options.threads_of(threads), precision, given, level=options.level_of(level), target=target,
+              tune=tune, tune_budget=tune_budget, timing_cache=str(timing_cache or ""))  # fmt: skip
     with progress() as show:
         engine = open_engine(provider, job, show)
     arrays, _ = options.gather(engine.inputs, given, inputs, seed)

@@ -284,7 +284,7 @@ OPTIONS = {
 
 
 def lower(
-    graph: Graph, isa: Isa, without: frozenset[str] = frozenset(), choices: Choices = NO_CHOICES,
+    graph: Graph, isa: Isa, without: frozenset[str] = frozenset(), choices: Choices | None = None,
     packed: dict[object, Storage] | None = None,
 ) -> Plan:  # fmt: skip
     """Lower a graph whose convolutions may be in either layout. Shapes may be symbolic. `without` are names of
@@ -293,7 +293,7 @@ def lower(
     from vivace.lower.prepare import prepare
 
     graph = prepare(_without_loop_names(graph))
-    state = Lowering(graph, isa, without=without, choices=choices, packed=packed)
+    state = Lowering(graph, isa, without=without, choices=choices or NO_CHOICES, packed=packed)
     for i, v in enumerate(graph.inputs):
         s = Storage(v.name, v.dtype, v.type.size, "input", None, i)
         state.storages.append(s)

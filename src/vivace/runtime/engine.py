@@ -29,6 +29,7 @@ from vivace.base.mapped import forget
 from vivace.base.specs import TensorSpec
 from vivace.lower.image import ForeignEntry, Image, LineEntry, Part, estimate_ns
 from vivace.runtime.binding import MemoryPlanner, ShapeSolver
+from vivace.runtime.buffer import Buffer
 from vivace.runtime.executable import Chunk, Context, Executable
 from vivace.runtime.pages import collapse
 from vivace.runtime.saved import Program, save
@@ -224,17 +225,8 @@ class Engine:
         """Inferences one after another, each piece by piece in the order of their starts: `Chunk.step` numbers the
         lines of the image.
         """
-        given = [checked(s, inputs[s.name]) for s in self.inputs]
-        call = self._new_call(tuple(a.shape for a in given))
-        results = [np.empty(shape, dtype) for shape, dtype in call.results]
-        context = self._executable.context()
-        self._bind(context, call.dims)
-        context.record(1 << 16)
-        found = []
-        for _ in range(1 + n_runs):
-            context.run_arrays([*given, *results])
-            found.append(sorted(context.chunks(), key=lambda chunk: chunk.start_ns))
-        return found[1:]  # the first pays for the page faults of the context and of the record
+        run = self.recorder(inputs)
+        return [run() for _ in range(n_runs)]
 
     def profile(self, inputs: Mapping[str, np.ndarray]) -> list[Event]:
         """One inference with the time of each kernel: one event per kernel and thread that worked on it."""
@@ -253,6 +245,25 @@ class Engine:
                 )
             )  # fmt: skip
         return events
+
+    def recorder(self, inputs: Mapping[str, np.ndarray], arena: Buffer | None = None) -> Callable[[], list[Chunk]]:
+        """A function that does one inference on these inputs and tells it piece by piece, as `traces` does. Recorders
+        that take turns may share an arena."""
+        given = [checked(s, inputs[s.name]) for s in self.inputs]
+        call = self._new_call(tuple(a.shape for a in given))
+        results = [np.empty(shape, dtype) for shape, dtype in call.results]
+        context = self._executable.context(arena)
+        self._bind(context, call.dims)
+        context.record(1 << 16)
+        context.run_arrays([*given, *results])  # pays for the page faults of the context and of the record
+        for _ in context.chunks():
+            pass
+
+        def run() -> list[Chunk]:
+            context.run_arrays([*given, *results])
+            return sorted(context.chunks(), key=lambda chunk: chunk.start_ns)
+
+        return run
 
     # ---- linking ----------------------------------------------------------------------------------------------------
 

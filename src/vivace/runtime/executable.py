@@ -75,16 +75,18 @@ class Executable:
         self.sizes: Callable[[Mapping[str, int]], list[int]] = dims_function([arena_bytes, scratch_bytes])
         self.is_static = not (self.layout.dims.size or isinstance(arena_bytes, Expr) or isinstance(scratch_bytes, Expr))
 
-    def context(self) -> Context:
-        """New memory for runs. Without symbolic dims it is bound already."""
-        return Context(self)
+    def context(self, arena: Buffer | None = None) -> Context:
+        """New memory for runs. Without symbolic dims it is bound already. Contexts that do not run at the same time may
+        share an arena."""
+        return Context(self, arena)
 
 
 class Context:
     """The memory of one run at a time."""
 
-    def __init__(self, executable: Executable) -> None:
+    def __init__(self, executable: Executable, arena: Buffer | None = None) -> None:
         self.executable = executable
+        self._is_shared = arena is not None
         self._pool = pool()
         self._run = self._pool.native.run
         self._lock = threading.Lock()
@@ -98,7 +100,7 @@ class Context:
         self._places_address = ctypes.addressof(self._places)
         self._places_of_addresses = tuple(ctypes.addressof(self._addresses) + 8 * i for i in range(n_io))
         self._write = struct.Struct(f"{n_io}q").pack_into
-        self._arena = Buffer(0)
+        self._arena = arena or Buffer(0)
         self._scratch = Buffer(0)
         self._ring: Buffer | None = None
         self._failure: BaseException | None = None
@@ -128,8 +130,9 @@ class Context:
             self._words[Header.N_THREADS] = n_threads
             arena_bytes, scratch_bytes = self.executable.sizes(dims)
             if arena_bytes > self._arena.n_bytes:
-                self._arena.release()
-                self._arena = Buffer(arena_bytes)
+                if not self._is_shared:
+                    self._arena.release()
+                self._arena, self._is_shared = Buffer(arena_bytes), False
             # Each thread has pages of its own, which it is the first to touch (rule UNTOUCHED of buffers).
             stride = -(-scratch_bytes // PAGE_BYTES) * PAGE_BYTES
             if stride * self.executable.n_threads > self._scratch.n_bytes:

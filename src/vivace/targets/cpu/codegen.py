@@ -15,7 +15,7 @@ from vivace.loops.blockwise import BlockwiseProduct
 from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Kernel
 from vivace.loops.pack import Pack
-from vivace.lower.choices import NO_CHOICES, Choices
+from vivace.lower.choices import DEFAULT, NO_CHOICES, Choice, Choices
 from vivace.lower.tile import choose_tile
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.code import KernelCode
@@ -24,6 +24,7 @@ from vivace.targets.cpu.llvm import emit_kernel
 
 _MOST_THREADS = 8  # writing the text takes a fifth of the time of compiling it, and is done by one thread
 Spec = Kernel | Contraction | Depthwise | BlockwiseProduct | Blocked | Pack
+Known = dict[tuple[str, Choice], tuple[KernelCode, bytes]]  # kernels by spec and choice
 
 
 def emit(spec: Spec, isa: Isa, choices: Choices = NO_CHOICES) -> KernelCode:
@@ -56,24 +57,33 @@ def generate(
     isa: Isa,
     cache: Cache | None,
     progress: Callable[[int, int], None] | None = None,
-    choices: Choices = NO_CHOICES,
+    choices: Choices | None = None,
+    known: Known | None = None,
 ) -> tuple[list[KernelCode], list[int], list[bytes], int]:
     """Compile the distinct specs, several at once: while LLVM works on one, the text of the next is written.
 
-    Returns the kernels, for each spec the number of its kernel, the object of each kernel, and how many were compiled
-    anew.
+    `known` keeps kernels in memory, for whoever generates versions of one model. Returns the kernels, for each spec the
+    number of its kernel, the object of each kernel, and how many were compiled anew.
     """
+    choices, known = choices or NO_CHOICES, {} if known is None else known
     numbers: list[int] = []
     seen: dict[str, int] = {}
     codes: list[KernelCode] = []
+    names: list[tuple[str, Choice]] = []
     objects: list[bytes | Future[bytes]] = []
+    found: bytes | None
     with ThreadPoolExecutor(max(1, min(host().n_compute_threads, _MOST_THREADS)), "vivace-compile") as threads:
         for i, spec in enumerate(specs):
             key = hashlib.sha256(repr(spec).encode()).hexdigest()[:24]
             if key not in seen:
                 seen[key] = len(codes)
-                code = emit(replace(spec, name=f"k_{key}"), isa, choices)
-                found = cache.get("object", jit.object_key(code, isa)) if cache else None
+                made = (key, choices.of(spec) if isinstance(spec, (Contraction, Depthwise)) else DEFAULT)
+                names.append(made)
+                if made in known:
+                    code, found = known[made]
+                else:
+                    code = emit(replace(spec, name=f"k_{key}"), isa, choices)
+                    found = cache.get("object", jit.object_key(code, isa)) if cache else None
                 objects.append(threads.submit(jit.compile_kernel, code, isa) if found is None else found)
                 codes.append(code)
             numbers.append(seen[key])
@@ -81,8 +91,9 @@ def generate(
                 progress(i + 1, len(specs))
         n_new = sum(isinstance(o, Future) for o in objects)
         done: list[bytes] = []
-        for code, o in zip(codes, objects, strict=True):
+        for made, code, o in zip(names, codes, objects, strict=True):
             done.append(o.result() if isinstance(o, Future) else o)
+            known[made] = (code, done[-1])
             if cache and isinstance(o, Future):
                 cache.put("object", jit.object_key(code, isa), done[-1])
     return codes, numbers, done, n_new

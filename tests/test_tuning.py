@@ -1,0 +1,100 @@
+"""Tuning of whole models: versions are built and run, what is found is kept, and later compiles measure nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tests.lower.test_choices import graph_of
+
+import vivace
+from vivace import tuning
+from vivace.base.errors import InputError
+from vivace.base.events import collecting
+from vivace.base.knobs import knobs
+from vivace.graph import reference
+from vivace.lower.candidates import Rates
+from vivace.runtime.executable import Chunk
+
+RATES = Rates({"f32": 300.0, "bf16": 600.0, "i8": 1200.0}, 100.0, 30.0, 2)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates that are not measured, and few rounds."""
+    monkeypatch.setattr(tuning, "_rates", lambda threads: RATES)
+    monkeypatch.setattr(tuning, "_ROUND_SECONDS", 0.0)
+    monkeypatch.setattr("vivace.lower.tune.SEARCH_ROUNDS", 2)
+    monkeypatch.setattr("vivace.lower.tune.CONFIRM_ROUNDS", 2)
+
+
+@pytest.mark.parametrize("name", ["winograd", "matmul", "depthwise"])
+def test_a_tuned_model_computes_the_same_and_the_second_compile_measures_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr("vivace.lower.tune.MARGIN", -10.0)  # takes what it tried last: every choice must be right
+    monkeypatch.setattr("vivace.lower.tune.WINS", 0.0)
+    graph, x = graph_of(name)
+    want = reference.evaluate(graph, [x])[0]
+    with knobs.scope(cache_dir=tmp_path):
+        told: list[str] = []
+        engine = vivace.compile(graph, threads=2, tune="fast", progress=lambda stage, done, total: told.append(stage))
+        facts = engine.stats["tuning"]
+        assert isinstance(facts, dict) and facts["n_measured"] > 0 and "tune" in told
+        np.testing.assert_allclose(engine(x), want, rtol=1e-4, atol=1e-4)
+        again = vivace.compile(graph, threads=2, tune="fast")
+        known = again.stats["tuning"]
+        assert isinstance(known, dict) and known["n_measured"] == 0 and known["changes"] == facts["changes"]
+        np.testing.assert_array_equal(again(x), engine(x))
+        other = vivace.compile(graph, threads=1, tune="fast", tune_budget=0.0)  # measured by itself
+        assert isinstance(other.stats["tuning"], dict) and other.stats["tuning"]["n_measured"] > 0
+        assert "tuning" not in vivace.compile(graph, threads=2).stats
+
+
+def test_a_file_takes_tuning_to_another_cache(tmp_path: Path) -> None:
+    graph, _ = graph_of("matmul")
+    file = tmp_path / "timings.jsonl"
+    with knobs.scope(cache_dir=tmp_path / "one"):
+        vivace.compile(graph, threads=2, tune="fast", timing_cache=file)
+    with knobs.scope(cache_dir=tmp_path / "two"):
+        facts = vivace.compile(graph, threads=2, tune="fast", timing_cache=file).stats["tuning"]
+        assert isinstance(facts, dict) and facts["n_measured"] == 0
+        facts = vivace.compile(graph, threads=2, tune="fast").stats["tuning"]
+        assert isinstance(facts, dict) and facts["n_measured"] > 0
+    saved = tmp_path / "m.vivace"
+    engine = vivace.compile(graph, threads=2, tune="fast", timing_cache=file, cache=False)
+    engine.save(saved)
+    assert vivace.load(saved).stats["tuning"] == engine.stats["tuning"]
+
+
+def test_bad_options() -> None:
+    graph, _ = graph_of("matmul")
+    for options in ({"tune": "hard"}, {"tune": "fast", "tune_budget": -1.0}, {"tune_budget": float("nan")}):
+        with pytest.raises(InputError):
+            vivace.compile(graph, **options)  # type: ignore[arg-type]
+
+
+def test_times_of_pieces_are_laid_out_anew() -> None:
+    def chunk(step: int, thread: int, start: int, ns: int, units: int = 1) -> Chunk:
+        return Chunk(step, thread, start, ns, 0, units)
+
+    even = [chunk(0, i % 2, 10 * i, 10) for i in range(6)]
+    kept_waiting = [*even[:5], chunk(0, 1, 50, 5000)]
+    apart = [chunk(0, 0, 0, 40, 4), chunk(0, 1, 0, 10)]
+    for pieces, ns in ((even, 30.0), (kept_waiting, 30.0), (apart, 40.0)):
+        assert tuning.site_times(pieces, ["a"], [False]) == {"a": ns, "": ns}
+    both = [chunk(0, 0, 0, 10), chunk(1, 0, 20, 30), chunk(0, 1, 5, 10), chunk(2, 0, 60, 7)]
+    assert tuning.site_times(both, ["a", "", "a"], [True, False, False]) == {"a": 27.0, "": 57.0}
+
+
+def test_what_cannot_be_tuned_is_compiled_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise InputError("no inputs")
+
+    monkeypatch.setattr("vivace.measure.inputs.generate", fail)
+    graph, x = graph_of("matmul")
+    with knobs.scope(cache_dir=tmp_path), collecting() as records:
+        engine = vivace.compile(graph, threads=1, tune="fast")
+    np.testing.assert_allclose(engine(x), reference.evaluate(graph, [x])[0], rtol=1e-4, atol=1e-4)
+    assert any("no inputs" in str(r) for r in records)
