@@ -90,8 +90,8 @@ def compile(
     model, and keeps the fastest (5 to 30 s the first time, then from the cache).
     `disable` names passes and rules of the optimizer (docs/rules.md) to leave out, and choices of the lowering
     (`winograd`, `epilogues`, `trees`, `placement`, `in_place`): `benchmarks/ablations.py` shows what each brings.
-    `tune` measures ways to make the kernels: `off` none, `fast` for seconds, `full` for minutes, or `tune_budget` seconds;
-    it keeps them here and in `timing_cache` (see `vivace timings`). `progress(stage, done, total)` tells how far it is.
+    `tune` measures ways to make the kernels: `off` none, `fast` for seconds, `full` for minutes, or `tune_budget` s; it
+    keeps them here and in `timing_cache` (see `vivace timings`). `progress(stage, done, total)` tells how far it is.
     `precision` is `f32`, `bf16` or `f16`: values between kernels and weights of products are stored in that type, sums
     stay in f32 (see `vivace.lower.precision`). Where the CPU has no products of the type with f32 sums it would not pay
     (no x86 CPU that we make code for has those of f16), and f32 is used: `engine.stats["precision_note"]` says so. With
