@@ -11,9 +11,11 @@ import pytest
 from tests import races
 from tests.lower.harness import build
 
+import vivace
 from vivace import compiler
 from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
+from vivace.base.knobs import knobs
 from vivace.base.machine import isa
 from vivace.graph import reference
 from vivace.graph.build import Builder
@@ -26,6 +28,7 @@ from vivace.lower.lowering import lower
 from vivace.lower.plan import steps_of
 from vivace.lower.precision import narrow
 from vivace.runtime.engine import Engine
+from vivace.shadow import ShadowedEngine
 from vivace.targets.cpu.amx import missing_here
 
 F32 = DType.f32
@@ -174,3 +177,11 @@ def test_pieces_do_not_race(name: str) -> None:
     with races.sharing_all():
         image = compiler.build_image(narrow(graph).graph, isa(name), False, ("native",), None)
     races.check(image, {v.name: x for v, x in zip(graph.inputs, xs, strict=True)}, threads=(1, 2, 5), repeats=2)
+
+
+def test_checked_by_the_shadow() -> None:
+    graph = attention((1, 2, 40, 32), (1, 2, 130, 32), 32)
+    with knobs.scope(check=True, emulate=True):
+        engine = vivace.compile(graph, precision="bf16", threads=1)
+    engine.run({v.name: x for v, x in zip(graph.inputs, qkv(1, 2, 2, 40, 130, 32, 32), strict=True)})
+    assert isinstance(engine, ShadowedEngine) and engine.n_compared > 0
