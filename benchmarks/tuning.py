@@ -18,12 +18,14 @@ from statistics import median, quantiles
 
 import numpy as np
 from benchmarks.models import MODELS, ModelUnavailable, inputs, materialise
+from benchmarks.models.quantized import QUANTIZED, materialise_quantized
 
 import vivace
 from vivace.base.knobs import knobs
 from vivace.runtime.engine import Engine
 
 LEAST_ROUNDS, SECONDS = 20, 6.0
+_QUANTIZED = {q.name: q for q in QUANTIZED}
 
 
 def compiled(path: Path, arrays: dict[str, np.ndarray], options: argparse.Namespace, threads: int, tune: str) -> Engine:
@@ -50,8 +52,13 @@ def interleaved(engines: list[Engine], arrays: dict[str, np.ndarray], seconds: f
     return times
 
 
+def _path(name: str) -> Path:
+    q = _QUANTIZED.get(name)
+    return materialise(name) if q is None else materialise_quantized(q.base, q.form)
+
+
 def row(name: str, path: Path, threads: int, options: argparse.Namespace) -> str:
-    arrays = inputs(name)
+    arrays = inputs(_QUANTIZED[name].base if name in _QUANTIZED else name)
     engines, seconds = [], []
     for tune in ("off", options.tune, options.tune):
         start = time.perf_counter()
@@ -89,7 +96,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, knobs.scope(**({"cache_dir": Path(folder)} if options.fresh else {})):
         for name in options.models:
             try:
-                path = materialise(name)
+                path = _path(name)
             except ModelUnavailable as e:
                 print(f"{name:24} {e}")
                 continue
