@@ -389,3 +389,18 @@ def test_an_epilogue_ends_with_the_bytes_that_it_makes() -> None:
     lines = vivace.compile(model.SerializeToString()).image
     assert [line.label for line in lines.lines if line.label != "copy"] == ["conv_integer", "conv_integer"]
     assert max(s.n_bytes for s in lines.storages if s.kind == "arena") == 32 * 8 * 8
+
+
+@each_target
+def test_rounded_rows_are_one_step(target: str) -> None:
+    """A softmax whose result is quantized and dequantized, and a normalization that is stored as bytes."""
+    m = Model(np.float32, (2, 5, 70))
+    p = dequantized(m, quantized(m, m.emit("Softmax", "x", axis=-1), 1 / 255, U8(0)), 1 / 255, U8(0))
+    w = np.random.default_rng(0).standard_normal((70, 37)).astype(np.float32)
+    n = m.emit("LayerNormalization", m.emit("MatMul", p, m.const(w)), m.const(np.ones(37, np.float32)), axis=-1)
+    model = m.finish(quantized(m, n, 0.02, U8(128)), U8)
+    x = np.random.default_rng(1).standard_normal((2, 5, 70)).astype(np.float32) * 3
+    graph = import_model(model.SerializeToString())
+    assert gap(compiled(model, {"x": x}, target), evaluate(graph, {"x": x})[0]) <= 1
+    engine = vivace.compile(model.SerializeToString(), target=target)
+    assert [line.label for line in engine.image.lines] == ["softmax", "matmul", "layer_norm"]

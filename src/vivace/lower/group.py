@@ -11,7 +11,7 @@ Rule ORDER: a group runs at the position of its anchor in the graph. An epilogue
 then, so that
 the order of the anchors is an order of execution and no cycle can arise.
 
-Rule NARROW: an epilogue that makes bytes and then widens them ends with the bytes; whoever reads them widens them.
+Rule NARROW: an epilogue that makes bytes and then only widens them ends with the bytes; whoever reads them widens them.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ WITH_EPILOGUE = frozenset(
      "rms_norm", "reduce_sum", "reduce_max", "reduce_min", "reduce_prod",
      "reduce_mean", "max_pool", "avg_pool", "gather", "resize", "attention"}
 )  # fmt: skip
-# Of these the generators store floats only, or keep intermediate values in the result: an epilogue changes the dtype
-# only by rounding to half precision at its end.
+# Of these an epilogue changes the dtype only by rounding at its end, to half precision or to bytes.
 SAME_DTYPE = frozenset({"softmax", "layer_norm", "rms_norm"})
+# Of these the ones that keep intermediate values in the result, which must not be bytes then.
+STAGED = frozenset({"softmax"})
 # Their whole epilogue is such a rounding.
 ROUNDED_ONLY = frozenset({"attention"})
 MAX_EPILOGUE = 24  # nodes: beyond this the registers of a micro-kernel's tail would spill
@@ -149,11 +150,14 @@ class _Grouping:
         narrow = len(members), tail
         while tail not in self.outputs and len(members) < MAX_EPILOGUE:
             grown = self._absorb(tail, shape, i, set(members))
+            if grown is not None and anchor.op.name in STAGED and grown[1].dtype in BYTES:
+                back = self._absorb(grown[1], shape, i, {*members, *grown[0]})  # rounded to bytes and widened again
+                grown = None if back is None else ([*grown[0], *back[0]], back[1])
             if grown is None:
                 break
             rounds = grown[1].dtype in HALVES and grown[0][-1].op.name == "cast"
             rounds = rounds and anchor.outputs[0].dtype is DType.f32
-            is_other = grown[1].dtype is not anchor.outputs[0].dtype
+            is_other = grown[1].dtype is not anchor.outputs[0].dtype and grown[1].dtype not in BYTES
             if anchor.op.name in SAME_DTYPE and is_other and not rounds:
                 break
             if anchor.op.name in ROUNDED_ONLY and not (rounds and len(grown[0]) == 1):
@@ -164,7 +168,8 @@ class _Grouping:
                 narrow = len(members), tail
             if rounds and anchor.op.name in SAME_DTYPE | ROUNDED_ONLY:
                 break
-        if narrow[1].dtype in BYTES:  # rule NARROW
+        widened = members[narrow[0] :]
+        if narrow[1].dtype in BYTES and all(n.op.name == "dequantize" for n in widened):  # rule NARROW
             members, tail = members[: narrow[0]], narrow[1]
         self.taken.update(members)
         for n in members:
