@@ -181,7 +181,7 @@ def convolution(
     return Case(c, {**arrays, c.a: x, c.out: result}, total, {"W": width} if symbolic else {})
 
 
-def depthwise(x: np.ndarray, w: np.ndarray, stride: int, out: type) -> Case:
+def depthwise(x: np.ndarray, w: np.ndarray, stride: int, out: type, offset: int = 0) -> Case:
     """`x[image, h, w, c]` under `w[kh, kw, c]`, without padding."""
     images, height, width, channels = x.shape
     k = w.shape[0]
@@ -201,10 +201,11 @@ def depthwise(x: np.ndarray, w: np.ndarray, stride: int, out: type) -> Case:
         buffer("a", x),
         buffer("b", w),
         buffer("out", result, True),
+        a_offset=offset,
     )
     total = np.zeros((images, oh, ow, channels), exact(w).dtype)
     for i in range(k):
         for j in range(k):
             part = x[:, i : i + stride * (oh - 1) + 1 : stride, j : j + stride * (ow - 1) + 1 : stride]
-            total += exact(part) * exact(w[i, j])
+            total += (exact(part) + offset) * exact(w[i, j])
     return Case(d, {d.a: x, d.b: w, d.out: result}, total)

@@ -18,7 +18,7 @@ from vivace.base.machine import ISAS, Isa, isa
 from vivace.graph.ops.quantized import RANGES
 from vivace.loops.contraction import Contraction, Packing
 from vivace.loops.kernel import Binary, Const, Expr, For, Kernel, Load, Lookup, Store
-from vivace.lower.arithmetic import activation_offset, choose_arithmetic
+from vivace.lower.arithmetic import activation_offset, choose_arithmetic, depthwise_offset
 from vivace.lower.pack import pack_groups
 from vivace.lower.requantize import ACC, requantize
 from vivace.lower.tile import choose_tile
@@ -225,7 +225,7 @@ def test_depthwise_requantizes(
     has_table: bool,
 ) -> None:  # fmt: skip
     x, w = numbers(7, a_dtype, 1, size, size, channels), numbers(8, SIGNED, k, k, channels)
-    case = depthwise(x, w, stride, out.numpy)
+    case = depthwise(x, w, stride, out.numpy, depthwise_offset(DType.of(np.dtype(a_dtype)), target))
     random = np.random.default_rng(0)
     scale, bias = random.random(channels).astype(np.float32) / 100, random.integers(-(2**15), 2**15, channels)
     bias = bias.astype(np.int32)

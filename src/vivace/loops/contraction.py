@@ -83,7 +83,7 @@ class Contraction:
 @dataclass(frozen=True, slots=True)
 class Depthwise:
     """out[rows.., c] = epilogue(sum over taps  A[rows.., taps.., c] * B[taps.., c]); `c` is contiguous in A, B and
-    out. `acc` is i32 where A and B are integers, else f32.
+    out. `acc` is i32 where A and B are integers, else f32. `a_offset` is added to A, as in `Contraction`.
     """
 
     name: str
@@ -95,6 +95,7 @@ class Depthwise:
     out: Buffer
     epilogue: Expr | None = None
     extra: tuple[Buffer, ...] = ()
+    a_offset: int = 0
 
 
 def merge_axes(c: Contraction) -> Contraction:

@@ -39,7 +39,7 @@ def run_depthwise(d: Depthwise, arrays: Mapping[Buffer, Array], dims: Mapping[st
     """Compute a depthwise convolution, as `run_contraction` does; the symbol of its channel is `c`."""
     env = dict(dims or {})
     channels = np.arange(evaluate(d.channels, env))
-    a = arrays[d.a][_offsets([*d.rows, *d.taps], "a", env)[..., None] + channels].astype(np.float64)
+    a = arrays[d.a][_offsets([*d.rows, *d.taps], "a", env)[..., None] + channels].astype(np.float64) + d.a_offset
     b = arrays[d.b][_offsets(d.taps, "b", env)[..., None] + channels].astype(np.float64)
     total = (a * b).sum(axis=tuple(range(len(d.rows), len(d.rows) + len(d.taps)))).astype(np.float32)
     place = _offsets(d.rows, "out", env)[..., None] + channels

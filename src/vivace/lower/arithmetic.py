@@ -124,5 +124,10 @@ def activation_offset(c: Contraction, isa: Isa) -> int:
     return SIGN_OFFSET if wants else 0
 
 
+def depthwise_offset(a: DType, isa: Isa) -> int:
+    """The same for depthwise convolutions, which vpdpbusd sums with AVX512-VNNI."""
+    return SIGN_OFFSET if a is DType.i8 and isa.vector_bits == 512 and isa.has("avx512_vnni") else 0
+
+
 def _has_dot8(isa: Isa) -> bool:
     return isa.has("avx512_vnni") or isa.has("avx_vnni")

@@ -20,7 +20,7 @@ from vivace.base.dtypes import DType
 from vivace.graph.graph import Value
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
 from vivace.loops.kernel import Binary, Buffer, Cast, Expr, Read
-from vivace.lower.arithmetic import activation_offset, arithmetic_of
+from vivace.lower.arithmetic import activation_offset, arithmetic_of, depthwise_offset
 from vivace.lower.choices import Site
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
@@ -165,7 +165,7 @@ def lower_conv_integer(ctx: Lowering, g: Group) -> None:
     batch: tuple[Axis, ...] = () if groups == 1 else (Axis("g", groups, cg, 0, n),)
     c = Contraction("k", batch, rows, (*taps, Axis("kc", cg, 1)), n, a_buf, _WEIGHTS, out_buf, Packing("panels"),
                     acc_dtype=DType.i32)  # fmt: skip
-    c = replace(c, a_offset=0 if depthwise else activation_offset(c, ctx.isa))
+    c = replace(c, a_offset=depthwise_offset(x.dtype, ctx.isa) if depthwise else activation_offset(c, ctx.isa))
     start = _Start(ctx, g, w_value, _sums(w_value, tuple(range(1, rank))), c.a_offset)
     axis = rank - 1 if last else 1
     epilogue = Epilogue(ctx, g, lambda p: start.expr(p, y.shape, index, axis), index)
@@ -173,7 +173,7 @@ def lower_conv_integer(ctx: Lowering, g: Group) -> None:
         data = np.ascontiguousarray(np.moveaxis(weights[:, 0], 0, -1))
         w = ctx.constant(data, f"{w_value.name}_taps", ("depthwise", id(weights)))
         with_b = tuple(replace(t, b=s) for t, s in zip(taps, w.strides[:-1], strict=True))
-        d = Depthwise("k", rows, with_b, oc, a_buf, w.buffer("b"), out_buf, epilogue.expr, epilogue.extra)
+        d = Depthwise("k", rows, with_b, oc, a_buf, w.buffer("b"), out_buf, epilogue.expr, epilogue.extra, c.a_offset)
         _emit(ctx, "depthwise_integer", d, x, w, out, epilogue, g)
     else:
         c = replace(c, epilogue=epilogue.expr, extra=epilogue.extra)

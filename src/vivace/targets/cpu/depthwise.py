@@ -299,12 +299,12 @@ def _kernel_rows(
     assert isinstance(tap.extent, int)
     s, acc = p.step, list(acc)
 
-    def at(pointers: list[str], where: Dim, size: int) -> str:
-        return s.quads(t, [t.at(x, t.mul(t.dim(where, dims), size)) for x in pointers], mask)
+    def at(pointers: list[str], where: Dim, size: int, of_a: bool) -> str:
+        return s.quads(t, [t.at(x, t.mul(t.dim(where, dims), size)) for x in pointers], mask, of_a)
 
-    weights = [at(b, tap.b * k, p.b_bytes) for k in range(tap.extent)]
+    weights = [at(b, tap.b * k, p.b_bytes, False) for k in range(tap.extent)]
     for where, pairs in _columns_read(p, tap, len(acc)):
-        x = at(a, where, p.a_bytes)
+        x = at(a, where, p.a_bytes, True)
         for j, k in pairs:
             acc[j] = s.multiply_quads(t, x, weights[k], acc[j])
     return acc

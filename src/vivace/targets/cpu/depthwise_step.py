@@ -7,6 +7,8 @@
                                    lane and the upper i16 of every weight is 0
     u8 by i8    rows interleaved   vpdpbusd, where AVX512-VNNI has it: up to four kernel rows stand side by side in each
                                    channel, so that one instruction sums a column of the kernel
+
+i8 with an offset of 128 is u8 with the sign bit turned over.
 """
 
 from __future__ import annotations
@@ -23,6 +25,11 @@ from vivace.targets.cpu.contraction_vector import load, vector_type
 
 _BYTES = (DType.u8, DType.i8)
 _FLOATS = (DType.f32, DType.bf16, DType.f16)
+
+
+def turn_signs(t: Text, kind: str, value: str) -> str:
+    """i8 plus 128, as u8."""
+    return t.op(f"xor {kind} {value}, splat (i8 -128)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +55,20 @@ class ChannelStep:
         return vector_type(self.isa, self.acc_element)
 
     @property
+    def a_dtype(self) -> DType:
+        """Of A as it is multiplied."""
+        return DType.u8 if self.d.a_offset else self.d.a.dtype
+
+    @property
     def rows_at_once(self) -> int:
         """Kernel rows that `quads` interleaves for one multiply-add; 1 where nothing is interleaved."""
-        quads = self.d.a.dtype is DType.u8 and self.d.b.dtype is DType.i8 and self.isa.vector_bits == 512
+        quads = self.a_dtype is DType.u8 and self.d.b.dtype is DType.i8 and self.isa.vector_bits == 512
         return 4 if quads and self.isa.has("avx512_vnni") else 1
 
-    def quads(self, t: Text, pointers: list[str], mask: str | None) -> str:
+    def quads(self, t: Text, pointers: list[str], mask: str | None, of_a: bool) -> str:
         """The same channels of up to four rows, those of one channel side by side; rows that do not exist are 0."""
         half, full = "<32 x i8>", "<64 x i8>"
-        rows = [load(t, self.isa, x, mask, "i8") for x in pointers] + ["zeroinitializer"] * (4 - len(pointers))
+        rows = [self._bytes(t, x, mask, of_a) for x in pointers] + ["zeroinitializer"] * (4 - len(pointers))
         both = ", ".join(f"i32 {k}" for k in range(32))
         low, high = (
             t.op(f"shufflevector <16 x i8> {rows[i]}, <16 x i8> {rows[i + 1]}, <32 x i32> <{both}>") for i in (0, 2)
@@ -78,7 +90,7 @@ class ChannelStep:
 
     def values(self, t: Text, pointer: str, mask: str | None) -> str:
         """Neighbouring channels of A."""
-        return self._load(t, pointer, mask, self.d.a.dtype)
+        return self._load(t, pointer, mask, self.a_dtype, of_a=True)
 
     def weights(self, t: Text, pointer: str, mask: str | None) -> str:
         """Neighbouring channels of B."""
@@ -96,7 +108,11 @@ class ChannelStep:
         t.declare(name, f"{kind} @{name}({kind}, {pairs}, {pairs})")
         return t.op(f"call {kind} @{name}({kind} {acc}, {pairs} {x}, {pairs} {y})")
 
-    def _load(self, t: Text, pointer: str, mask: str | None, dtype: DType) -> str:
+    def _bytes(self, t: Text, pointer: str, mask: str | None, of_a: bool) -> str:
+        loaded = load(t, self.isa, pointer, mask, "i8")
+        return turn_signs(t, vector_type(self.isa, "i8"), loaded) if of_a and self.d.a_offset else loaded
+
+    def _load(self, t: Text, pointer: str, mask: str | None, dtype: DType, of_a: bool = False) -> str:
         isa = self.isa
         wide = vector_type(isa, "i32")
         match dtype:
@@ -108,7 +124,7 @@ class ChannelStep:
             case DType.f16:
                 return widened(t, isa, load(t, isa, pointer, mask, "i16"))
             case _:
-                narrow, half = load(t, isa, pointer, mask, "i8"), vector_type(isa, "i16")
+                narrow, half = self._bytes(t, pointer, mask, of_a), vector_type(isa, "i16")
                 if dtype is DType.u8:
                     return t.op(f"zext {vector_type(isa, 'i8')} {narrow} to {wide}")
                 extended = t.op(f"sext {vector_type(isa, 'i8')} {narrow} to {half}")

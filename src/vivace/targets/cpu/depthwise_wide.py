@@ -1,4 +1,4 @@
-"""Depthwise convolutions of u8 by i8 on AVX512-VNNI, 64 channels at once, with results that are bytes.
+"""Depthwise convolutions of u8 (or i8 plus 128) by i8 on AVX512-VNNI, 64 channels at once, with results that are bytes.
 
 Four rows of the kernel stand side by side in each channel, so that vpdpbusd sums a column of it. 64 channels of four
 rows are interleaved by unpacking bytes, then words, within quarters of a register: vector `v` of the sums then holds
@@ -21,6 +21,7 @@ from vivace.loops.kernel import Expr, Load, walk
 from vivace.targets.cpu.builder import Value
 from vivace.targets.cpu.contraction_epilogue import makes_bytes
 from vivace.targets.cpu.contraction_text import Int, Text
+from vivace.targets.cpu.depthwise_step import turn_signs
 from vivace.targets.cpu.memory import flat_index
 
 WIDTH = 64
@@ -33,7 +34,7 @@ _FULL, _SUM = "<64 x i8>", "<16 x i32>"
 def is_wide(d: Depthwise, isa: Isa) -> bool:
     """Whether 64 channels can be computed at once."""
     fits = isa.vector_bits == 512 and isa.has("avx512_vnni") and isinstance(d.channels, int) and d.channels >= WIDTH
-    if not fits or d.a.dtype is not DType.u8 or d.b.dtype is not DType.i8 or d.out.dtype not in BYTES:
+    if not fits or not (d.a.dtype is DType.u8 or d.a_offset) or d.b.dtype is not DType.i8 or d.out.dtype not in BYTES:
         return False
     extents = [x.extent for x in d.taps]
     if not extents or not all(isinstance(x, int) and x > 0 for x in extents):
@@ -74,9 +75,12 @@ def in_order_of_sums(t: Text, kind: str, at: str) -> list[str]:
     return made
 
 
-def quads(t: Text, pointers: list[str]) -> list[str]:
+def quads(t: Text, pointers: list[str], has_signs: bool = False) -> list[str]:
     """64 channels of up to four rows, those of one channel side by side, as four vectors."""
-    rows = [t.op(f"load {_FULL}, ptr {x}, align 1") for x in pointers] + ["zeroinitializer"] * (AT_ONCE - len(pointers))
+    loaded = [t.op(f"load {_FULL}, ptr {x}, align 1") for x in pointers]
+    rows = [turn_signs(t, _FULL, x) if has_signs else x for x in loaded] + ["zeroinitializer"] * (
+        AT_ONCE - len(pointers)
+    )
     made = []
     for side in ("low", "high"):
         words = []
@@ -107,7 +111,7 @@ class WideSums:
     """The taps of one kernel: weights are interleaved once, then each tile of columns is summed."""
 
     def __init__(self, t: Text, d: Depthwise, offsets: Callable[[int], tuple[Int, Int]], dims: dict[str, Int]) -> None:
-        self.t, self.dims = t, dims
+        self.t, self.dims, self.has_signs = t, dims, d.a_offset != 0
         *outer, self.last = d.taps
         total = prod([x.extent for x in outer])
         assert isinstance(total, int) and isinstance(self.last.extent, int)
@@ -127,7 +131,7 @@ class WideSums:
         acc = [list(start) for _ in range(size)]
         for group, weights in zip(self.rows, self.weights, strict=True):
             for where, pairs in columns:
-                x = quads(t, [t.at(a, t.add(in_a, t.dim(where, self.dims))) for in_a, _ in group])
+                x = quads(t, [t.at(a, t.add(in_a, t.dim(where, self.dims))) for in_a, _ in group], self.has_signs)
                 for j, k in pairs:
                     acc[j] = [multiply(t, s, v, w) for s, v, w in zip(acc[j], x, weights[k], strict=True)]
         return acc
