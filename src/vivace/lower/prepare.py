@@ -103,6 +103,18 @@ def _fill(n: Node, x: Value) -> float | int | None:
     return 0.0
 
 
+def _with_even_channels(n: Node) -> Value | None:
+    """The weights of a convolution of halves with a channel of zeros more, where the 3 channels of an image are no
+    whole number of pairs.
+    """
+    if n.op.name != "conv" or n.attrs["layout"] != "NHWC" or n.attrs["group"] != 1:
+        return None
+    w = n.inputs[1]
+    if w is None or w.data is None or w.data.shape[1] != 3:
+        return None
+    return constant(np.pad(w.data, ((0, 0), (0, 1), *((0, 0),) * (w.rank - 2))), w.name)
+
+
 def split_pads(graph: Graph) -> Graph:
     """Split the pads off convolutions and max pools, so that the producer can write into a padded buffer.
 
@@ -128,6 +140,9 @@ def split_pads(graph: Graph) -> Graph:
             cast = producer.get(x)
             narrow = cast.inputs[0] if cast is not None and is_widening(cast) else None
             source = narrow or x  # halves are padded as halves
+            if narrow is not None and (weights := _with_even_channels(n)) is not None:
+                after[-1] = 1
+                n = replace(n, inputs=(n.inputs[0], weights, *n.inputs[2:]))
             key = (source, tuple(before), tuple(after), fill)
             if key not in padded:
                 b = Builder(n.origin, prefix=f"{x.name}_pad", count=len(padded))
