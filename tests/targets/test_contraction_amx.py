@@ -13,6 +13,8 @@ import pytest
 from tests.targets.low_precision import Case, convolution, product
 
 from vivace.base.machine import host, isa, missing_flags
+from vivace.loops.contraction import Contraction
+from vivace.lower.tile import Tile, choose_tile
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.amx import is_permitted
 
@@ -143,6 +145,20 @@ def test_with_modelled_instructions(case: Case) -> None:
 @each_case
 def test_with_tile_registers(case: Case) -> None:
     np.testing.assert_array_equal(case.run(TILES), case.expected)
+
+
+def test_rows_between_images_fill_tile_registers() -> None:
+    """7 x 7 results of an image 9 wide: 61 rows in 4 tile registers of A, not 7 rows in each of 7."""
+
+    def tile(size: int, stride: int = 1) -> Tile:
+        image = np.zeros((1, size, size, 64), np.uint8)
+        c = convolution(image, np.zeros((3, 3, 64, 32), np.int8), stride, np.int32, TILES).c
+        assert isinstance(c, Contraction)
+        return choose_tile(c, TILES)
+
+    assert (tile(9).pitch, tile(9).outer, tile(9).inner) == (9, ((1, 1),), ((1, 31), (1, 30)))
+    assert (tile(9, 2).pitch, tile(9, 2).inner) == (9, ((1, 31),))
+    assert tile(18).pitch == 0  # 16 rows fill a register as they are
 
 
 @each_case

@@ -9,9 +9,10 @@ is a block of tiles times a block of panels.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vivace.base.dims import Dim, bounds, prod
 from vivace.base.machine import Isa, Machine, host
@@ -47,6 +48,9 @@ class Tile:
     accumulators wait in scratch between passes. `tiles_outside` walks all panels of a unit for each tile, which
     touches A and out in order, where the panels are small and A is larger than B: 40x120 @ 120x6625 is 8 % faster with
     panels outside, 56x56x64 -> 256 3 % slower.
+
+    With a `pitch` the last two row axes are one of so many rows per step of the outer one: rows between the end of one
+    step and the start of the next are computed, since A goes on there, and not stored. `inner` splits that axis.
     """
 
     nv: int
@@ -61,6 +65,7 @@ class Tile:
     stage_b: bool = False
     k_block: int = 0
     tiles_outside: bool = False
+    pitch: int = 0
 
 
 def max_rows(nv: int, isa: Isa, n_spare: int = 0) -> int:
@@ -130,7 +135,11 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None, choice
     nv = lanes // isa.n_f32_lanes
     most = max_rows(nv, isa, ar.n_spare)
     most = min(most, choice.rows or most)
-    outer, inner = _split_for_tiles(c.rows) if ar.is_tile else _split_rows(c.rows, most)
+    pitch = _pitch(c.rows) if ar.is_tile else 0
+    if ar.is_tile:
+        outer, inner = _split_for_tiles(_at_pitch(c.rows, pitch) if pitch else c.rows)
+    else:
+        outer, inner = _split_rows(c.rows, most)
     n_panels = max(1, -(-_known([c.n]) // lanes))
     colliding = not ar.is_tile and collides(c.rows, outer, inner, machine, ar.a_bytes)
     can_stage = not ar.is_tile and len(c.taps) == 1 and c.taps[0].a == 1
@@ -157,8 +166,9 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None, choice
     fits = fits if choice.tiles_outside is None else choice.tiles_outside
     tiles_outside = panels > 1 and not k_block and fits
     return Tile(
-        nv, lanes, outer, inner, unroll, tiles, panels, rows_outer or stage_a, stage_a, stage_b, k_block, tiles_outside
-    )
+        nv, lanes, outer, inner, unroll, tiles, panels, rows_outer or stage_a, stage_a, stage_b, k_block, tiles_outside,
+        pitch,
+    )  # fmt: skip
 
 
 def _unit(
@@ -301,6 +311,38 @@ def _split_rows(rows: tuple[Axis, ...], most: int) -> tuple[tuple[Segment, ...],
     return ((above.extent // height, height), (above.extent % height, 1)), ((1, last.extent),)
 
 
+def _pitch(rows: tuple[Axis, ...]) -> int:
+    """Rows of the last axis from one step of the axis above to the next, where that fills tile registers better: the
+    7 x 7 rows of an image 9 wide take 4 registers as 61 rows, and 7 as they are. 0 for no.
+    """
+    if len(rows) < 2:
+        return 0
+    last, above = rows[-1], rows[-2]
+    if not all(isinstance(d, int) and d > 0 for d in (last.extent, last.a, above.extent, above.a)):
+        return 0
+    pitch, rest = divmod(int(above.a), int(last.a))  # type: ignore[arg-type]
+    if rest or pitch < int(last.extent) or above.extent == 1:  # type: ignore[arg-type]
+        return 0
+    as_they_are = _registers(_split_for_tiles(rows))
+    return pitch if _registers(_split_for_tiles(_at_pitch(rows, pitch))) < as_they_are else 0
+
+
+def _at_pitch(rows: tuple[Axis, ...], pitch: int) -> tuple[Axis, ...]:
+    """The last two axes as the one that a pitch makes of them."""
+    *others, above, last = rows
+    assert isinstance(above.extent, int) and isinstance(last.extent, int)
+    return (*others, Axis("", 1), replace(last, extent=(above.extent - 1) * pitch + last.extent))
+
+
+def _registers(split: tuple[tuple[Segment, ...], tuple[Segment, ...]]) -> int:
+    """Tile registers of A that the pieces of both axes fill or begin."""
+    total = 0
+    for (n_outer, outer), (n_inner, inner) in itertools.product(*split):
+        assert isinstance(n_outer, int) and isinstance(n_inner, int)
+        total += n_outer * n_inner * (outer if outer > 1 else -(-inner // 16))
+    return total
+
+
 def _split_for_tiles(rows: tuple[Axis, ...]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
     """Two tile registers of at most 16 rows: halves of a piece of the last axis, or two steps of the one before."""
     if not rows:
@@ -308,6 +350,6 @@ def _split_for_tiles(rows: tuple[Axis, ...]) -> tuple[tuple[Segment, ...], tuple
     last = rows[-1].extent
     if len(rows) == 1:
         return ((1, 1),), split_axis(last, 32)
-    if isinstance(last, int) and 0 < last <= 16:
+    if isinstance(last, int) and 0 < last <= 16 and rows[-2].extent != 1:
         return split_axis(rows[-2].extent, 2), ((1, last),)
     return ((rows[-2].extent, 1),), split_axis(last, 32)

@@ -46,11 +46,18 @@ def tile_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[
     buffers = {x: base_of(t, p, x) for x in dict.fromkeys(p.c.extra)}
     steps = [t.mul(t.dim(x.out, dims), p.out_bytes) for x in (p.outer, p.inner)]
     with t.loop(0, sum(heights)) as row:
-        o, i = t.divmod(row, inner) if outer > 1 else (0, row)
         symbols: dict[str, Int] = {**dims, **{x.name: f"%x{k}" for k, x in enumerate(p.axes())}, "n": "%n"}
-        for axis, by in ((p.outer, o), (p.inner, i)):
-            if axis.name:
-                symbols[axis.name] = t.add(symbols[axis.name], by)
+        there, absent = t.label(), t.label()
+        if p.tile.pitch:
+            o, i = t.divmod(t.add(symbols[p.inner.name], row), p.tile.pitch)
+            symbols |= {p.outer.name: o, p.inner.name: i}
+            t.branch(t.less(i, t.dim(p.inner.extent, dims)), there, absent)
+            t.start(there)
+        else:
+            o, i = t.divmod(row, inner) if outer > 1 else (0, row)
+            for axis, by in ((p.outer, o), (p.inner, i)):
+                if axis.name:
+                    symbols[axis.name] = t.add(symbols[axis.name], by)
         out = t.at("%out", t.add(t.mul(o, steps[0]), t.mul(i, steps[1])))
         sums = t.at("%sums", t.mul(row, p.tile.lanes * _ACC_BYTES))
         loaded = [
@@ -61,9 +68,14 @@ def tile_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[
         totals = [Value(value, element, width) for value in loaded]
         epilogue.store_row(p.c.epilogue, totals, {}, p.c.out, out, 0, masks)
         epilogue.close()
+        if p.tile.pitch:
+            t.jump(absent)
+            t.start(absent)
     t.put("ret void")
     axes = "".join(f", i64 %x{i}" for i in range(len(p.axes())))
-    parameters = f"ptr %args, ptr %a, ptr %b, ptr %out, i64 %n{axes}, ptr %tiles"
+    parameters = (
+        f"ptr %args, ptr %a, ptr %b, ptr %out, i64 %n{axes}, ptr %tiles{', ptr %ahead' if p.fetches_ahead else ''}"
+    )
     head = f"define internal void @{symbol_of(p, outer, inner, tail)}({parameters})"
     return "\n".join([f"{head} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
 
@@ -115,7 +127,7 @@ def _sum(t: Text, p: Plan, dims: Mapping[str, Int], outer: int, heights: list[in
     a_stride = t.mul(t.dim(p.inner.a, dims), p.ar.a_bytes)
     between = t.mul(t.dim(p.outer.a, dims), p.ar.a_bytes) if outer > 1 else t.mul(a_stride, heights[0])
     if not any(x.extent == 0 for x in p.c.taps):
-        _taps(t, p, dims, lambda a, b: _chunk(t, p, a, b, a_stride, between, heights, vectors), chunk)
+        _taps(t, p, dims, lambda a, b, k: _chunk(t, p, a, b, k, a_stride, between, heights, vectors), chunk)
     row_bytes = p.tile.lanes * _ACC_BYTES
     t.declare("llvm.x86.tilestored64", "void @llvm.x86.tilestored64(i8, ptr, i64)")
     for r, v in pairs:
@@ -123,8 +135,8 @@ def _sum(t: Text, p: Plan, dims: Mapping[str, Int], outer: int, heights: list[in
         t.put(f"call void @llvm.x86.tilestored64(i8 {2 * r + v}, ptr {place}, i64 {row_bytes})")
 
 
-def _taps(t: Text, p: Plan, dims: Mapping[str, Int], one: Callable[[str, str], None], chunk: int) -> None:
-    """Calls `one` with the addresses of A and B for every chunk of every tap."""
+def _taps(t: Text, p: Plan, dims: Mapping[str, Int], one: Callable[[str, str, Int], None], chunk: int) -> None:
+    """Calls `one` with the addresses of A and B and the number of every chunk of every tap."""
     outer = p.c.taps[:-1]
     n_chunks = t.dim(p.run_bytes // chunk, dims)
     b_chunk = chunk // (p.ar.group * p.ar.a_bytes) * p.row_bytes
@@ -140,11 +152,17 @@ def _taps(t: Text, p: Plan, dims: Mapping[str, Int], one: Callable[[str, str], N
             in_a = t.add(in_a, t.mul(at, t.mul(t.dim(axis.a, dims), p.ar.a_bytes)))
         a, b = t.at("%a", in_a), t.at("%b", t.mul(tap, t.mul(n_chunks, b_chunk)))
         with t.times(n_chunks) as k:
-            one(t.at(a, t.mul(k, chunk)), t.at(b, t.mul(k, b_chunk)))
+            one(t.at(a, t.mul(k, chunk)), t.at(b, t.mul(k, b_chunk)), t.add(t.mul(tap, n_chunks), k))
 
 
-def _chunk(t: Text, p: Plan, a: str, b: str, a_stride: Int, between: Int, heights: list[int], vectors: int) -> None:
+def _chunk(
+    t: Text, p: Plan, a: str, b: str, k: Int, a_stride: Int, between: Int, heights: list[int], vectors: int
+) -> None:
     """Multiplies one chunk of every row with one of every column: loads stand just before their first use."""
+    if p.fetches_ahead:
+        ahead = t.at("%ahead", t.mul(k, p.ahead_lines * _LINE))
+        for line in range(p.ahead_lines):
+            t.fetch(t.at(ahead, line * _LINE), level=2)
     name = f"llvm.x86.{_product(p)}"
     t.declare(name, f"void @{name}(i8, i8, i8)")
     t.declare("llvm.x86.tileloadd64", "void @llvm.x86.tileloadd64(i8, ptr, i64)")

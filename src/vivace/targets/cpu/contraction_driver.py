@@ -171,7 +171,7 @@ def _tile(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit, passed: Int, p
         in_place = t.dim(first.b * p.tile.k_block * F32_BYTES, dims)
         b = t.at(b, t.mul(passed, pass_bytes if p.in_panels else in_place))
     out = t.at(unit.out, t.mul(n, p.out_bytes))
-    for axis in p.c.rows:
+    for axis in p.above if p.tile.pitch else p.c.rows:
         out = t.at(out, t.mul(spot.at[axis.name], t.dim(axis.out * p.out_bytes, dims)))
     more = ", ptr %tiles" if p.ar.is_tile else ""
     if p.tile.k_block:
@@ -180,7 +180,7 @@ def _tile(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit, passed: Int, p
         more = f", ptr {t.at(unit.waiting, t.mul(slot, p.waiting_bytes))}, i1 {last}"
     if p.fetches_ahead:
         following = pass_bytes if p.n_passes > 1 and p.tile.panels_per_unit == 1 else panel_bytes
-        rounds = t.divmod(t.dim(p.pass_rows, dims), p.tile.unroll)[0]
+        rounds = t.divmod(t.dim(p.pass_rows, dims), p.round_rows)[0]
         share = t.mul(nth_tile, t.mul(rounds, p.ahead_lines * LINE_BYTES))
         more += f", ptr {t.at(t.at(b, following), share)}"
     _call_tile(t, p, dims, spot, n, unit.at | spot.at, (a, b, out), more)

@@ -10,7 +10,7 @@ from vivace.base.dims import Dim, bounds, ceildiv, prod
 from vivace.base.machine import Isa
 from vivace.loops.contraction import Axis, Contraction
 from vivace.loops.kernel import Buffer
-from vivace.lower.arithmetic import Arithmetic
+from vivace.lower.arithmetic import Arithmetic, chunk_bytes
 from vivace.lower.tile import Tile, pieces, staged_rows, staged_stride
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.contraction_vector import F32_BYTES, LINE_BYTES
@@ -139,15 +139,20 @@ class Plan:
         A unit of one tile with few rows does nothing but wait for B: with it 4x768 @ 768x768 takes 10 % less time, but
         1x2048 @ 2048x1000 11 % more (Sapphire Rapids, B in the third-level cache).
         """
-        works = self.tile.tiles_per_unit > 1 or self.tile_rows >= _LEAST_ROWS_TO_FETCH
-        return self.c.packing.kind == "panels" and works and not self.tile.tiles_outside and not self.ar.is_tile
+        works = self.ar.is_tile or self.tile.tiles_per_unit > 1 or self.tile_rows >= _LEAST_ROWS_TO_FETCH
+        return self.c.packing.kind == "panels" and works and not self.tile.tiles_outside
+
+    @property
+    def round_rows(self) -> int:
+        """Rows of a panel that a micro-kernel reads per round: of the unrolled channel, or with one tile register."""
+        if not self.ar.is_tile:
+            return self.tile.unroll
+        return chunk_bytes(self.run_bytes) // self.ar.lane_bytes
 
     @property
     def ahead_lines(self) -> int:
-        """Cache lines to fetch per round of the unrolled channel, so that the tiles of a unit together fetch one
-        panel.
-        """
-        return -(-self.tile.unroll * self.row_bytes // LINE_BYTES // self.tile.tiles_per_unit)
+        """Cache lines to fetch per round, so that the tiles of a unit together fetch one panel."""
+        return -(-self.round_rows * self.row_bytes // LINE_BYTES // self.tile.tiles_per_unit)
 
     @property
     def out_bytes(self) -> int:
