@@ -219,7 +219,7 @@ class _Rebuild:
         for i, x in enumerate(n.inputs):
             if x is None or x in inside:
                 continue
-            is_factor = i == 0 and n.outputs[0] in self.allowed and reads_half(n, 0, self.half)
+            is_factor = i <= is_pair_product(n) and n.outputs[0] in self.allowed and reads_half(n, i, self.half)
             source = self.narrow.get(x)
             if source is None and is_factor and self._is_rounded_for_products(x):
                 source = self._rounded(x, n.origin)
@@ -228,7 +228,7 @@ class _Rebuild:
             inputs[i] = self._cast(source, DType.f32, n.origin)
             if is_factor and n.op.name == "attention":
                 self.n_products += 2
-            elif is_factor:
+            elif is_factor and i == 0:
                 # Those of blocks its kernel makes of what is stored.
                 if not (n.op.name == "matmul_blocks" or is_depthwise(n) or is_pair_product(n)):
                     inputs[1] = self._weight(n.inputs[1])

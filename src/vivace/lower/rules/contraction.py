@@ -58,7 +58,7 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
     if y.dtype is not DType.f32:
         _integer_matmul(ctx, g)
         return
-    is_pair = reads_half(g.anchor, 1) and is_half_product(ctx, a_value, None)
+    is_pair = reads_half(g.anchor, 1) and all(is_half_product(ctx, x, None) for x in (a_value, b_value))
     half = is_pair or is_half_product(ctx, a_value, b_value)
     a = ctx.operand(a_value) if half else ctx.view(a_value)
     b = ctx.operand(b_value) if is_pair else ctx.view(b_value)
