@@ -95,6 +95,23 @@ def test_parts_go_to_whom_measures_fastest_and_are_kept(tmp_path: Path, monkeypa
         np.testing.assert_allclose(e(x), want, rtol=1e-5, atol=1e-6)
 
 
+def test_a_choice_is_remembered_for_the_same_weights_and_only_with_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = {"native": 1e-4, "onnxruntime": 5e-5, "openvino": 9e-5}
+    second = {"native": 1e-4, "onnxruntime": 9e-5, "openvino": 5e-5}
+
+    def provider(m: onnx.ModelProto, cache: bool = True) -> str:
+        return vivace.compile(m, providers="auto", shapes=SHAPES, threads=1, cache=cache).placement[0].provider
+
+    other = model()
+    weights = np.asarray(onnx.numpy_helper.to_array(other.graph.initializer[0])) * 2
+    other.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(weights, "w"))
+    plant(monkeypatch, first, second, second)
+    assert provider(model()) == "onnxruntime"
+    assert provider(other) == "openvino"  # other weights are measured by themselves
+    assert provider(model(), cache=False) == "openvino"  # measured, and not kept
+    assert provider(model()) == "onnxruntime"
+
+
 def test_a_partition_that_loses_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "node_seconds", lambda graph, ours, inputs: [1.0] * len(graph.nodes))
     rows = [THEIRS if k == 2 else OURS for k in range(pieces_of_model())]

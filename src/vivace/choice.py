@@ -8,13 +8,15 @@
 Rules:
 * MARGIN: another choice than the simplest (our engine; then one provider) must win by more than noise.
 * SAME: whoever gives other answers than ours, beyond the tolerance of `vivace bench`, is refused.
-* ONCE: the choice is kept in the cache, by the graph, the machine and the versions; a second compile measures nothing.
+* ONCE: the choice is kept in the cache, by the graph with its weights, the machine and the versions; a second compile
+  measures nothing, unless it was told to leave the cache alone.
 
 Not handled: choosing anew when other sizes come than those that were measured.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -30,7 +32,7 @@ from vivace.base.machine import host
 from vivace.base.specs import TensorSpec
 from vivace.graph.cut import graphs_of, with_own_names
 from vivace.graph.graph import Graph, Node
-from vivace.graph.text import print_graph
+from vivace.graph.text import constants_of, print_graph
 from vivace.measure.bench import Contestant, Runner, Settings, bench
 from vivace.measure.compare import Tolerance
 from vivace.measure.inputs import choose_shapes, generate
@@ -98,14 +100,18 @@ def _reason(times: Mapping[str, float]) -> str:
     return "measured: " + ", ".join(f"{name} {t:.3g} ms" for name, t in sorted(times.items(), key=lambda x: x[1]))
 
 
-def fastest(job: Job, shapes: Mapping[str, Sequence[int]] | None) -> Compiled:
-    """The engine of the fastest choice. Its `stats` have the times (`auto_ms`) and who was refused (`auto_refused`)."""
+def fastest(job: Job, shapes: Mapping[str, Sequence[int]] | None, remembers: bool = True) -> Compiled:
+    """The engine of the fastest choice. Its `stats` have the times (`auto_ms`) and who was refused (`auto_refused`).
+
+    `remembers`: whether a choice is kept, and one that was kept is taken.
+    """
     try:
         graph = with_own_names(job.portable_graph())
     except (ModelError, UnsupportedError) as e:
         return job.whole("onnxruntime", f"vivace cannot import the model: {e}")
-    cache, key = default_cache(), _key(job, graph, shapes)
-    found = cache.get("choice", key)
+    cache = default_cache() if remembers else None
+    key = _key(job, graph, shapes) if cache else ""
+    found = cache.get("choice", key) if cache else None
     if found is not None:
         try:
             data = json.loads(found)
@@ -114,16 +120,27 @@ def fastest(job: Job, shapes: Mapping[str, Sequence[int]] | None) -> Compiled:
         except (VivaceError, TypeError, KeyError, ValueError):
             pass  # a provider that is gone, or an entry of another version
     choice = choose(job, graph, shapes)
-    cache.put("choice", key, json.dumps(asdict(choice)).encode())
+    if cache:
+        cache.put("choice", key, json.dumps(asdict(choice)).encode())
     return _engine(job, graph, choice)
 
 
 def _key(job: Job, graph: Graph, shapes: Mapping[str, Sequence[int]] | None) -> str:
     machine = host()
     versions = [(name, availability(name).version) for name in KNOWN if availability(name).is_available]
-    return repr((1, job.key, versions, machine.model, machine.n_cores, sorted((shapes or {}).items()))) + print_graph(
-        graph
-    )
+    facts = (1, job.key, versions, machine.model, machine.n_cores, sorted((shapes or {}).items()), _digest(graph))
+    return repr(facts) + print_graph(graph)
+
+
+def _digest(graph: Graph) -> str:
+    """Of the constants that the text leaves out: answers, which may refuse a provider, depend on them."""
+    digest = hashlib.sha256()
+    for name, data in constants_of(graph).items():
+        digest.update(name.encode())
+        is_text = data.dtype == object
+        raw = np.frombuffer(repr(data.tolist()).encode(), np.uint8) if is_text else np.ascontiguousarray(data)
+        digest.update(raw.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _engine(job: Job, graph: Graph, choice: Choice) -> Compiled:

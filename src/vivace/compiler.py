@@ -122,7 +122,7 @@ def compile(
                 "formats and providers cannot be chosen by measurement in one", where="precision",
                 expected="f32, bf16 or f16 with providers='auto'",
             )  # fmt: skip
-        return fastest(replace(job, options=replace(options, providers=("native", "onnxruntime"))), shapes)
+        return fastest(replace(job, options=replace(options, providers=("native", "onnxruntime"))), shapes, cache)
     if "native" not in names:
         return job.whole(names[0], "asked for")
     samples = [calibration] if isinstance(calibration, Mapping) else list(calibration)
@@ -526,9 +526,7 @@ def link_image(
 
     specs = [s.spec for s in steps_of(plan.body)]
     report = (lambda done, total: progress("compile", done, total)) if progress else None
-    codes, numbers, objects, n_new = generate(
-        specs, chosen, default_cache() if cache else None, report, choices, known
-    )
+    codes, numbers, objects, n_new = generate(specs, chosen, default_cache() if cache else None, report, choices, known)
     by_spec = {id(s): n for s, n in zip(specs, numbers, strict=True)}
     entries = [KernelEntry(c.name, c.dims, c.units, c.grain, c.scratch_bytes) for c in codes]
     compiled = Compiled(entries, objects, lambda s: by_spec[id(s)])
