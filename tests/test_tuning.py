@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tests.lower.test_choices import graph_of
+from tests.lower.test_choices import ISA, graph_of
 
 import vivace
 from vivace import tuning
@@ -15,6 +16,7 @@ from vivace.base.events import collecting
 from vivace.base.knobs import knobs
 from vivace.graph import reference
 from vivace.lower.candidates import Rates
+from vivace.lower.choices import Choice, Choices
 from vivace.runtime.executable import Chunk
 
 RATES = Rates({"f32": 300.0, "bf16": 600.0, "i8": 1200.0}, 100.0, 30.0, 2)
@@ -47,7 +49,7 @@ def test_a_tuned_model_computes_the_same_and_the_second_compile_measures_nothing
         known = again.stats["tuning"]
         assert isinstance(known, dict) and known["n_measured"] == 0 and known["changes"] == facts["changes"]
         np.testing.assert_array_equal(again(x), engine(x))
-        other = vivace.compile(graph, threads=1, tune="fast", tune_budget=0.0)  # measured by itself
+        other = vivace.compile(graph, threads=1, tune="fast", tune_budget=60.0)  # measured by itself
         assert isinstance(other.stats["tuning"], dict) and other.stats["tuning"]["n_measured"] > 0
         assert "tuning" not in vivace.compile(graph, threads=2).stats
 
@@ -66,6 +68,31 @@ def test_a_file_takes_tuning_to_another_cache(tmp_path: Path) -> None:
     engine = vivace.compile(graph, threads=2, tune="fast", timing_cache=file, cache=False)
     engine.save(saved)
     assert vivace.load(saved).stats["tuning"] == engine.stats["tuning"]
+
+
+def test_a_budget_of_0_leaves_everything_as_it_is(tmp_path: Path) -> None:
+    graph, _ = graph_of("matmul")
+    with knobs.scope(cache_dir=tmp_path):
+        facts = vivace.compile(graph, threads=2, tune="fast", tune_budget=0.0).stats["tuning"]
+    assert isinstance(facts, dict) and facts["n_measured"] == 0 and not facts["is_complete"] and not facts["changes"]
+
+
+@pytest.mark.parametrize("found", [{}, {"a": Choice(rows=3)}])
+def test_the_plan_is_made_with_the_choices_that_are_returned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: dict[str, Choice]
+) -> None:
+    """Also where a search that goes on confirms what it knew and measures no new way."""
+    choices = Choices(found)
+    monkeypatch.setattr(tuning, "tune", lambda *_: (choices, {"n_measured": 0}))
+    made: list[Choices] = []
+
+    def plan(choices: Choices) -> Any:
+        made.append(choices)
+        return choices
+
+    shop = tuning.Workshop(graph_of("matmul")[0], ISA, 1, plan, lambda *_: None, lambda _: None)  # type: ignore[arg-type, return-value]
+    got, _, _ = tuning.tuned(shop, tuning.Tune("fast", file=tmp_path / "t.jsonl", keeps=False), None)
+    assert made[-1] is got and dict(made[-1].by_key) == found and len(made) == 1 + bool(found)
 
 
 def test_bad_options() -> None:

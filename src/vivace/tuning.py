@@ -88,7 +88,10 @@ def tuned(shop: Workshop, wanted: Tune, progress: Progress | None) -> tuple[Plan
     base = cache.choices(sizes_text(shop.graph)[1], wanted.effort)
     plan = shop.plan(base)
     choices, facts = tune(shop, wanted, base, plan, cache, progress)
-    return (shop.plan(choices) if facts["n_measured"] else plan), choices, facts
+    # What a cut search had measured may be confirmed without measuring more. Choices for sites of other models, which
+    # `base` has too, do not matter.
+    is_base = choices.by_key.items() <= base.by_key.items()
+    return (plan if is_base else shop.plan(choices)), choices, facts
 
 
 def timing_cache(wanted: Tune, isa: Isa, threads: int) -> TimingCache:
@@ -148,7 +151,7 @@ def _search(
     inputs = generate([TensorSpec(v.name, v.dtype, v.shape) for v in shop.graph.inputs], shapes)
     rates = _rates(shop.threads)
     bench = _Bench(shop, kept, at, inputs)
-    budget = wanted.budget_seconds or BUDGETS[wanted.effort]
+    budget = BUDGETS[wanted.effort] if wanted.budget_seconds is None else wanted.budget_seconds
     left_ns = 1e9 * max(0.0, budget - (time.perf_counter() - started))
     tell = (lambda done, total: progress("tune", done, total)) if progress else None
     search = Tuning(

@@ -150,7 +150,10 @@ def test_damaged_lines_and_unknown_settings_are_passed_over(tmp_path: Path) -> N
     bad = [
         "{", "null", "[]", good.line()[:40], json.dumps(data | {"format": 99}), json.dumps(data | {"ratio": "fast"}),
         json.dumps(data | {"choice": {"warp": 9}}), json.dumps(data | {"choice": {"rows": -3}}),
-        json.dumps(data | {"decided": "maybe"}), json.dumps({k: v for k, v in data.items() if k != "site"}), "\udcff",
+        json.dumps(data | {"decided": "maybe"}),
+        json.dumps(data | {"choice": []}), json.dumps(data | {"choice": "x"}), json.dumps(data | {"decided": []}),
+        json.dumps(data | {"threads": float("inf")}), json.dumps(data | {"threads": float("nan")}),
+        json.dumps({k: v for k, v in data.items() if k != "site"}), "\udcff",
     ]  # fmt: skip
     text = "\n".join([*bad, good.line()])
     (tmp_path / "own.jsonl").write_bytes(text.encode(errors="surrogateescape"))

@@ -69,7 +69,7 @@ def own_file() -> Path:
 
 def parse(line: str) -> Timing | None:
     """None for a line that is damaged or of another format."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError, OverflowError):
         data = json.loads(line)
         choice, decided = Choice.of(data["choice"]), data.get("decided", "")
         known = data["format"] == FORMAT and choice is not None and decided in ("", *EFFORTS)
