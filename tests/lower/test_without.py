@@ -41,6 +41,12 @@ def test_an_option_that_is_off_changes_the_kernels_and_not_the_results(option: s
 
 
 def test_every_option_has_a_test() -> None:
-    assert set(OPTIONS) == {"winograd", "epilogues", "trees", "placement"}
+    assert set(OPTIONS) == {
+        "winograd",
+        "epilogues",
+        "trees",
+        "placement",
+        "in_place",
+    }  # `test_in_place.py` has the last
     labels = [s.label for s in steps_of(lower(a_bit_of_everything(), ISAS[BEST], frozenset({"winograd"})).body)]
     assert not any("winograd" in label for label in labels)
