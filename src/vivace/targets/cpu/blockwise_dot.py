@@ -6,7 +6,9 @@ f32:
 
     sum over the block of a * q = unit * ((dot(d0, q) * 256 + dot(d1, q)) * 256 + dot(d2, q))
 
-Error: an element of A is off by at most 2**-22 of the largest in its block and row, which is what f32 sums lose too.
+Error: an element of A is off by at most 2**-22 of the largest in its block and row. Sums of f32 lose as much in the
+columns where the largest counts; where its weight is 0 they do not: with one element 10**4 times as large as the others
+of its block the error was 1.6e-5 of sum(|a * w|), against 3e-6 in f32.
 
 Rule FINITE: infinities and NaN have no digits, nor has a block whose unit would be no normal number. `prepare` finds
 them, and the driver then takes the f32 way (`blockwise_floats.py`).
