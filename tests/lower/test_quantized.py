@@ -404,3 +404,24 @@ def test_rounded_rows_are_one_step(target: str) -> None:
     assert gap(compiled(model, {"x": x}, target), evaluate(graph, {"x": x})[0]) <= 1
     engine = vivace.compile(model.SerializeToString(), target=target)
     assert [line.label for line in engine.image.lines] == ["softmax", "matmul", "layer_norm"]
+
+
+@each_target
+@pytest.mark.parametrize("dtype", [U8, S8])
+@pytest.mark.parametrize("op", ["MatMulInteger", "ConvInteger"])
+def test_casts_of_sums_to_bytes_wrap(target: str, op: str, dtype: type) -> None:
+    """Without limits of its own a cast keeps the low byte of a sum; it does not saturate."""
+    if op == "MatMulInteger":
+        m, w = Model(U8, (5, 40)), numbers(1, S8, 40, 64)
+        y = m.emit(op, "x", m.const(w))
+        feeds = {"x": numbers(2, U8, 5, 40)}
+        sums = feeds["x"].astype(np.int32) @ w.astype(np.int32)
+    else:
+        m, w = Model(U8, (1, 64, 6, 7)), numbers(1, S8, 64, 1, 3, 3)
+        y = m.emit(op, "x", m.const(w), group=64)
+        feeds = {"x": numbers(2, U8, 1, 64, 6, 7)}
+        windows = np.lib.stride_tricks.sliding_window_view(feeds["x"].astype(np.int32), (3, 3), (2, 3))
+        sums = np.einsum("nchwij,cij->nchw", windows, w[:, 0].astype(np.int32))
+    to = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    model = m.finish(m.emit("Cast", y, to=to), dtype)
+    np.testing.assert_array_equal(compiled(model, feeds, target), sums.astype(dtype))

@@ -17,11 +17,12 @@ from vivace.base.errors import InternalError, UnsupportedError
 from vivace.base.machine import ISAS, Isa, isa
 from vivace.graph.ops.quantized import RANGES
 from vivace.loops.contraction import Contraction, Packing
-from vivace.loops.kernel import Binary, Const, Expr, For, Kernel, Load, Lookup, Store
+from vivace.loops.kernel import Binary, Cast, Const, Expr, For, Kernel, Load, Lookup, Store
 from vivace.lower.arithmetic import activation_offset, choose_arithmetic, depthwise_offset
 from vivace.lower.pack import pack_groups
 from vivace.lower.requantize import ACC, requantize
 from vivace.lower.tile import choose_tile
+from vivace.targets.cpu.contraction_epilogue import makes_bytes
 from vivace.targets.cpu.llvm import emit_kernel
 
 each_isa = pytest.mark.parametrize(
@@ -271,3 +272,16 @@ def test_tables_look_bytes_up(target: Isa, dtype: type, n: int) -> None:
     arrays = {a: x, out: np.zeros(n, UNSIGNED)}
     run_code(emit_kernel(kernel, target), target, arrays, {})
     np.testing.assert_array_equal(arrays[out], table[table[x.view(np.uint8)]])
+
+
+@pytest.mark.parametrize("dtype", [DType.u8, DType.i8])
+@pytest.mark.parametrize("is_bounded", [False, True])
+@pytest.mark.parametrize("narrower", [False, True])
+def test_only_limited_sums_are_packed(dtype: DType, is_bounded: bool, narrower: bool) -> None:
+    """Packing saturates: it makes the bytes of what is clipped to their limits or less, and of no other cast."""
+    lo, hi = (3, 90) if narrower else (None, None)
+    assert makes_bytes(requantize(ACC, Const(0.1, DType.f32), 7, dtype, lo, hi, is_bounded))
+    other = DType.i8 if dtype is DType.u8 else DType.u8
+    assert not makes_bytes(Cast(dtype, ACC))
+    wrong = requantize(ACC, Const(0.1, DType.f32), 7, other, None, None, True)
+    assert isinstance(wrong, Cast) and not makes_bytes(Cast(dtype, wrong.x))

@@ -149,10 +149,28 @@ class Epilogue:
 
 
 def makes_bytes(e: Expr) -> bool:
-    """Whether an epilogue ends with i32 cast to bytes, which may be looked up then."""
+    """Whether an epilogue ends with i32 within the limits of bytes cast to them, which may be looked up then. Casts of
+    anything else wrap, where packing would saturate."""
     while isinstance(e, Lookup):
         e = e.x
-    return isinstance(e, Cast) and e.dtype in BYTES and dtype_of(e.x) is DType.i32
+    if not isinstance(e, Cast) or e.dtype not in BYTES or dtype_of(e.x) is not DType.i32:
+        return False
+    limits = _limits(e.x)
+    low, high = RANGES[e.dtype]
+    return limits is not None and low <= limits[0] and limits[1] <= high
+
+
+def _limits(e: Expr) -> tuple[float, float] | None:
+    """Between what a clip keeps a number, also one that is then rounded and moved (`lower.requantize.quantize`)."""
+    match e:
+        case Binary(fn="min", a=Binary(fn="max", b=Const(value=low)), b=Const(value=high)) if low <= high:
+            return low, high
+        case Binary(fn="add", a=x, b=Const(value=by, dtype=DType.i32)):
+            found = _limits(x)
+            return None if found is None else (found[0] + by, found[1] + by)
+        case Cast(dtype=DType.i32, x=x) | Unary(fn="round", x=x):
+            return _limits(x)
+    return None
 
 
 def _peeled(e: Expr) -> tuple[Cast, list[bytes]]:
