@@ -5,12 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vivace.base.version import __version__
+
 if TYPE_CHECKING:
     from vivace.base.errors import VivaceError
     from vivace.compiler import compile, load
     from vivace.runtime.engine import Engine, Placement
 
-__version__ = "0.1.0"
 _HOMES = {
     "compile": "vivace.compiler",
     "load": "vivace.compiler",

@@ -190,6 +190,12 @@ def test_compile_then_run_and_inspect(cli, model: Path, tmp_path: Path) -> None:
     assert broken.code == 2 and "small.vivace" in broken.err
 
 
+@pytest.mark.parametrize("verb", ["run", "bench", "reduce"])
+def test_precision_by_layer_belongs_to_compile(cli, model: Path, verb: str) -> None:  # type: ignore[no-untyped-def]
+    refused = cli(verb, model, "--precision", "auto")
+    assert refused.code == 2 and "vivace compile" in refused.err and "max_drop" not in refused.err
+
+
 def test_precision_by_layer(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     engine, samples = tmp_path / "small.vivace", tmp_path / "samples.npz"
     np.savez(samples, x=np.ones((3, 8), np.float32), ids=np.ones((3, 2), np.int64))

@@ -169,6 +169,20 @@ def test_lines_of_other_machines_do_not_count_but_stay(tmp_path: Path) -> None:
     assert len(read(tmp_path / "own.jsonl")) == 2
 
 
+def test_lines_of_another_version_do_not_count_but_stay(tmp_path: Path) -> None:
+    cache = cache_of(tmp_path)
+    mine = cache.timing("a", "matmul", WAYS[0], 0.5, 10.0, "fast")
+    data = json.loads(mine.line())
+    old = [data | {"version": "0.0.1", "choice": {"rows": 7}}, {k: v for k, v in data.items() if k != "version"}]
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in old))
+    assert cache_of(tmp_path).decided() == {}
+    cache_of(tmp_path).add([mine])
+    assert cache_of(tmp_path).decided() == {"a": WAYS[0]}
+    write(path, merge(read(path)))
+    assert sorted(t.version for t in read(path)) == ["", "0.0.1", mine.version]
+
+
 def test_files_are_shipped_and_merged(tmp_path: Path) -> None:
     for name, choice, decided in (("one", WAYS[0], "fast"), ("two", WAYS[1], "full"), ("three", WAYS[2], "fast")):
         cache = TimingCache(tmp_path / f"{name}.jsonl", None, "here", "avx512", 2)

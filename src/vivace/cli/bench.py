@@ -33,7 +33,7 @@ def bench_model(
     seed: options.Seed = 0,
     provider: options.Provider = "native,onnxruntime",
     threads: options.Threads = 0,
-    precision: options.Precision = "f32",
+    precision: options.FixedPrecision = "f32",
     level: options.Level = "all",
     target: options.Target = "host",
     tune: options.Tune = "off",

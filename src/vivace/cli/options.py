@@ -23,7 +23,20 @@ Inputs = Annotated[
 ]
 Seed = Annotated[int, typer.Option(help="Seed of generated arrays.")]
 Threads = Annotated[int, typer.Option("--threads", "-t", help="Threads; 0 is all that this process may use.")]
+
+
+def _fixed(precision: str) -> str:
+    """Raises: InputError for `auto`, which needs a tolerance that only `compile` takes."""
+    if precision == "auto":
+        raise InputError(
+            "formats by layer are chosen by vivace compile", where="--precision", expected="f32, bf16, f16",
+            hint="vivace compile MODEL --precision auto --max-drop 0.01",
+        )  # fmt: skip
+    return precision
+
+
 Precision = Annotated[str, typer.Option(help="Numbers between kernels: f32, bf16, f16, auto.")]
+FixedPrecision = Annotated[str, typer.Option(help="Numbers between kernels: f32, bf16, f16.", callback=_fixed)]
 MaxDrop = Annotated[
     float, typer.Option(metavar="DROP", help="For --precision auto: how far outputs may be from f32 by --metric.")
 ]

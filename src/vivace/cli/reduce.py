@@ -33,7 +33,7 @@ def reduce_model(
     seed: options.Seed = 0,
     provider: options.Provider = "native,onnxruntime",
     threads: options.Threads = 0,
-    precision: options.Precision = "f32",
+    precision: options.FixedPrecision = "f32",
     target: options.Target = "host",
     level: options.Level = "all",
     disable: options.Disable = "",

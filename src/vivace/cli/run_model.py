@@ -24,7 +24,7 @@ def run_model(
     seed: options.Seed = 0,
     provider: options.Provider = "native,onnxruntime",
     threads: options.Threads = 0,
-    precision: options.Precision = "f32",
+    precision: options.FixedPrecision = "f32",
     target: options.Target = "host",
     level: options.Level = "all",
     tune: options.Tune = "off",

@@ -1,13 +1,14 @@
 """The timing cache: what was measured about sites, a JSON object a line, in files that can be shipped and merged.
 
-    {"format": 1, "machine": "x86_64-..", "isa": "avx512", "threads": 2, "site": "..", "what": "matmul 128x768x768",
-     "choice": {"rows": 9, "lanes": 48}, "ratio": 0.91, "ns": 41000, "decided": "fast"}
+    {"format": 1, "version": "0.1.0", "machine": "x86_64-..", "isa": "avx512", "threads": 2, "site": "..",
+     "what": "matmul 128x768x768", "choice": {"rows": 9, "lanes": 48}, "ratio": 0.91, "ns": 41000, "decided": "fast"}
 
 `ratio` is the time with the choice over the default's, measured in turn. A line with `decided` says that the choice is
 to be used, and with what effort it was found; one without says what was tried, so that an interrupted search goes on.
 
 Rules:
-* OWN: only lines of this machine, instruction set and number of threads count; others are kept and left alone.
+* OWN: only lines of this machine, instruction set, number of threads and version of vivace, whose kernels were timed,
+  count; others are kept and left alone.
 * LINES: a file only grows, by whole lines; a line that is torn, or that this version does not know, is passed over.
 * LATER: of two lines about one choice the later counts, and of two decisions that with more effort, else the later.
 
@@ -27,6 +28,7 @@ from vivace.base.errors import InputError
 from vivace.base.events import warn
 from vivace.base.knobs import knobs
 from vivace.base.machine import host
+from vivace.base.version import __version__
 from vivace.lower.choices import Choice, Choices
 
 FORMAT = 1  # of the lines, and of what the settings mean
@@ -47,17 +49,18 @@ class Timing:
     ratio: float
     ns: float
     decided: str = ""
+    version: str = __version__
 
     @property
-    def key(self) -> tuple[str, str, int, str, str, bool]:
+    def key(self) -> tuple[str, str, str, int, str, str, bool]:
         """What two lines about the same have in common: later ones replace earlier ones."""
         choice = "" if self.decided else str(self.choice)
-        return (self.machine, self.isa, self.threads, self.site, choice, bool(self.decided))
+        return (self.version, self.machine, self.isa, self.threads, self.site, choice, bool(self.decided))
 
     def line(self) -> str:
         """As it stands in a file."""
-        data = {"format": FORMAT, "machine": self.machine, "isa": self.isa, "threads": self.threads,
-                "site": self.site, "what": self.what, "choice": self.choice.settings(),
+        data = {"format": FORMAT, "version": self.version, "machine": self.machine, "isa": self.isa,
+                "threads": self.threads, "site": self.site, "what": self.what, "choice": self.choice.settings(),
                 "ratio": round(self.ratio, 4), "ns": round(self.ns)}  # fmt: skip
         return json.dumps(data | ({"decided": self.decided} if self.decided else {})) + "\n"
 
@@ -74,10 +77,10 @@ def parse(line: str) -> Timing | None:
         choice, decided = Choice.of(data["choice"]), data.get("decided", "")
         known = data["format"] == FORMAT and choice is not None and decided in ("", *EFFORTS)
         ratio, ns = float(data["ratio"]), float(data["ns"])
-        texts = [data[k] for k in ("machine", "isa", "site", "what")]
+        texts = [*(data[k] for k in ("machine", "isa", "site", "what")), data.get("version", "")]  # old lines have none
         if known and choice is not None and 0 < ratio < 1e6 and ns >= 0 and all(isinstance(t, str) for t in texts):
-            machine, isa, site, what = texts
-            return Timing(machine, isa, int(data["threads"]), site, what, choice, ratio, ns, decided)
+            machine, isa, site, what, version = texts
+            return Timing(machine, isa, int(data["threads"]), site, what, choice, ratio, ns, decided, version)
     return None
 
 
@@ -110,7 +113,7 @@ def write(path: Path, timings: Iterable[Timing]) -> None:
 
 
 class TimingCache:
-    """The lines that count here: those of `paths` for one machine, instruction set and number of threads.
+    """The lines that count here: of `paths`, by this version, for one machine, instruction set and number of threads.
 
     `file` was asked for by a user, `own` is the machine's: both are read, the file's lines count more, and what is
     added goes to both. Either may be missing.
@@ -121,7 +124,8 @@ class TimingCache:
         paths = [p for p in (file, own) if p is not None]
         self.paths, self.machine, self.isa, self.threads = tuple(paths), machine, isa, threads
         lines = merge(t for p in reversed(self.paths) for t in read(p))
-        self.timings = {t.key: t for t in lines if (t.machine, t.isa, t.threads) == (machine, isa, threads)}
+        here = (__version__, machine, isa, threads)
+        self.timings = {t.key: t for t in lines if (t.version, t.machine, t.isa, t.threads) == here}
 
     def decided(self, effort: str = "fast") -> dict[str, Choice]:
         """The choices found with this effort or more, by site."""
