@@ -12,6 +12,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -213,8 +214,11 @@ def test_a_full_disk_leaves_no_half_engine(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx"]
 
 
-def test_an_engine_for_another_machine_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = vivace.compile(model(), threads=1)
+@pytest.mark.parametrize("options", [{}, {"level": 1, "disable": ("epilogues", "trees")}])
+def test_an_engine_for_another_machine_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    source = vivace.compile(model(), threads=1, **options)
     source.save(tmp_path / "m.vivace")
     from vivace.runtime import saved
 
@@ -228,6 +232,9 @@ def test_an_engine_for_another_machine_is_compiled_again(tmp_path: Path, monkeyp
     again = vivace.load(tmp_path / "m.vivace", threads=1)
     x = np.ones((3, 32), np.float32)
     np.testing.assert_array_equal(again(x), source(x))
+    assert again.facts["level"] == options.get("level", 99)
+    assert again.facts["disable"] == list(options.get("disable", ()))
+    assert again.stats["n_kernels"] == source.stats["n_kernels"]
 
 
 def test_a_model_is_no_engine(tmp_path: Path) -> None:
@@ -313,3 +320,19 @@ def script(body: str, folder: Path) -> subprocess.CompletedProcess[str]:
     process = start(body, folder)
     out, errors = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+@pytest.mark.parametrize(
+    ("options", "where"),
+    [
+        ({"precision": "auto", "max_drop": 0.1, "providers": "auto"}, "precision"),
+        ({"precision": "auto", "max_drop": 0.1, "tune": "fast"}, "tune"),
+        ({"providers": "auto", "calibration": {"x": np.ones((3, 32), np.float32)}}, "calibration"),
+        ({"providers": "onnxruntime", "precision": "bf16"}, "precision"),
+        ({"providers": ("openvino",), "precision": "auto", "max_drop": 0.1}, "precision"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(options: dict[str, Any], where: str) -> None:
+    with pytest.raises(InputError) as caught:
+        vivace.compile(model(), **options)
+    assert caught.value.where == where

@@ -61,6 +61,11 @@ class Options:
         """What else is disabled: passes and rules of the optimizer."""
         return [name for name in self.disable if name not in self.without]
 
+    @property
+    def facts(self) -> dict[str, object]:
+        """What an engine keeps, so that it can be made again in the same way on another CPU."""
+        return {"level": self.level, "disable": list(self.disable)}
+
 
 def compile(
     source: object,
@@ -113,26 +118,37 @@ def compile(
         threads_for(threads), choose_isa(target), names, precision, level, tuple(disable), cache, progress,
         tune_of(tune, tune_budget, timing_cache, cache),
     )  # fmt: skip
+    samples = [calibration] if isinstance(calibration, Mapping) else list(calibration)
+    _refuse_unused(options, bool(samples))
     job = Job(source, shapes, options)
     if names == ("auto",):
         from vivace.choice import fastest
 
-        if precision == "auto":
-            raise InputError(
-                "formats and providers cannot be chosen by measurement in one", where="precision",
-                expected="f32, bf16 or f16 with providers='auto'",
-            )  # fmt: skip
         return fastest(replace(job, options=replace(options, providers=("native", "onnxruntime"))), shapes, cache)
     if "native" not in names:
         return job.whole(names[0], "asked for")
-    samples = [calibration] if isinstance(calibration, Mapping) else list(calibration)
     if precision == "auto":
         return _automatic(job, samples, max_drop, metric)
     engine = job.native()
     if samples and engine.facts.get("precision", "f32") != "f32":
+        from vivace.formats import measure_error
+
         f32 = replace(job, options=replace(options, precision="f32")).native()
         engine.facts["precision_error"] = measure_error(engine, f32, samples)
     return engine
+
+
+def _refuse_unused(options: Options, has_samples: bool) -> None:
+    """Raises: InputError for options of which one would have no effect beside another."""
+    whole, precision = options.providers[:1] if "native" not in options.providers else (), options.precision
+    if precision == "auto" and whole == ("auto",):
+        raise InputError("formats and providers cannot be chosen by measurement in one", where="precision")
+    if precision == "auto" and options.tune is not None:
+        raise InputError("formats and kernels cannot be chosen by measurement in one", where="tune", expected="off")
+    if has_samples and whole == ("auto",):
+        raise InputError("no error is measured with providers='auto'", where="calibration", expected="none")
+    if precision != "f32" and whole not in ((), ("auto",)):
+        raise InputError(f"{whole[0]} runs the whole model in f32", where="precision", expected="f32")
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +221,7 @@ class Job:
         parts: list[Part] = []
         runners: list[Any] = []
         placement: list[Placement] = []
-        facts: dict[str, Any] = {"precision": self.options.precision}
+        facts: dict[str, Any] = {"precision": self.options.precision, **self.options.facts}
         for k, piece in enumerate(cut(graph, whose)):
             g = piece.graph
             if piece.provider == "native":
@@ -271,7 +287,7 @@ def build(graph: Graph, options: Options) -> tuple[Plan, Image, Graph]:
         image = link_image(plan, options.target, options.cache, options.progress)
     else:
         plan, image = _tuned(graph, options, options.tune)
-    image.facts.update(facts)
+    image.facts.update(facts, **options.facts)
     return plan, image, graph
 
 
@@ -342,25 +358,9 @@ def _automatic(
     decision = decide(list(layers), [h.value for h in halves], measure, max_drop)
     engine = measure.engine(decision.formats)
     measured_on = f"{len(samples)} given inputs" if samples else "3 sets of seeded inputs, for want of calibration"
-    engine.facts.update(precision="auto", max_drop=max_drop, metric=metric, measured_on=measured_on, **decision.facts())
+    engine.facts.update(precision="auto", max_drop=max_drop, metric=metric, measured_on=measured_on, **options.facts)
+    engine.facts.update(decision.facts())
     return engine
-
-
-def measure_error(
-    engine: Engine | PartitionedEngine, f32: Engine | PartitionedEngine, samples: Sequence[Mapping[str, np.ndarray]]
-) -> list[dict[str, object]]:
-    """For each output of floats how far an engine is from another on the worst of some inputs."""
-    from vivace.measure.compare import Difference, compare
-
-    worst: dict[str, Difference] = {}
-    for sample in samples:
-        for d in compare(engine.run(sample), f32.run(sample)):
-            if d.name not in worst or d.snr_db < worst[d.name].snr_db:
-                worst[d.name] = d
-    return [
-        {"output": d.name, "snr_db": d.snr_db, "max_absolute": d.max_absolute, "n_special": d.n_special}
-        for d in worst.values()
-    ]
 
 
 def load(path: str | Path, *, threads: int | None = None) -> Engine | PartitionedEngine:
@@ -386,8 +386,8 @@ def load(path: str | Path, *, threads: int | None = None) -> Engine | Partitione
                 f"needs a CPU with {', '.join(missing)}", where=str(path), hint="compiling the model on this machine"
             )
         facts = saved.header["facts"]
-        options = {"max_drop": facts["max_drop"], "metric": facts["metric"]} if "max_drop" in facts else {}
-        return compile(model, threads=threads, precision=facts.get("precision", "f32"), **options)
+        options = {k: facts[k] for k in ("precision", "max_drop", "metric", "level", "disable") if k in facts}
+        return compile(model, threads=threads, **options)
     n_threads = threads_for(threads)
     program = saved.program()
     engines = [

@@ -31,6 +31,7 @@ from vivace.base.errors import InputError
 if TYPE_CHECKING:
     from vivace.graph.graph import Value
     from vivace.runtime.engine import Engine
+    from vivace.runtime.partitioned import PartitionedEngine
 
 MOST_LAYERS = 32
 N_ROUNDS, LEAST_GAIN = 9, 0.02  # a layer must win by more than the noise of a median of 9
@@ -252,3 +253,20 @@ class Engines:
                 e.run(self.samples[0])
                 t.append(time.perf_counter() - start)
         return median(times[0]), median(times[1])
+
+
+def measure_error(
+    engine: Engine | PartitionedEngine, f32: Engine | PartitionedEngine, samples: Sequence[Arrays]
+) -> list[dict[str, object]]:
+    """For each output of floats how far an engine is from another on the worst of some inputs."""
+    from vivace.measure.compare import Difference, compare
+
+    worst: dict[str, Difference] = {}
+    for sample in samples:
+        for d in compare(engine.run(sample), f32.run(sample)):
+            if d.name not in worst or d.snr_db < worst[d.name].snr_db:
+                worst[d.name] = d
+    return [
+        {"output": d.name, "snr_db": d.snr_db, "max_absolute": d.max_absolute, "n_special": d.n_special}
+        for d in worst.values()
+    ]
