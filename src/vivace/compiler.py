@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from vivace.graph.graph import Graph, Node, Value
     from vivace.lower.choices import Choices
     from vivace.lower.image import ForeignEntry, Image
+    from vivace.lower.lowering import Packed
     from vivace.lower.plan import Plan
-    from vivace.lower.views import Storage
     from vivace.measure.compare import Tolerance
     from vivace.runtime.engine import Engine, ForeignRunner, MakeForeign, Placement
     from vivace.runtime.partitioned import PartitionedEngine
@@ -298,7 +298,7 @@ def _tuned(graph: Graph, options: Options, wanted: Tune) -> tuple[Plan, Image]:
     from vivace.tuning import Workshop, tuned
 
     graph, target, threads = prepare(graph), options.target, options.threads
-    packed: dict[object, Storage] = {}
+    packed: Packed = {}
     known: Known = {}
     shop = Workshop(
         graph, target, threads,
@@ -502,7 +502,7 @@ def build_image(
 
 def make_plan(
     graph: Graph, chosen: Isa, providers: Sequence[str], without: frozenset[str] = frozenset(),
-    choices: Choices | None = None, packed: dict[object, Storage] | None = None,
+    choices: Choices | None = None, packed: Packed | None = None,
 ) -> Plan:  # fmt: skip
     """Lower. Raises: UnsupportedError for nodes that no chosen provider runs."""
     from vivace.lower.in_place import write_in_place

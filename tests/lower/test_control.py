@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 from tests.lower.harness import HERE, build, check, check_engine
 
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
+from vivace.base.machine import isa
 from vivace.graph.build import Builder
-from vivace.graph.graph import Graph, Type
+from vivace.graph.graph import Graph, Type, Value
+from vivace.lower.lowering import Packed, lower
 from vivace.lower.plan import Branch, Loop, steps_of
+from vivace.lower.prepare import prepare
 
 f32, i64, boolean = DType.f32, DType.i64, DType.bool
 SCALAR = Type(boolean, ())
@@ -147,3 +152,30 @@ def test_loops_and_branches_in_an_engine(threads: int) -> None:
     arrays = rng.standard_normal((3, 40, 300)).astype(np.float32)
     check(graph, np.asarray(100), *arrays, isas=(HERE[-1],), tol=1e-4)
     check_engine(graph, np.asarray(100), *arrays, threads=threads, tol=1e-4)
+
+
+def test_constants_kept_between_lowerings_are_those_of_a_fresh_one() -> None:
+    """What branches convert anew each time has ids that earlier conversions had: packed weights are not mixed up."""
+    half, t = DType.f16, Type(DType.f16, (1, 6, 6, 8))
+    rng = np.random.default_rng(0)
+
+    def convolutions(b: Builder, x: Value) -> list[Value]:
+        for _ in range(4):
+            w = b.const(rng.standard_normal((8, 8, 3, 3)).astype(half.numpy))
+            ones = (1, 1)
+            x = b.conv(x, w, strides=ones, dilations=ones, before=ones, after=ones, group=1, layout="NHWC")
+        return [x]
+
+    then, other = body(convolutions, t), body(convolutions, t)
+    graph = prepare(build(lambda b, c, x: b.if_(c, x, then=then, **{"else": other}), SCALAR, t))
+
+    def constants(packed: Packed | None) -> list[np.ndarray]:
+        plan = lower(graph, isa("avx2"), packed=packed)
+        return [s.data.copy() for s in plan.storages if s.data is not None]
+
+    shared: Packed = {}
+    expected = constants(None)
+    for _ in range(6):
+        for a, b in zip(constants(shared), expected, strict=True):
+            np.testing.assert_array_equal(a, b)
+        gc.collect()  # plans and their graphs refer to each other

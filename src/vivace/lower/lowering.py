@@ -31,6 +31,7 @@ from vivace.lower.plan import Instruction, Operand, Plan, Spec, Step
 from vivace.lower.views import Storage, View, dense, iota
 
 Placement = Callable[[], View | None]
+Packed = dict[object, tuple[Storage, tuple[np.ndarray, ...]]]  # constants, and the arrays that they are known by
 Rule = Callable[["Lowering", Group], None]
 
 
@@ -40,14 +41,14 @@ class Lowering:
 
     def __init__(
         self, graph: Graph, isa: Isa, parent: Lowering | None = None, without: frozenset[str] = frozenset(),
-        choices: Choices = NO_CHOICES, packed: dict[object, Storage] | None = None,
+        choices: Choices = NO_CHOICES, packed: Packed | None = None,
     ) -> None:  # fmt: skip
         self.graph, self.isa = graph, isa
         self.without: frozenset[str] = without if parent is None else parent.without
         self.storages: list[Storage] = [] if parent is None else parent.storages
         self.choices: Choices = choices if parent is None else parent.choices
         fresh = {} if packed is None else packed
-        self.packed: dict[object, Storage] = fresh if parent is None else parent.packed
+        self.packed: Packed = fresh if parent is None else parent.packed
         self.constants: set[object] = set() if parent is None else parent.constants
         self.answers: dict[object, bool] = {} if parent is None else parent.answers
         self.body: list[Instruction] = []
@@ -72,13 +73,23 @@ class Lowering:
 
     def constant(self, data: np.ndarray, name: str, key: object = None) -> View:
         """A view of constant data; equal keys share one storage."""
-        key = ("id", id(data)) if key is None else key
+        return self.made_of((data,) if key is None else (), (key,), name, lambda: data)
+
+    def made_of(
+        self, sources: tuple[np.ndarray, ...], how: tuple[object, ...], name: str, make: Callable[[], np.ndarray]
+    ) -> View:
+        """A view of constant data made of other constants, once for each `how`. What is kept holds its sources: they
+        are known by their ids, which other arrays would take over, such as what the next lowering converts."""
+        key = (*how, *map(id, sources))
         if key not in self.packed:
-            self.packed[key] = Storage(name, DType.of(data.dtype), int(data.size), "constant", data)
+            data = make()
+            self.packed[key] = Storage(name, DType.of(data.dtype), int(data.size), "constant", data), sources
+        s = self.packed[key][0]
         if key not in self.constants:
             self.constants.add(key)
-            self.storages.append(self.packed[key])
-        return dense(self.packed[key], data.shape)
+            self.storages.append(s)
+        assert s.data is not None
+        return dense(s, s.data.shape)
 
     def view(self, value: Value) -> View:
         """Where a value lies; movement nodes are resolved to views of their operands, copied only where strides
@@ -285,11 +296,11 @@ OPTIONS = {
 
 def lower(
     graph: Graph, isa: Isa, without: frozenset[str] = frozenset(), choices: Choices | None = None,
-    packed: dict[object, Storage] | None = None,
+    packed: Packed | None = None,
 ) -> Plan:  # fmt: skip
     """Lower a graph whose convolutions may be in either layout. Shapes may be symbolic. `without` are names of
-    `OPTIONS`. `packed` keeps packed weights, for whoever lowers one graph several times: by identity, so that the graph
-    must be prepared already (`prepare`) and outlive it."""
+    `OPTIONS`. `packed` keeps packed weights and what they were made of, for whoever lowers one graph several times: by
+    identity, so that only what is prepared already (`prepare`) is packed once."""
     from vivace.lower.prepare import prepare
 
     graph = prepare(_without_loop_names(graph))

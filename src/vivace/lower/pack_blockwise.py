@@ -35,6 +35,11 @@ def fits_blockwise(bits: int, block: int) -> bool:
     return bits in (4, 8) and block % 8 == 0
 
 
+def has_shifts(zero_points: NDArray[Any], bits: int) -> bool:
+    """Whether weights need more than their scales: a zero point is not the middle of their range."""
+    return bool((np.asarray(zero_points, np.float32) != 1 << (bits - 1)).any())
+
+
 def pack_blockwise(
     q: NDArray[np.uint8], scales: NDArray[Any], zero_points: NDArray[Any] | None, bits: int, block: int, isa: Isa
 ) -> PackedBlocks:
@@ -60,7 +65,8 @@ def pack_blockwise(
     scales = np.asarray(scales, np.float32)
     narrow = np.float16 if "+f16c" in isa.features else np.float32
     shifts = None
-    if zero_points is not None and (moved := center - np.asarray(zero_points, np.float32)).any():
+    if zero_points is not None and has_shifts(zero_points, bits):
+        moved = center - np.asarray(zero_points, np.float32)
         if (moved == np.clip(np.rint(moved), -128, 127)).all():
             shifts = _in_panels(moved.astype(np.int8), lanes)
         else:

@@ -7,6 +7,7 @@ an inner axis, say), the epilogue is a step of its own.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from vivace.loops.contraction import Axis, Contraction, Packing, merge_axes
 from vivace.loops.kernel import Buffer, Expr
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
-from vivace.lower.pack_blockwise import blockwise_lanes, pack_blockwise
+from vivace.lower.pack_blockwise import PackedBlocks, blockwise_lanes, has_shifts, pack_blockwise
 from vivace.lower.rules.contraction import finish
 from vivace.lower.rules.epilogue import Epilogue, tail_flops
 from vivace.lower.views import View
@@ -109,20 +110,18 @@ def _weights(ctx: Lowering, g: Group) -> tuple[View, View, View | None]:
     if q.data is None or scale.data is None or zero.data is None:
         raise UnsupportedError("weights in blocks that change at run time", where=q.name, expected="constants")
     block = g.anchor.attrs["block"]
-    key = ("blocks", id(q.data), id(scale.data), id(zero.data), block)
-    parts = ("b", "scales", "shifts")
-    if (*key, "b") not in ctx.packed:
-        packed = pack_blockwise(
-            q.data.astype(np.uint8), scale.data, zero.data, 4 if q.dtype is DType.u4 else 8, block, ctx.isa
-        )
-        for part, data in zip(parts, (packed.b, packed.scales, packed.shifts), strict=True):
-            if data is not None:
-                ctx.constant(data, f"{q.name}_{part}", (*key, part))
-        forget(q.data)
-    found = [ctx.packed.get((*key, part)) for part in parts]
-    views = [None if s is None or s.data is None else ctx.constant(s.data, s.name, (*key, part))
-             for s, part in zip(found, parts, strict=True)]  # fmt: skip
-    return _required(views[0]), _required(views[1]), views[2]
+    sources, bits, name = (q.data, scale.data, zero.data), 4 if q.dtype is DType.u4 else 8, q.name
+
+    @cache
+    def packed() -> PackedBlocks:
+        made = pack_blockwise(sources[0].astype(np.uint8), sources[1], sources[2], bits, block, ctx.isa)
+        forget(sources[0])
+        return made
+
+    def part(of: str) -> View:
+        return ctx.made_of(sources, ("blocks", block, of), f"{name}_{of}", lambda: getattr(packed(), of))
+
+    return part("b"), part("scales"), part("shifts") if has_shifts(sources[2], bits) else None
 
 
 def _required(view: View | None) -> View:

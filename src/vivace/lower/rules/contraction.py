@@ -155,15 +155,15 @@ def _matrix(view: View, value: Value) -> np.ndarray:
 
 
 def _packed(ctx: Lowering, value: Value, lanes: int, how: str, make: object) -> View:
-    key = ("panels", how, id(value.data), lanes)
-    if key in ctx.packed:
-        s = ctx.packed[key]
-        assert s.data is not None
-        return ctx.constant(s.data, s.name, key)
-    data = pack_panels(np.ascontiguousarray(make(), np.float32), lanes)  # type: ignore[operator]
-    assert value.data is not None
-    forget(value.data)
-    return ctx.constant(data, f"{value.name}_panels", key)
+    source = value.data
+    assert source is not None
+
+    def panels() -> np.ndarray:
+        data = pack_panels(np.ascontiguousarray(make(), np.float32), lanes)  # type: ignore[operator]
+        forget(source)
+        return data
+
+    return ctx.made_of((source,), ("panels", how, lanes), f"{value.name}_panels", panels)
 
 
 def _integer_matmul(ctx: Lowering, g: Group) -> None:
@@ -282,7 +282,7 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
         narrow.lower_narrow(ctx, g, x, out, rows, taps, epilogue)
     elif depthwise:
         assert w_value.data is not None
-        w = ctx.constant(_depthwise_weights(w_value), f"{w_value.name}_taps", ("depthwise", id(w_value.data)))
+        w = ctx.made_of((w_value.data,), ("depthwise",), f"{w_value.name}_taps", lambda: _depthwise_weights(w_value))
         b_buf = w.buffer("b")
         step: Dim = oc
         with_b = []
@@ -447,8 +447,9 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
     batch.reverse()
     bias: View | Callable[[Params], Expr] | None = None if bias_value is None else ctx.view(bias_value)
     if is_joined and bias_value is not None and bias_value.data is not None:
-        tiled = np.tile(bias_value.data.reshape(-1), strides[-1])
-        columns = ctx.constant(tiled, f"{bias_value.name}_tiled", ("tiled", id(bias_value.data), strides[-1]))
+        source = bias_value.data
+        columns = ctx.made_of((source,), ("tiled", strides[-1]), f"{bias_value.name}_tiled",
+                              lambda: np.tile(source.reshape(-1), strides[-1]))  # fmt: skip
         bias = lambda params: Binary("add", ACC, params.load(columns, (symbol("n", 0),)))  # noqa: E731
     elif isinstance(bias, View) and not last:
         bias = replace(bias, shape=(*bias.shape, *(1,) * n_spatial), strides=(*bias.strides, *(0,) * n_spatial))

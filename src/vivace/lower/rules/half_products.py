@@ -59,14 +59,12 @@ def half_contraction(
     arithmetic = arithmetic_of(c, ctx.isa)
     chosen = ctx.choices.of(unpacked(c, a.dtype)).lanes
     run, lanes = contiguous_run(c), panel_lanes(n, ctx.isa, arithmetic, chosen)
-    key = ("groups", how, id(w.data), lanes, a.dtype, arithmetic.group, run)
-    if key in ctx.packed:
-        s = ctx.packed[key]
-        assert s.data is not None
-        b = ctx.constant(s.data, s.name, key)
-    else:
-        halves = np.ascontiguousarray(make()).astype(a.dtype.numpy)
-        b = ctx.constant(pack_groups(halves, lanes, arithmetic.group, run), f"{w.name}_pairs", key)
+    assert w.data is not None
+
+    def pairs() -> np.ndarray:
+        return pack_groups(np.ascontiguousarray(make()).astype(a.dtype.numpy), lanes, arithmetic.group, run)
+
+    b = ctx.made_of((w.data,), ("groups", how, lanes, a.dtype, arithmetic.group, run), f"{w.name}_pairs", pairs)
     b_buf = b.buffer("b")
     batch = tuple(replace(x, b=prod(b.shape[1:])) for x in batch)
     c = replace(c, batch=batch, b=b_buf, packing=Packing("panels", lanes))

@@ -65,7 +65,7 @@ def lower_narrow(
     run = merged(taps)
     by_tap = np.moveaxis(np.asarray(w_value.data, np.float32), 1, -1)  # [oc, k.., c]
     weights = np.ascontiguousarray(by_tap).reshape(groups, n, *(int(t.extent) for t in run))  # type: ignore[arg-type]
-    w = ctx.constant(weights, f"{w_value.name}_rows", ("narrow", id(w_value.data)))
+    w = ctx.made_of((w_value.data,), ("narrow",), f"{w_value.name}_rows", lambda: weights)
     windows = View(
         x.storage,
         x.dtype,

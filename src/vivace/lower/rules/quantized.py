@@ -94,10 +94,10 @@ def _packed(ctx: Lowering, w: Value, c: Contraction, matrix: Array) -> tuple[Vie
     arithmetic = arithmetic_of(c, ctx.isa)
     chosen = ctx.choices.of(unpacked(c, DType.i8)).lanes
     lanes, group, run = panel_lanes(c.n, ctx.isa, arithmetic, chosen), arithmetic.group, contiguous_run(c)
-    key = ("bytes", id(w.data), lanes, group, run, matrix.shape)
-    if key in ctx.packed and (data := ctx.packed[key].data) is not None:
-        return ctx.constant(data, ctx.packed[key].name, key), Packing("panels", lanes)
-    return ctx.constant(pack_groups(matrix, lanes, group, run), f"{w.name}_panels", key), Packing("panels", lanes)
+    assert w.data is not None
+    how = ("bytes", lanes, group, run, matrix.shape)
+    b = ctx.made_of((w.data,), how, f"{w.name}_panels", lambda: pack_groups(matrix, lanes, group, run))
+    return b, Packing("panels", lanes)
 
 
 def lower_matmul_integer(ctx: Lowering, g: Group) -> None:
@@ -171,7 +171,7 @@ def lower_conv_integer(ctx: Lowering, g: Group) -> None:
     epilogue = Epilogue(ctx, g, lambda p: start.expr(p, y.shape, index, axis), index)
     if depthwise:
         data = np.ascontiguousarray(np.moveaxis(weights[:, 0], 0, -1))
-        w = ctx.constant(data, f"{w_value.name}_taps", ("depthwise", id(weights)))
+        w = ctx.made_of((weights,), ("depthwise",), f"{w_value.name}_taps", lambda: data)
         with_b = tuple(replace(t, b=s) for t, s in zip(taps, w.strides[:-1], strict=True))
         d = Depthwise("k", rows, with_b, oc, a_buf, w.buffer("b"), out_buf, epilogue.expr, epilogue.extra, c.a_offset)
         _emit(ctx, "depthwise_integer", d, x, w, out, epilogue, g)

@@ -28,6 +28,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
+
 from vivace.base.dims import Dim, ceildiv, minimum, symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import Isa, Machine, host
@@ -222,20 +224,20 @@ def lower_winograd(
 
 def _packed_weights(ctx: Lowering, w: Value, m: Size, lanes: int) -> View:
     """U as [part][t][c][lanes]."""
-    key = ("winograd", m, id(w.data), lanes)
-    if key in ctx.packed:
-        data = ctx.packed[key].data
-    else:
-        assert w.data is not None
-        n_out, channels = w.data.shape[:2]
+    source = w.data
+    assert source is not None
+
+    def transformed() -> np.ndarray:
+        n_out, channels = source.shape[:2]
         data = aligned_zeros((-(-n_out // lanes), _n_positions(m), channels, lanes))
         for part, first in enumerate(range(0, n_out, lanes)):  # a part at a time: all of U in f64 would be large
-            some = w.data[first : first + lanes]
+            some = source[first : first + lanes]
             u = transform_weights(some.reshape(*some.shape[:2], *_taps(w)), m)
             data[part, :, :, : len(some)] = u.reshape(-1, channels, len(some))
-        forget(w.data)
-    assert data is not None
-    return ctx.constant(data, f"{w.name}_winograd{m[0]}x{m[1]}", key)
+        forget(source)
+        return data
+
+    return ctx.made_of((source,), ("winograd", m, lanes), f"{w.name}_winograd{m[0]}x{m[1]}", transformed)
 
 
 def _as_image(v: View) -> View:
