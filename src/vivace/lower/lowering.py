@@ -50,7 +50,7 @@ class Lowering:
         fresh = {} if packed is None else packed
         self.packed: Packed = fresh if parent is None else parent.packed
         self.constants: set[object] = set() if parent is None else parent.constants
-        self.answers: dict[object, bool] = {} if parent is None else parent.answers
+        self.answers: dict[object, tuple[bool, np.ndarray]] = {} if parent is None else parent.answers
         self.body: list[Instruction] = []
         self.views: dict[Value, View] = {}
         self.producer = graph.producers()
@@ -139,8 +139,8 @@ class Lowering:
         assert w.data is not None
         key = ("fits", half, id(w.data))
         if key not in self.answers:
-            self.answers[key] = holds(half, w.data)
-        return self.answers[key]
+            self.answers[key] = holds(half, w.data), w.data  # held, so that no other array takes over its id
+        return self.answers[key][0]
 
     def _widened(self, node: Node, x: View) -> View:
         """A widening that its reader does not apply itself."""

@@ -69,7 +69,8 @@ class _Start:
         narrow = total.astype(np.int64).astype(np.int32)  # wraps, as the sums do
         name = g.anchor.outputs[0].name
         self.total = ctx.constant(narrow, f"{name}_start", ("start", name, narrow.tobytes()))
-        self.sums = ctx.constant(sums.astype(np.int32), f"{name}_sums", ("sums", name)) if self.zero else None
+        columns = sums.astype(np.int32)
+        self.sums = ctx.constant(columns, f"{name}_sums", ("sums", name, columns.tobytes())) if self.zero else None
 
     def expr(self, params: Params, shape: tuple[Dim, ...], index: tuple[Dim, ...], axis: int) -> Expr:
         """acc with everything added; columns run along `axis` of the result."""
