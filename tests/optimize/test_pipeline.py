@@ -147,6 +147,12 @@ def test_every_level_meets_what_its_passes_require(level: Level) -> None:
     optimize(small(), level)
 
 
+@pytest.mark.parametrize("name", [p.name for p in PIPELINE])
+def test_any_pass_can_be_left_out_and_takes_along_what_needs_it(name: str) -> None:
+    done = optimize(small(), disable=(name,))
+    assert [v.type for v in done.outputs] == [v.type for v in small().outputs]
+
+
 def test_big_constants_are_not_made() -> None:
     def make(e: Example) -> Value:
         return e.expand(e.exp(e.const(np.float32(1))), shape=(1000, 1000))

@@ -82,17 +82,20 @@ def run_passes(
     explain: Sequence[str] = (),
     record: Run | None = None,
 ) -> Graph:
-    """Run passes in order. Raises: GraphError naming the pass that broke the graph (VERIFIED), InternalError for a
-    false order (DECLARED)."""
+    """Run passes in order. What needs a disabled pass is left out with it. Raises: GraphError naming the pass that
+    broke the graph (VERIFIED), InternalError for a false order (DECLARED)."""
     record = record if record is not None else Run()
     holds: set[str] = set()
+    withheld: set[str] = set()
     if dump is not None:
         dump.mkdir(parents=True, exist_ok=True)
         (dump / "00-imported.txt").write_text(print_graph(graph), encoding="utf-8")
     for k, p in enumerate(passes, 1):
-        if p.name in disabled:
+        missing = p.requires - holds
+        if p.name in disabled or (missing and missing <= withheld):
+            withheld |= p.ensures
             continue
-        if missing := p.requires - holds:
+        if missing:
             raise InternalError(
                 f"pass {p.name} needs {', '.join(sorted(missing))}, which no pass before it ensures", where="pipeline"
             )
