@@ -3,6 +3,7 @@ instruction set."""
 
 from __future__ import annotations
 
+import ctypes.util
 import math
 
 import numpy as np
@@ -143,6 +144,21 @@ def test_limits_of_exp(compile_kernel, each_isa) -> None:
     y = evaluate(compile_kernel, each_isa, "exp", DType.f32, x)
     assert y[0] == y[1] == 0 and 0 < y[2] < 3e-45 and 0 < y[3] < 2.0**-126
     assert np.isfinite(y[4]) and np.isposinf(y[5]) and np.isposinf(y[6])
+
+
+def test_exp_far_below_does_not_underflow(compile_kernel, each_isa) -> None:
+    """An operation that underflows is slow, and most of what a mask hides from a softmax would."""
+    libm, underflow = ctypes.CDLL(ctypes.util.find_library("m")), 16
+    for value in (-104.1, -1e9, -3.4028235e38, -math.inf):
+        x = np.full(100, value, np.float32)
+        evaluate(compile_kernel, each_isa, "exp", DType.f32, x)
+        libm.feclearexcept(underflow)
+        y = evaluate(compile_kernel, each_isa, "exp", DType.f32, x)
+        assert not libm.fetestexcept(underflow), value
+        assert not y.any()
+    libm.feclearexcept(underflow)
+    evaluate(compile_kernel, each_isa, "exp", DType.f32, np.full(100, -95, np.float32))
+    assert libm.fetestexcept(underflow), "the flag tells nothing here"
 
 
 @pytest.mark.parametrize("dtype", [DType.f32, DType.f64])
