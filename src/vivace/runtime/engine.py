@@ -14,6 +14,7 @@ import ctypes
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import NoReturn
 
@@ -44,6 +45,7 @@ ForeignRunner = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 MakeForeign = Callable[[ForeignEntry], ForeignRunner]
 
 
+_shape_of = attrgetter("shape")
 MAX_CALLS = 256  # sets of input shapes whose dims are remembered
 
 
@@ -52,7 +54,8 @@ class Call:
     """What follows from the input shapes of a call: the dims, and shape and dtype of each output."""
 
     dims: dict[str, int]
-    results: list[tuple[tuple[int, ...], np.dtype]]
+    shapes: list[tuple[int, ...]]
+    dtypes: list[np.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +116,7 @@ class Engine:
         if len(inputs) != len(self._names):
             self._refuse_names(inputs)
         try:
-            given = [inputs[n] for n in self._names]
+            given = list(map(inputs.__getitem__, self._names))
         except KeyError:
             self._refuse_names(inputs)
         return dict(zip(self._output_names, self._run(given, outputs)))
@@ -128,16 +131,18 @@ class Engine:
         return results[0] if len(results) == 1 else tuple(results)
 
     def _run(self, given: list[np.ndarray], outputs: Mapping[str, np.ndarray] | None) -> list[np.ndarray]:
-        for i, dtype in enumerate(self._dtypes):
-            a = given[i]
+        for i, (a, dtype) in enumerate(zip(given, self._dtypes)):
             if type(a) is not ndarray or a.dtype is not dtype or not a.flags.c_contiguous:
                 given[i] = checked(self.inputs[i], a)
-        shapes = tuple([a.shape for a in given])
+        shapes = (*map(_shape_of, given),)
         call = self._calls.get(shapes) or self._new_call(shapes)
         if outputs is None:
-            results = [empty(shape, dtype) for shape, dtype in call.results]
+            results = list(map(empty, call.shapes, call.dtypes))
         else:
-            results = [self._result(i, shape, dtype, outputs) for i, (shape, dtype) in enumerate(call.results)]
+            results = [
+                _result(s.name, shape, dtype, outputs)
+                for s, shape, dtype in zip(self.outputs, call.shapes, call.dtypes, strict=True)
+            ]
             mine = [r for s, r in zip(self.outputs, results, strict=True) if s.name in outputs]
             given = [a.copy() if any(np.may_share_memory(a, r) for r in mine) else a for a in given]
         try:
@@ -158,20 +163,16 @@ class Engine:
         """Solve the dims of a call with these shapes, and keep the answer. Raises: InputError where a shape does not
         fit."""
         dims = self._solver.solve(shapes)
-        results = [(tuple(evaluate(d, dims) for d in s.shape), s.dtype.numpy) for s in self.outputs]
+        shapes_out = [tuple(evaluate(d, dims) for d in s.shape) for s in self.outputs]
         if len(self._calls) >= MAX_CALLS:
             self._calls.clear()
-        call = self._calls[shapes] = Call(dims, results)
+        call = self._calls[shapes] = Call(dims, shapes_out, [s.dtype.numpy for s in self.outputs])
         return call
 
     def _bind(self, context: Context, dims: dict[str, int]) -> None:
         offsets, _ = self._planner.plan(dims)
         work_ns = sum(estimate_ns(_value(line.flops, dims), _value(line.n_bytes, dims)) for line in self.image.lines)
         context.bind({**dims, **offsets}, n_threads=1 if work_ns < SHARED_NS else self.threads)
-
-    def _result(self, i: int, shape: tuple[int, ...], dtype: np.dtype, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
-        array = outputs.get(self.outputs[i].name)
-        return empty(shape, dtype) if array is None else fitting(self.outputs[i].name, array, shape, dtype)
 
     def _refuse_names(self, inputs: Mapping[str, np.ndarray]) -> NoReturn:
         missing = [n for n in self._names if n not in inputs]
@@ -251,7 +252,7 @@ class Engine:
         that take turns may share an arena."""
         given = [checked(s, inputs[s.name]) for s in self.inputs]
         call = self._new_call(tuple(a.shape for a in given))
-        results = [np.empty(shape, dtype) for shape, dtype in call.results]
+        results = list(map(empty, call.shapes, call.dtypes))
         context = self._executable.context(arena)
         self._bind(context, call.dims)
         context.record(1 << 16)
@@ -360,6 +361,11 @@ def fitting(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtyp
             expected=f"writable C-contiguous {dtype}{list(shape)}",
         )
     return array
+
+
+def _result(name: str, shape: tuple[int, ...], dtype: np.dtype, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    array = outputs.get(name)
+    return empty(shape, dtype) if array is None else fitting(name, array, shape, dtype)
 
 
 def _symbols_of(image: Image) -> dict[str, Dim]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,11 +94,12 @@ class Context:
         self._memory = Buffer(8 * len(layout.words))
         self._words: Words = self._memory.view(np.int64, (len(layout.words),))
         self._base = self._memory.address
-        # Native code finds the address of an input or output in a word, whose place the table `_places` gives.
+        # Native code finds the address of an input or output in a word, DATA_FIELD bytes behind the place in the table
+        # `_places`: the place is the array itself, or leads to a word of `_addresses`.
         n_io = executable.n_inputs + executable.n_outputs
         self._addresses, self._places = (ctypes.c_int64 * n_io)(), (ctypes.c_int64 * n_io)()
-        self._places_address = ctypes.addressof(self._places)
-        self._places_of_addresses = tuple(ctypes.addressof(self._addresses) + 8 * i for i in range(n_io))
+        first = ctypes.addressof(self._addresses) - DATA_FIELD
+        self._places_of_addresses = tuple(range(first, first + 8 * n_io, 8))
         self._write = struct.Struct(f"{n_io}q").pack_into
         self._arena = arena or Buffer(0)
         self._scratch = Buffer(0)
@@ -156,11 +157,11 @@ class Context:
     def run_arrays(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """`run` on the memory of these arrays: all inputs, then all outputs."""
         if data_is_first:
-            self._run_at([id(a) + DATA_FIELD for a in arrays])
+            self._run_at(map(id, arrays))
         else:
             self.run([a.ctypes.data for a in arrays])
 
-    def _run_at(self, places: Sequence[int], addresses: Sequence[int] = ()) -> None:
+    def _run_at(self, places: Iterable[int], addresses: Sequence[int] = ()) -> None:
         if not self._lock.acquire(False):
             raise InternalError("the context is in use by another run", hint="a context per concurrent run")
         try:
@@ -169,12 +170,12 @@ class Context:
             if addresses:
                 self._write(self._addresses, 0, *addresses)
             self._write(self._places, 0, *places)
-            status = self._run(self._base, self._places_address)
+            status = self._run(self._base)
             while status:
                 if status != Status.NEEDS_WORKERS:
                     self._raise_failure()
                 self._words[Header.N_THREADS] = self._pool.ensure(self.n_threads)
-                status = self._run(self._base, self._places_address)
+                status = self._run(self._base)
         finally:
             self._lock.release()
 
@@ -207,6 +208,8 @@ class Context:
         words[Header.PROGRAM] = self._base + 8 * layout.program
         words[Header.PATCHES] = self._base + 8 * layout.patches
         words[Header.N_PATCHES] = layout.n_patches
+        words[Header.IO] = ctypes.addressof(self._places)
+        words[Header.FIELD] = DATA_FIELD
 
     def _trampoline(self, call: tuple[int, int, int, int]) -> Any:
         _, step, position, n_args = call

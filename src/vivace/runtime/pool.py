@@ -47,7 +47,7 @@ class Native:
         library = jit.load([_program_object(is_shuffled)])
         _immortal(library)
         self.worker_address = library.address("vivace_worker")
-        self.run = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)(library.address("vivace_run"))
+        self.run = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(library.address("vivace_run"))
         self.cycles = ctypes.CFUNCTYPE(ctypes.c_int64)(library.address("vivace_cycles"))
 
 

@@ -16,7 +16,8 @@ Targets are byte offsets from the start of the table; everything else that is an
 and dims live in words and never in code, so one program serves every shape, and this function serves every program.
 
 Rules:
-* ONE CALL: `vivace_run(ctx, io)` applies the patches (word = *io[index] + offset), runs to END, and returns a `Status`.
+* ONE CALL: `vivace_run(ctx)` applies the patches (word = *(io[index] + field) + offset), runs to END, and returns a
+  `Status`.
 * ALONE: with one thread, or when another run owns the team, the calling thread runs everything itself, without atomics
   on the way; runs never queue for each other. Each such run takes one thread off the team of the run that owns it.
 * QUIET: without a ring of records, profiling costs one predictable branch per chunk.
@@ -72,6 +73,8 @@ class Header(IntEnum):
     SCRATCH_STRIDE = 6
     RING = 7  # 0: nothing is recorded
     STATUS = 8
+    IO = 9  # address of the table of places, one per input and output
+    FIELD = 10  # bytes from a place to the word that holds the address of the data
     SIZE = 16
 
 
@@ -302,7 +305,7 @@ finish:
 def _run_text() -> str:
     t = Team
     return f"""
-define i64 @vivace_run(ptr %ctx, ptr %io) {{
+define i64 @vivace_run(ptr %ctx) {{
 entry:
   %mode = alloca i32
   %status = getelementptr i64, ptr %ctx, i64 {Header.STATUS:d}
@@ -327,6 +330,10 @@ patch:
   %patches = load ptr, ptr %patches.p
   %n_patches.p = getelementptr i64, ptr %ctx, i64 {Header.N_PATCHES:d}
   %n_patches = load i64, ptr %n_patches.p
+  %io.p = getelementptr i64, ptr %ctx, i64 {Header.IO:d}
+  %io = load ptr, ptr %io.p
+  %field.p = getelementptr i64, ptr %ctx, i64 {Header.FIELD:d}
+  %field = load i64, ptr %field.p
   br label %patch.test
 patch.test:
   %i = phi i64 [0, %patch], [%i.next, %patch.one]
@@ -342,7 +349,8 @@ patch.one:
   %offset = load i64, ptr %offset.p
   %place.p = getelementptr i64, ptr %io, i64 %index
   %place = load ptr, ptr %place.p
-  %address = load i64, ptr %place
+  %word.p = getelementptr i8, ptr %place, i64 %field
+  %address = load i64, ptr %word.p
   %moved = add i64 %address, %offset
   store i64 %moved, ptr %target
   %i.next = add i64 %i, 1
