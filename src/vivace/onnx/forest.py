@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from onnx import AttributeProto
 
 from vivace.onnx.call import Call
 from vivace.onnx.scope import Fallback
 
 Array = np.ndarray
 MODES = ("BRANCH_LEQ", "BRANCH_LT", "BRANCH_GTE", "BRANCH_GT", "BRANCH_EQ", "BRANCH_NEQ", "BRANCH_MEMBER")
-_LEQ, _LT, _GTE, _GT, _EQ, _NEQ, _MEMBER = range(len(MODES))
+_LEQ, _LT, _GTE, _GT, _EQ, _NEQ, _MEMBER, _LEAF = range(len(MODES) + 1)
 MOST_WEIGHTS = 1 << 28  # numbers in the table of leaves and targets
 
 
@@ -64,9 +65,9 @@ class Forest:
     def always(self, n_targets: int) -> Array:
         """For which targets every row gets a vote: some tree has one for it in all of its leaves."""
         n_trees = len(self.roots)
-        pairs = np.unique(np.stack([self.votes.leaves, self.votes.targets], axis=1), axis=0)
+        leaves, targets = np.divmod(np.unique(self.votes.leaves * n_targets + self.votes.targets), n_targets)
         counts = np.zeros((n_trees, n_targets), np.int64)
-        np.add.at(counts, (self.tree_of_leaf[pairs[:, 0]], pairs[:, 1]), 1)
+        np.add.at(counts, (self.tree_of_leaf[leaves], targets), 1)
         per_tree = np.bincount(self.tree_of_leaf, minlength=n_trees)
         return np.asarray((counts == per_tree[:, None]).any(axis=0))
 
@@ -95,11 +96,11 @@ def by_nodes(c: Call, votes: str) -> Forest:
         if c.attr(f"{name}_as_tensor") is not None:
             raise Fallback("its numbers are f64")
     trees, ids = _ints(c, "nodes_treeids"), _ints(c, "nodes_nodeids")
-    modes = np.array(c.attr("nodes_modes", ()), dtype="U16")
-    if not trees.size or len({trees.size, ids.size, modes.size, len(c.attr("nodes_values", ()))}) > 1:
+    modes, values = _modes(c), _floats(c, "nodes_values")
+    if not trees.size or len({trees.size, ids.size, modes.size, values.size}) > 1:
         raise c.error(f"nodes_treeids, nodes_nodeids, nodes_modes and nodes_values have {trees.size}, {ids.size}, "
-                      f"{modes.size} and {len(c.attr('nodes_values', ()))} elements", "as many in each")  # fmt: skip
-    is_leaf = modes == "LEAF"
+                      f"{modes.size} and {values.size} elements", "as many in each")  # fmt: skip
+    is_leaf = modes == _LEAF
     number = np.where(is_leaf, ~(np.cumsum(is_leaf) - 1), np.cumsum(~is_leaf) - 1)
     find = _Finder(c, trees, ids)
     inner = ~is_leaf
@@ -115,20 +116,20 @@ def by_nodes(c: Call, votes: str) -> Forest:
     vote_at = find(_ints(c, f"{votes}_treeids"), _ints(c, f"{votes}_nodeids"))
     counted = is_leaf[vote_at]  # what inner nodes say is ignored
     vote_at = vote_at[counted]
-    missing = c.attr("nodes_missing_value_tracks_true", ())
+    missing = _ints(c, "nodes_missing_value_tracks_true")
     return pruned(
         canonical(
             c,
             features=_ints(c, "nodes_featureids")[inner],
-            thresholds=np.asarray(c.attr("nodes_values"), np.float32)[inner],
-            missing=np.asarray(missing, bool)[inner] if missing else np.zeros(int(inner.sum()), bool),
-            modes=np.array([_mode(c, m) for m in modes[inner]], np.int64),
+            thresholds=values[inner],
+            missing=missing[inner] != 0 if missing.size else np.zeros(int(inner.sum()), bool),
+            modes=modes[inner],
             children=np.stack([number[e] for e in ends], axis=1),
             roots=number[tops],
             tree_of_leaf=tree_numbers[is_leaf],
             votes=Votes(
                 ~number[vote_at], tree_numbers[vote_at], _ints(c, f"{votes}_ids")[counted],
-                np.asarray(c.attr(f"{votes}_weights"), np.float32)[counted],
+                _floats(c, f"{votes}_weights")[counted],
             ),
         )
     )  # fmt: skip
@@ -162,13 +163,25 @@ def by_leaves(c: Call) -> Forest:
 
 
 def _ints(c: Call, name: str) -> Array:
+    """Read without a Python object for each: a large forest has hundreds of thousands."""
+    a = c.attrs.get(name)
+    if a is not None and a.type == AttributeProto.INTS:
+        return np.fromiter(a.ints, np.int64, len(a.ints))
     return np.asarray(c.attr(name, ()), np.int64)
 
 
-def _mode(c: Call, name: str) -> int:
-    if name not in MODES:
-        raise c.error(f"nodes_modes has {name!r}", "one of " + ", ".join(MODES[:-1]))
-    return MODES.index(str(name))
+def _floats(c: Call, name: str) -> Array:
+    a = c.attrs.get(name)
+    return np.zeros(0, np.float32) if a is None else np.fromiter(a.floats, np.float32, len(a.floats))
+
+
+def _modes(c: Call) -> Array:
+    """The test of each node as a position in MODES, or _LEAF."""
+    a, known = c.attrs.get("nodes_modes"), {name.encode(): i for i, name in enumerate((*MODES, "LEAF"))}
+    names = a.strings if a is not None else ()
+    if unknown := set(names) - known.keys():
+        raise c.error(f"nodes_modes has {unknown.pop()!r}", "one of " + ", ".join(MODES[:-1]))
+    return np.fromiter((known[s] for s in names), np.int64, len(names))
 
 
 class _Finder:
