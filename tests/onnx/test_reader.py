@@ -247,3 +247,10 @@ def test_nested_graphs_are_checked_too() -> None:
     m = model([helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)], [X, value("c", [], 9)], [Y])
     with pytest.raises(ModelError, match="reads 'nothing'"):
         read(m)
+
+
+@pytest.mark.parametrize("attribute", [{"slope": [1.0] * 5000}, {"slope": ["a"] * 5000}, {"slope": list(range(5000))}])
+def test_long_attributes_are_checked_too(attribute: dict[str, list[object]]) -> None:
+    proto = model([node("Relu", "x", "y", **attribute)], [X], [Y])
+    with pytest.raises(ModelError, match="breaks the definition of Relu"):
+        import_model(proto)

@@ -55,6 +55,20 @@ def test_weights_of_a_file_are_mapped_and_equal(tmp_path: Path) -> None:
     import_model(path)
 
 
+def test_constant_nodes_are_left_in_the_file_too(tmp_path: Path) -> None:
+    """Exporters of some frameworks keep all weights so."""
+    weights = np.arange(5000, dtype=np.float32).reshape(2, 2500)
+    constant = helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(weights))
+    alike = helper.make_node("ConstantOfShape", ["s"], ["z"], value=numpy_helper.from_array(np.ones(1, np.float32)))
+    nodes = [constant, alike, node("Add", "w z", "v"), node("MatMul", "x v", "y")]
+    proto = model(nodes, [value("x", [1, 2])], [value("y", [1, 2500])], {"s": np.array([2, 2500], np.int64)})
+    path = tmp_path / "m.onnx"
+    path.write_bytes(proto.SerializeToString())
+    assert len(skeleton(np.frombuffer(path.read_bytes(), np.uint8))) < path.stat().st_size - weights.nbytes + 200
+    (found,) = (v.data for v in import_model(path).constants() if v.shape == (2, 2500))
+    np.testing.assert_array_equal(found, weights)
+
+
 def test_a_model_in_memory_cannot_name_its_own_file() -> None:
     proto = _with_weights(3, 4)
     tensor = proto.graph.initializer[0]

@@ -1,24 +1,28 @@
-"""Weights stay in the file: the wire format is scanned, and large initializers are left out of what is parsed.
+"""Weights stay in the file: the wire format is scanned, and large tensors are left out of what is parsed.
 
-`skeleton` copies a serialized ModelProto without the `raw_data` of large initializers, which it marks as external data
-at an offset of the model's own file. Parsing then takes little memory, the weights are mapped like other external data,
-and a file may exceed the 2 GiB that protobuf can parse. The file must not change while a graph made from it is in use.
+`skeleton` copies a serialized ModelProto without the `raw_data` of large initializers and Constant nodes, which it
+marks as external data at an offset of the model's own file. Parsing then takes little memory, the weights are mapped
+like other external data, and a file may exceed the 2 GiB that protobuf can parse. Those of nested graphs are parsed.
+The file must not change while a graph made from it is in use.
 A file that is not shaped as expected is returned whole: the parser will say what is wrong with it.
-Source: protobuf encoding; onnx.proto (ModelProto.graph = 7, GraphProto.initializer = 5, TensorProto.raw_data = 9).
+Source: protobuf encoding; onnx.proto (ModelProto.graph = 7, GraphProto.node = 1 and initializer = 5,
+NodeProto.op_type = 4 and attribute = 5, AttributeProto.t = 5, TensorProto.raw_data = 9).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 from onnx import TensorProto
 
 OWN_FILE = "\0model"  # no path holds a NUL, so no model can name this location by accident
-_GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
+_GRAPH, _NODE, _INITIALIZER, _OP_TYPE, _ATTRIBUTE, _TENSOR, _RAW_DATA = 7, 1, 5, 4, 5, 5, 9
 _MIN_BYTES = 4096
 _PARSER_LIMIT_BYTES = 1 << 31
 
+Parts = Iterable[bytes | memoryview]
+Rewrite = Callable[[memoryview, int, int], Parts | None]  # None: keep the message as it is
 Field = tuple[int, int, int, int]  # number, start of the tag, start and end of the contents
 
 
@@ -26,19 +30,20 @@ def skeleton(data: np.ndarray) -> bytes:
     """The serialized model without its large weights. Cost: proportional to the fields outside of them."""
     view = memoryview(data)  # type: ignore[arg-type]
     try:
-        return b"".join(_rewritten(view, 0, len(view), (_GRAPH, _INITIALIZER)))
+        return b"".join(_rewritten(view, 0, len(view), {_GRAPH: _graph}))
     except (ValueError, IndexError):
         return bytes(view) if len(view) < _PARSER_LIMIT_BYTES else b""
 
 
-def _rewritten(view: memoryview, start: int, end: int, path: tuple[int, ...]) -> Iterator[bytes | memoryview]:
-    """The fields of a message, those at `path` rewritten, the others copied in runs."""
+def _rewritten(view: memoryview, start: int, end: int, rewrites: Mapping[int, Rewrite]) -> Parts:
+    """The fields of a message, those named rewritten, the others copied in runs."""
     run = start
     for number, tag, begin, stop in _fields(view, start, end):
-        if number != path[0] or begin == tag:
+        if number not in rewrites or begin == tag:
             continue
-        parts = list(_rewritten(view, begin, stop, path[1:])) if len(path) > 1 else _tensor(view, begin, stop)
+        parts = rewrites[number](view, begin, stop)
         if parts is not None:
+            parts = list(parts)
             yield view[run:tag]
             yield _prefix(number, sum(map(len, parts)))
             yield from parts
@@ -46,7 +51,22 @@ def _rewritten(view: memoryview, start: int, end: int, path: tuple[int, ...]) ->
     yield view[run:end]
 
 
-def _tensor(view: memoryview, start: int, end: int) -> list[bytes | memoryview] | None:
+def _graph(view: memoryview, start: int, end: int) -> Parts:
+    return _rewritten(view, start, end, {_INITIALIZER: _tensor, _NODE: _node})
+
+
+def _node(view: memoryview, start: int, end: int) -> Parts | None:
+    if end - start < _MIN_BYTES:
+        return None
+    op_type = [bytes(view[begin:stop]) for number, _, begin, stop in _fields(view, start, end) if number == _OP_TYPE]
+    return _rewritten(view, start, end, {_ATTRIBUTE: _attribute}) if op_type == [b"Constant"] else None
+
+
+def _attribute(view: memoryview, start: int, end: int) -> Parts:
+    return _rewritten(view, start, end, {_TENSOR: _tensor})
+
+
+def _tensor(view: memoryview, start: int, end: int) -> Parts | None:
     """A tensor with its raw data marked as external, or None to keep it as it is."""
     raw = [f for f in _fields(view, start, end) if f[0] == _RAW_DATA]
     if len(raw) != 1 or raw[0][3] - raw[0][2] < _MIN_BYTES:
