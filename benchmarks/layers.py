@@ -7,7 +7,7 @@ the time that it takes.
     python -m benchmarks.layers --precision bf16
 
 A layer is a step of our program with all that was fused into it. Its limit is the larger of its operations at the peak
-of the precision, and its bytes at the bandwidth of the nearest cache that holds them. What lies between limit and time,
+of the precision, and its bytes from the nearest caches that could hold them. What lies between limit and time,
 summed over a model, says where work on kernels would pay most.
 
 Rules:
@@ -137,8 +137,8 @@ def _lost_us(row: Record) -> float:
 def _about(records: Sequence[Record]) -> str:
     machines = sorted({f"{r['machine']}, {r['isa']}" for r in records})
     return (
-        f"{'; '.join(machines)}. Made by `python -m benchmarks.layers`. A share above 100 % is possible where fewer "
-        "operations are done than counted (Winograd), or where data lies nearer than assumed."
+        f"{'; '.join(machines)}. Made by `python -m benchmarks.layers`. Operations are those of the kernel (Winograd's "
+        "are fewer than the direct way's), bytes come from the nearest caches that could hold them."
     )
 
 

@@ -74,7 +74,8 @@ def test_texts_of_streams_differ() -> None:
 
 def _peaks() -> Peaks:
     levels = (("L1", 32 << 10), ("L2", 1 << 20), ("L3", 32 << 20), ("memory", 0))
-    rows = [("arithmetic", "f32", 1, 100.0), ("arithmetic", "f32", 4, 400.0), ("read", "memory", 1, 20.0)]
+    rows = [("arithmetic", "f32", 1, 100.0), ("arithmetic", "f32", 4, 400.0)]
+    rows += [("read", name, 1, rate) for (name, _), rate in zip(levels, (1e6, 1e5, 1e4, 1e3), strict=True)]
     return Peaks("here", "avx2", levels, tuple(Peak(*row) for row in rows))
 
 
@@ -87,10 +88,19 @@ def test_peaks_by_threads() -> None:
         peaks.operations("f99", 1)
 
 
-def test_level_by_bytes() -> None:
-    peaks = _peaks()
-    assert [peaks.level_of(n, 1) for n in (1, 40_000, 2 << 20, 64 << 20)] == ["L1", "L2", "L3", "memory"]
-    assert peaks.level_of(2 << 20, 2) == "L2"
+def test_bytes_come_from_the_nearest_levels_that_hold_them() -> None:
+    peaks, (l1, l2, l3) = _peaks(), (32 << 10, 1 << 20, 32 << 20)
+    assert peaks.read_seconds(0, 1) == 0
+    assert peaks.read_seconds(l1, 1) == pytest.approx(l1 / 1e6)
+    assert peaks.read_seconds(l1 + 7, 1) == pytest.approx(l1 / 1e6 + 7 / 1e5)
+    assert peaks.read_seconds(l1 + l2 + l3 + 7, 1) == pytest.approx(l1 / 1e6 + l2 / 1e5 + l3 / 1e4 + 7 / 1e3)
+    assert peaks.read_seconds(4 * (l1 + l2), 4) == pytest.approx(4 * (l1 / 1e6 + l2 / 1e5))  # private caches add up
+
+
+def test_a_nearer_level_is_never_left_out_where_the_machine_has_none() -> None:
+    levels = (("L1", 32 << 10), ("L2", 1 << 20), ("memory", 0))
+    peaks = Peaks("here", "avx2", levels, _peaks().peaks)
+    assert peaks.read_seconds(10 << 20, 1) > (8 << 20) / 1e3
 
 
 def test_peaks_are_read_back_from_the_cache(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
+from vivace.base.dtypes import DType
 from vivace.base.events import Event
+from vivace.graph.build import Builder
+from vivace.graph.graph import Graph, Type
+from vivace.graph.ops import OPS
 from vivace.measure.peaks import Peak, Peaks
 from vivace.measure.report import kernel_rows, to_html
-from vivace.measure.roofline import Layer, limits
+from vivace.measure.roofline import Layer, layers, limits
 
 LEVELS = (("L1", 32 << 10), ("L2", 1 << 20), ("L3", 32 << 20), ("memory", 0))
 
@@ -24,14 +31,63 @@ def test_bound_by_arithmetic_or_by_bytes(peaks: Peaks) -> None:
     light = Layer("b", "reduce", 10, 0, 500, is_fused=False)
     fused = Layer("c", "relu", 2_000, 0, 10**9, is_fused=True)
     found = list(limits([heavy, light, fused], peaks, 1))
-    assert [limit.bound for limit in found] == ["arithmetic", "L1", "arithmetic"]
+    assert [limit.bound for limit in found] == ["arithmetic", "bytes", "arithmetic"]
     assert [limit.seconds for limit in found] == [10.0, 5.0, 2.0]
 
 
-def test_weights_come_from_where_all_of_them_lie(peaks: Peaks) -> None:
-    layers = [Layer(str(i), "matmul", 0, 512 << 10, 0, is_fused=False) for i in range(4)]
-    assert {limit.bound for limit in limits(layers, peaks, 1)} == {"L3"}
-    assert {limit.bound for limit in limits(layers[:1], peaks, 1)} == {"L2"}
+def test_weights_come_from_the_nearest_caches_that_hold_them(peaks: Peaks) -> None:
+    """What two levels hold comes from both: the limit stays below any time, also with a few bytes too many."""
+    sizes = dict(LEVELS)
+    layer = Layer("a", "matmul", 0, sizes["L1"] + 1000, 0, is_fused=False)
+    (found,) = limits([layer], peaks, 1)
+    assert found.seconds == pytest.approx(sizes["L1"] / 100 + 1000 / 50)
+    halves = list(limits([replace(layer, weight_bytes=layer.weight_bytes // 2)] * 2, peaks, 1))
+    assert sum(half.seconds for half in halves) == pytest.approx(found.seconds)  # shared out evenly
+
+
+def test_of_two_branches_the_smaller_counts() -> None:
+    def branch(width: int) -> Graph:
+        b = Builder()
+        x = b.input("x", Type(DType.f32, (4, 8)))
+        wide = b.matmul(x, b.const(np.ones((8, width), np.float32)))
+        return b.finish([b.matmul(wide, b.const(np.ones((width, 2), np.float32)))])
+
+    b = Builder()
+    x, c = b.input("x", Type(DType.f32, (4, 8))), b.input("c", Type(DType.bool, ()))
+    graph = b.finish(list(b.emit(OPS["if"], [c, x], {"then": branch(64), "else": branch(3)})))
+    work = layers(graph, {})
+    assert [layer.flops for layer in work] == [2 * 4 * 8 * 3, 2 * 4 * 3 * 2]
+    assert sum(layer.weight_bytes for layer in work) == 4 * (8 * 3 + 3 * 2)
+
+
+def test_a_weight_counts_once_and_a_table_by_its_rows() -> None:
+    b = Builder()
+    rows, w = b.input("rows", Type(DType.i64, (3,))), b.const(np.ones((1000, 8), np.float32))
+    x = b.gather(w, rows, axis=0)
+    wt = b.const(np.ones((8, 8), np.float32))
+    graph = b.finish([b.matmul(b.matmul(x, wt), wt)])
+    gather, first, again = layers(graph, {})
+    assert (gather.weight_bytes, gather.activation_bytes) == (0, 3 * 8 + 3 * 8 * 4)
+    assert (first.weight_bytes, again.weight_bytes) == (8 * 8 * 4, 0)
+    halves = layers(graph, {}, "bf16")
+    assert [(layer.dtype, layer.weight_bytes) for layer in halves] == [("f32", 0), ("bf16", 128), ("bf16", 0)]
+
+
+@pytest.mark.parametrize(
+    "taps, stride, share", [((3, 3), 1, 1 / 4), ((1, 3), 1, 1 / 2), ((3, 3), 2, 1), ((5, 5), 1, 1)]
+)
+def test_convolutions_count_with_the_fewest_products(
+    peaks: Peaks, taps: tuple[int, int], stride: int, share: float
+) -> None:
+    """F(4, 3) takes 6 products for 4 results of 3 taps, along each axis of 3 taps."""
+    b = Builder()
+    pad = [t // 2 for t in taps]
+    x, w = b.input("x", Type(DType.f32, (1, 16, 16, 128))), b.const(np.ones((128, 128, *taps), np.float32))
+    y = b.conv(x, w, strides=(stride, stride), dilations=(1, 1), before=pad, after=pad, group=1, layout="NHWC")
+    (layer,) = layers(b.finish([y]), {})
+    assert layer.fewest_flops == layer.flops * share
+    (found,) = limits([layer], peaks, 1)
+    assert found.bound == "arithmetic" and found.seconds == layer.flops * share / 1000
 
 
 def test_kernel_rows_join_threads_runs_and_nodes(peaks: Peaks) -> None:

@@ -294,7 +294,7 @@ def print_report(report: Report) -> None:
         limit_s = duration(report.total.seconds)
         weights = size(report.total.weight_bytes)
         print(f"limit    {limit_s} for {amount(report.total.flops)}FLOP and {weights} of weights at the measured peaks"
-              f" ({amount(report.peaks.operations(report.job.precision, report.job.threads))}FLOP/s)")  # fmt: skip
+              f" ({amount(report.peaks.operations(report.total.dtype, report.job.threads))}FLOP/s)")  # fmt: skip
     noise, bench = report.bench.noise, report.bench
     quiet = "quiet" if noise.is_quiet else "NOT QUIET"
     print(f"measured {bench.n_rounds} rounds in {duration(bench.seconds)}; machine {quiet}: others used "
@@ -339,7 +339,8 @@ def _kernel_table(provider: str, job: Job, arrays: Any, report: Report) -> Any:
     engine = open_engine(provider, job)
     if not hasattr(engine, "profile"):
         raise InputError("only our own engine shows its kernels", where="--layers", expected="--provider native")
-    return KernelTable.of(engine, arrays, report.peaks or machine_peaks(), job.threads, job.precision)
+    dtype = report.total.dtype if report.total else job.precision
+    return KernelTable.of(engine, arrays, report.peaks or machine_peaks(), job.threads, dtype)
 
 
 def _judge(report: Report, max_ratio: float) -> None:

@@ -50,8 +50,8 @@ def kernel_rows(
 ) -> tuple[KernelRow, ...]:
     """One row per kernel, in the order of their first start.
 
-    `nodes` gives the ONNX nodes of each kernel. Operations count at the peak of `dtype`, bytes from the nearest level
-    that holds those of the kernel.
+    `nodes` gives the ONNX nodes of each kernel. Operations count at the peak of `dtype`, bytes as if the nearest caches
+    held as many of them as they can.
     """
     spans: dict[str, list[float]] = {}
     work: dict[str, tuple[int, int]] = {}
@@ -76,8 +76,7 @@ def kernel_rows(
 
 
 def _limit(flops: int, n_bytes: int, peaks: Peaks, threads: int, dtype: str) -> float:
-    bandwidth = peaks.read_bandwidth(peaks.level_of(n_bytes, threads), threads)
-    return max(flops / peaks.operations(dtype, threads), n_bytes / bandwidth)
+    return max(flops / peaks.operations(dtype, threads), peaks.read_seconds(n_bytes, threads))
 
 
 def to_html(title: str, rows: Sequence[KernelRow], peaks: Peaks, threads: int) -> str:
