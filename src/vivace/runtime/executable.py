@@ -19,9 +19,8 @@ Not handled: shapes of inputs, dtypes, layouts (the session's), stopping a run f
 from __future__ import annotations
 
 import ctypes
-import struct
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,19 +87,16 @@ class Context:
         self.executable = executable
         self._is_shared = arena is not None
         self._pool = pool()
-        self._run = self._pool.native.run
         self._lock = threading.Lock()
         layout = executable.layout
         self._memory = Buffer(8 * len(layout.words))
         self._words: Words = self._memory.view(np.int64, (len(layout.words),))
         self._base = self._memory.address
+        self._enter = self._pool.native.entry(self._base)
         # Native code finds the address of an input or output in a word, DATA_FIELD bytes behind the place in the table
         # `_places`: the place is the array itself, or leads to a word of `_addresses`.
         n_io = executable.n_inputs + executable.n_outputs
         self._addresses, self._places = (ctypes.c_int64 * n_io)(), (ctypes.c_int64 * n_io)()
-        first = ctypes.addressof(self._addresses) - DATA_FIELD
-        self._places_of_addresses = tuple(range(first, first + 8 * n_io, 8))
-        self._write = struct.Struct(f"{n_io}q").pack_into
         self._arena = arena or Buffer(0)
         self._scratch = Buffer(0)
         self._ring: Buffer | None = None
@@ -152,30 +148,30 @@ class Context:
 
         Raises: whatever a `Call` step raised; InternalError when the context is in use or not bound.
         """
-        self._run_at(self._places_of_addresses, (*inputs, *outputs))
+        first = ctypes.addressof(self._addresses)
+        self._places[:] = [first - DATA_FIELD + 8 * i for i in range(len(self._places))]
+        self._addresses[:] = [*inputs, *outputs]
+        self._run(())
 
     def run_arrays(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """`run` on the memory of these arrays: all inputs, then all outputs."""
         if data_is_first:
-            self._run_at(map(id, arrays))
+            self._run(arrays)
         else:
             self.run([a.ctypes.data for a in arrays])
 
-    def _run_at(self, places: Iterable[int], addresses: Sequence[int] = ()) -> None:
+    def _run(self, places: Sequence[object]) -> None:
         if not self._lock.acquire(False):
             raise InternalError("the context is in use by another run", hint="a context per concurrent run")
         try:
             if self.dims is None:
                 raise InternalError("the context is not bound to dims", expected="bind before run")
-            if addresses:
-                self._write(self._addresses, 0, *addresses)
-            self._write(self._places, 0, *places)
-            status = self._run(self._base)
+            status = self._enter(*places)
             while status:
                 if status != Status.NEEDS_WORKERS:
                     self._raise_failure()
                 self._words[Header.N_THREADS] = self._pool.ensure(self.n_threads)
-                status = self._run(self._base)
+                status = self._enter(*places)
         finally:
             self._lock.release()
 

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from functools import cache
+from typing import cast
 
 from vivace.base.cache import default_cache
 from vivace.base.errors import InternalError
@@ -33,7 +34,7 @@ from vivace.base.machine import isa
 from vivace.runtime.buffer import Buffer
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.code import KernelCode
-from vivace.targets.cpu.program import program_text
+from vivace.targets.cpu.program import PYTHON_CALLS, program_text
 from vivace.targets.cpu.team import MAX_THREADS, SPIN_NS, Seat, Team
 
 # Linux's system calls by machine: futex, sched_getaffinity, sched_setaffinity, gettid.
@@ -47,8 +48,28 @@ class Native:
         library = jit.load([_program_object(is_shuffled)])
         _immortal(library)
         self.worker_address = library.address("vivace_worker")
-        self.run = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)(library.address("vivace_run"))
+        calls = (ctypes.c_int64 * len(PYTHON_CALLS))(*(_symbol(ctypes.pythonapi, name) for name in PYTHON_CALLS))
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(library.address("vivace_bind"))(ctypes.addressof(calls))
+        self._method = _MethodDef(b"run", library.address("vivace_enter"), _METH_FASTCALL, b"One inference.")
         self.cycles = ctypes.CFUNCTYPE(ctypes.c_int64)(library.address("vivace_cycles"))
+
+    def entry(self, context: int) -> Callable[..., int]:
+        """The function that runs the program of the context at this address (rule ENTRY of the program)."""
+        return cast("Callable[..., int]", _new_function(ctypes.byref(self._method), context, None))
+
+
+class _MethodDef(ctypes.Structure):
+    """PyMethodDef of CPython's methodobject.h."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p), ("function", ctypes.c_void_p), ("flags", ctypes.c_int), ("doc", ctypes.c_char_p)
+    )  # fmt: skip
+
+
+_METH_FASTCALL = 0x0080
+_new_function = ctypes.pythonapi.PyCFunction_NewEx
+_new_function.restype = ctypes.py_object
+_new_function.argtypes = (ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p)
 
 
 class Pool:
@@ -147,7 +168,7 @@ def _program_object(is_shuffled: bool) -> bytes:
 
     Cost: 65 ms the first time, 2 ms from the cache.
     """
-    code, plainest = KernelCode("vivace_run", program_text(is_shuffled), (), ()), isa("sse")
+    code, plainest = KernelCode("vivace_enter", program_text(is_shuffled), (), ()), isa("sse")
     key = jit.object_key(code, plainest)
     cache = default_cache()
     found = cache.get("code", key)

@@ -16,8 +16,9 @@ Targets are byte offsets from the start of the table; everything else that is an
 and dims live in words and never in code, so one program serves every shape, and this function serves every program.
 
 Rules:
-* ONE CALL: `vivace_run(ctx)` applies the patches (word = *(io[index] + field) + offset), runs to END, and returns a
-  `Status`.
+* ONE CALL: a run applies the patches (word = *(io[index] + field) + offset), goes to END, and returns a `Status`.
+* ENTRY: `vivace_enter` is a method of CPython (METH_FASTCALL). `self` is the context's address; the arguments are the
+  places `io` of inputs and outputs, none for those in the context's own table. The GIL is released during the run.
 * ALONE: with one thread, or when another run owns the team, the calling thread runs everything itself, without atomics
   on the way; runs never queue for each other. Each such run takes one thread off the team of the run that owns it.
 * QUIET: without a ring of records, profiling costs one predictable branch per chunk.
@@ -54,7 +55,7 @@ PART_WORDS = 5
 
 
 class Status(IntEnum):
-    """What `vivace_run` returns."""
+    """What a run returns."""
 
     OK = 0
     CALL_FAILED = 1
@@ -73,7 +74,7 @@ class Header(IntEnum):
     SCRATCH_STRIDE = 6
     RING = 7  # 0: nothing is recorded
     STATUS = 8
-    IO = 9  # address of the table of places, one per input and output
+    IO = 9  # address of a table of places, one per input and output
     FIELD = 10  # bytes from a place to the word that holds the address of the data
     SIZE = 16
 
@@ -99,12 +100,12 @@ class Record(IntEnum):
 
 
 def program_text(is_shuffled: bool = False) -> str:
-    """The complete LLVM module (x86-64): `vivace_run`, `vivace_worker`, `vivace_cycles`.
+    """The complete LLVM module (x86-64): `vivace_enter`, `vivace_bind`, `vivace_worker`, `vivace_cycles`.
 
     With `is_shuffled` grains run in a changing order and threads lose time (see `vivace.targets.cpu.shuffled`).
     """
     threads = threads_text(delay=DELAY) + shuffled_grains_text() if is_shuffled else threads_text() + grains_text()
-    return _HEAD + threads + _EXECUTE + _lead_text() + _run_text()
+    return _HEAD + threads + _EXECUTE + _lead_text() + _run_text() + _ENTER
 
 
 _HEAD = """
@@ -164,6 +165,39 @@ timed:
   %r5 = getelementptr i64, ptr %record, i64 {Record.END:d}
   store i64 %end, ptr %r5
   ret void
+}}
+"""
+
+# What `vivace_enter` calls; `vivace_bind` is told their addresses once.
+PYTHON_CALLS = ("PyLong_AsVoidPtr", "PyEval_SaveThread", "PyEval_RestoreThread", "PyLong_FromLong")
+
+_ENTER = f"""
+@python = internal global [{len(PYTHON_CALLS)} x ptr] zeroinitializer
+
+define void @vivace_bind(ptr %calls) {{
+  %all = load [{len(PYTHON_CALLS)} x ptr], ptr %calls
+  store [{len(PYTHON_CALLS)} x ptr] %all, ptr @python
+  ret void
+}}
+
+define ptr @vivace_enter(ptr %self, ptr %places, i64 %n) {{
+  %as.pointer = load ptr, ptr @python
+  %ctx = call ptr %as.pointer(ptr %self)
+  %own.p = getelementptr i64, ptr %ctx, i64 {Header.IO:d}
+  %own = load ptr, ptr %own.p
+  %is.own = icmp eq i64 %n, 0
+  %io = select i1 %is.own, ptr %own, ptr %places
+  %save.p = getelementptr ptr, ptr @python, i64 1
+  %save = load ptr, ptr %save.p
+  %state = call ptr %save()
+  %status = call i64 @run(ptr %ctx, ptr %io)
+  %restore.p = getelementptr ptr, ptr @python, i64 2
+  %restore = load ptr, ptr %restore.p
+  call void %restore(ptr %state)
+  %from.long.p = getelementptr ptr, ptr @python, i64 3
+  %from.long = load ptr, ptr %from.long.p
+  %result = call ptr %from.long(i64 %status)
+  ret ptr %result
 }}
 """
 
@@ -305,7 +339,7 @@ finish:
 def _run_text() -> str:
     t = Team
     return f"""
-define i64 @vivace_run(ptr %ctx) {{
+define internal i64 @run(ptr %ctx, ptr %io) {{
 entry:
   %mode = alloca i32
   %status = getelementptr i64, ptr %ctx, i64 {Header.STATUS:d}
@@ -330,8 +364,6 @@ patch:
   %patches = load ptr, ptr %patches.p
   %n_patches.p = getelementptr i64, ptr %ctx, i64 {Header.N_PATCHES:d}
   %n_patches = load i64, ptr %n_patches.p
-  %io.p = getelementptr i64, ptr %ctx, i64 {Header.IO:d}
-  %io = load ptr, ptr %io.p
   %field.p = getelementptr i64, ptr %ctx, i64 {Header.FIELD:d}
   %field = load i64, ptr %field.p
   br label %patch.test
