@@ -167,3 +167,11 @@ def test_objects_are_made_of_tile_instructions(case: Case) -> None:
     lines = jit.assembly(text, TILES, "light")
     assert re.search(r"\btdpb(us|ss|f16p)", lines) and "tilerelease" in lines and "ldtilecfg" in lines
     assert jit.compile_kernel(case.code(TILES), TILES).startswith(b"\x7fELF")
+
+
+@each_case
+def test_few_tile_registers_hold_something(case: Case) -> None:
+    """Four accumulators, one of A and one of B: what a program holds is missing for results under way."""
+    text = case.code(TILES).llvm_text
+    used = re.findall(r"tileloadd64\(i8 (\d)|tilezero\(i8 (\d)", text)
+    assert {int(a or b) for a, b in used} <= {0, 1, 2, 3, 4, 5}

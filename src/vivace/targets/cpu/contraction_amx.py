@@ -1,11 +1,24 @@
 """The micro-kernel of AMX: up to 32 rows by 32 columns of accumulators in four tile registers.
 
-    tiles 0 1    accumulators of the first rows, by columns        4    A, first rows        6 7    B, by columns
-    tiles 2 3    accumulators of the second rows                   5    A, second rows
+    tiles 0 1    accumulators of the first rows, by columns        4    A
+    tiles 2 3    accumulators of the second rows                   5    B
 
 Rows of one tile register lie a fixed stride apart: they come from one row axis. A chunk is what one tile register holds
 of a run of A, at most 64 bytes; chunks divide the run evenly, so nothing is read beyond it and nothing is filled up.
 Sums go through memory to the epilogue, which works row by row.
+
+Rules:
+* FEW: as few tile registers as possible hold something. A core has some twenty of them, which hold what the program
+  sees and all results under way; two threads of a core have half each, and then what a program holds leaves few to
+  work with. So B is loaded once more rather than held. Nanoseconds per product, operands in the first-level cache
+  (Emerald Rapids, a virtual machine that does not see the other thread of its core):
+
+      registers held                    8       7       6       4 (2 accumulators)
+      the core for itself               6.6     6.4     6.4     6.4
+      the other thread awake           27.9    19.3    16.4    12.8
+
+* EVEN: the rows of both registers of A are as many, so that one shape serves both. Where a piece is odd, they share
+  a row, which is summed twice and stored once.
 
 How many rows and columns the tile registers have is set per thread, before the first micro-kernel of a shape runs: the
 driver's `%tiles` remembers for which shape that was done, and the driver releases the registers at its end.
@@ -26,26 +39,25 @@ from vivace.targets.cpu.contraction_vector import mask_text
 _TILE_ROWS = 16
 _LINE = 64
 _ACC_BYTES = 4
-_FIRST_A, _FIRST_B = 4, 6
+_A, _B = 4, 5
 
 
 def tile_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[str, str]]:
     """The text of the micro-kernel for one shape of tile, and what it declares."""
     t, isa, width = Text(), p.isa, p.isa.n_f32_lanes
     vectors = p.tail_vectors if tail else p.tile.nv
-    heights = _heights(outer, inner)
     chunk = chunk_bytes(p.run_bytes)
-    t.put(f"%sums = alloca [{sum(heights) * p.tile.lanes * _ACC_BYTES} x i8], align {_LINE}")
+    t.put(f"%sums = alloca [{outer * inner * p.tile.lanes * _ACC_BYTES} x i8], align {_LINE}")
     dims = load_dims(t, p)
-    _configure(t, p, outer, inner, heights, chunk)
-    _sum(t, p, dims, outer, heights, vectors, chunk)
+    _configure(t, p, outer, inner, chunk)
+    _sum(t, p, dims, outer, inner, vectors, chunk)
     n = t.dim(p.c.n, dims)
     left: Int = n % p.tile.lanes if isinstance(n, int) else t.sub(n, "%n")
     masks = [mask_text(t, isa, t.sub(left, j * width)) if tail else None for j in range(vectors)]
     element = "i32" if p.ar.acc.is_int else "float"
     buffers = {x: base_of(t, p, x) for x in dict.fromkeys(p.c.extra)}
     steps = [t.mul(t.dim(x.out, dims), p.out_bytes) for x in (p.outer, p.inner)]
-    with t.loop(0, sum(heights)) as row:
+    with t.loop(0, outer * inner) as row:
         symbols: dict[str, Int] = {**dims, **{x.name: f"%x{k}" for k, x in enumerate(p.axes())}, "n": "%n"}
         there, absent = t.label(), t.label()
         if p.tile.pitch:
@@ -86,24 +98,25 @@ def release(t: Text) -> None:
     t.put("call void @llvm.x86.tilerelease()")
 
 
-def _heights(outer: int, inner: int) -> list[int]:
-    """Rows of each tile register of A."""
+def _registers(outer: int, inner: int) -> tuple[int, list[int]]:
+    """Rows of a tile register of A, and the rows of the tile that registers begin with (rule EVEN)."""
     if outer > 1:
-        return [inner] * outer
-    return [inner] if inner <= _TILE_ROWS else [inner - inner // 2, inner // 2]
+        return inner, [o * inner for o in range(outer)]
+    height = inner if inner <= _TILE_ROWS else -(-inner // 2)
+    return height, list(dict.fromkeys((0, inner - height)))
 
 
-def _configure(t: Text, p: Plan, outer: int, inner: int, heights: list[int], chunk: int) -> None:
+def _configure(t: Text, p: Plan, outer: int, inner: int, chunk: int) -> None:
     """Sets the shapes of the tile registers, unless they are set."""
     shapes = sorted({(o, i) for o, i, _ in variants(p)})
     number = 1 + shapes.index((outer, inner))
-    first, second = heights[0], heights[-1]
-    rows = [first, first, second, second, first, second, chunk // 4, chunk // 4]
-    columns = [_LINE] * 4 + [chunk] * 2 + [_LINE] * 2
+    height, _ = _registers(outer, inner)
+    rows = [*[height] * 4, height, chunk // 4]
+    columns = [*[_LINE] * 4, chunk, _LINE]
     raw = bytearray(_LINE)
     raw[0] = 1
-    for k in range(8):
-        raw[16 + 2 * k], raw[48 + k] = columns[k], rows[k]
+    for k, (n_columns, n_rows) in enumerate(zip(columns, rows)):
+        raw[16 + 2 * k], raw[48 + k] = n_columns, n_rows
     name = f"{p.name}.shapes{outer}x{inner}"
     text = "".join(f"\\{byte:02x}" for byte in raw)
     t.declares[name] = f'@{name} = private constant [{_LINE} x i8] c"{text}", align {_LINE}'
@@ -118,20 +131,21 @@ def _configure(t: Text, p: Plan, outer: int, inner: int, heights: list[int], chu
     t.start(ready)
 
 
-def _sum(t: Text, p: Plan, dims: Mapping[str, Int], outer: int, heights: list[int], vectors: int, chunk: int) -> None:
+def _sum(t: Text, p: Plan, dims: Mapping[str, Int], outer: int, inner: int, vectors: int, chunk: int) -> None:
     """Sums all taps in tile registers and stores them row by row in %sums."""
-    pairs = [(r, v) for r in range(len(heights)) for v in range(vectors)]
+    _, firsts = _registers(outer, inner)
+    pairs = [(r, v) for r in range(len(firsts)) for v in range(vectors)]
     t.declare("llvm.x86.tilezero", "void @llvm.x86.tilezero(i8)")
     for r, v in pairs:
         t.put(f"call void @llvm.x86.tilezero(i8 {2 * r + v})")
     a_stride = t.mul(t.dim(p.inner.a, dims), p.ar.a_bytes)
-    between = t.mul(t.dim(p.outer.a, dims), p.ar.a_bytes) if outer > 1 else t.mul(a_stride, heights[0])
+    between = t.mul(t.dim(p.outer.a, dims), p.ar.a_bytes) if outer > 1 else t.mul(a_stride, firsts[-1])
     if not any(x.extent == 0 for x in p.c.taps):
-        _taps(t, p, dims, lambda a, b, k: _chunk(t, p, a, b, k, a_stride, between, heights, vectors), chunk)
+        _taps(t, p, dims, lambda a, b, k: _chunk(t, p, a, b, k, a_stride, between, len(firsts), vectors), chunk)
     row_bytes = p.tile.lanes * _ACC_BYTES
     t.declare("llvm.x86.tilestored64", "void @llvm.x86.tilestored64(i8, ptr, i64)")
     for r, v in pairs:
-        place = t.at("%sums", r * heights[0] * row_bytes + v * _LINE)
+        place = t.at("%sums", firsts[r] * row_bytes + v * _LINE)
         t.put(f"call void @llvm.x86.tilestored64(i8 {2 * r + v}, ptr {place}, i64 {row_bytes})")
 
 
@@ -156,9 +170,11 @@ def _taps(t: Text, p: Plan, dims: Mapping[str, Int], one: Callable[[str, str, In
 
 
 def _chunk(
-    t: Text, p: Plan, a: str, b: str, k: Int, a_stride: Int, between: Int, heights: list[int], vectors: int
+    t: Text, p: Plan, a: str, b: str, k: Int, a_stride: Int, between: Int, n_registers: int, vectors: int
 ) -> None:
-    """Multiplies one chunk of every row with one of every column: loads stand just before their first use."""
+    """Multiplies one chunk of every row with one of every column; columns to and fro, so that B is loaded less often
+    (rule FEW).
+    """
     if p.fetches_ahead:
         ahead = t.at("%ahead", t.mul(k, p.ahead_lines * _LINE))
         for line in range(p.ahead_lines):
@@ -170,12 +186,14 @@ def _chunk(
     def load(tile: int, pointer: str, stride: Int) -> None:
         t.put(f"call void @llvm.x86.tileloadd64(i8 {tile}, ptr {pointer}, i64 {stride})")
 
-    for r in range(len(heights)):
-        load(_FIRST_A + r, t.at(a, t.mul(between, r)), a_stride)
-        for v in range(vectors):
-            if r == 0:
-                load(_FIRST_B + v, t.at(b, v * _LINE), p.row_bytes)
-            t.put(f"call void @{name}(i8 {2 * r + v}, i8 {_FIRST_A + r}, i8 {_FIRST_B + v})")
+    held = -1
+    for r in range(n_registers):
+        load(_A, t.at(a, t.mul(between, r)), a_stride)
+        for v in range(vectors) if r % 2 == 0 else reversed(range(vectors)):
+            if v != held:
+                load(_B, t.at(b, v * _LINE), p.row_bytes)
+            held = v
+            t.put(f"call void @{name}(i8 {2 * r + v}, i8 {_A}, i8 {_B})")
 
 
 def _product(p: Plan) -> str:
