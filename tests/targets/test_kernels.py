@@ -132,6 +132,7 @@ def check_elementwise(compile_kernel, isa, e_of, sources, target, ulps=0.0) -> N
 # --- functions ----------------------------------------------------------------------------------------------------
 
 EXACT_UNARY = ("neg", "abs", "sqrt", "floor", "ceil", "round", "recip", "sign")
+NOT_ROUNDED = ("not", "isnan", "isinf", "bitnot", "exp2_bf16")
 
 
 @pytest.mark.parametrize("fn", EXACT_UNARY)
@@ -145,7 +146,7 @@ def test_tests_of_floats(compile_kernel, each_isa, fn: str) -> None:
     check_elementwise(compile_kernel, each_isa, lambda x: Unary(fn, x), [f32], flag)
 
 
-@pytest.mark.parametrize("fn", [f for f in UNARY if f not in (*EXACT_UNARY, "not", "isnan", "isinf", "bitnot")])
+@pytest.mark.parametrize("fn", [f for f in UNARY if f not in (*EXACT_UNARY, *NOT_ROUNDED)])
 @pytest.mark.parametrize("dtype", [f32, f64])
 def test_rounded_functions(compile_kernel, each_isa, fn: str, dtype: DType) -> None:
     """Loosely; `test_vmath` measures the errors."""
@@ -233,7 +234,7 @@ def test_select_and_index(compile_kernel, each_isa) -> None:
 # --- reductions ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fn", ["add", "mul", "max", "min"])
+@pytest.mark.parametrize("fn", ["add", "mul", "max", "min", "maxnum"])
 @pytest.mark.parametrize("dtype", [f32, f64, DType.bf16, DType.i32, i64, DType.u8])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_reduce_one_axis(compile_kernel, each_isa, fn: str, dtype: DType, layout: str) -> None:
@@ -249,7 +250,7 @@ def test_reduce_one_axis(compile_kernel, each_isa, fn: str, dtype: DType, layout
         expected, actual = np.zeros(3, dtype.numpy), np.zeros(3, dtype.numpy)
         reference.run(kernel, [a, expected], {"N": n})
         loaded.run([a, actual], {"N": n})
-        assert_close(actual, expected, 0 if fn in ("max", "min") else 16, n)
+        assert_close(actual, expected, 0 if fn in ("max", "min", "maxnum") else 16, n)
 
 
 @pytest.mark.parametrize("fn", ["add", "max"])

@@ -7,7 +7,7 @@ import pytest
 
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
-from vivace.loops.kernel import Binary, Buffer, Const, For, Kernel, Let, Load, Read, Reduce, Stmt, Store, Unary
+from vivace.loops.kernel import Binary, Buffer, Cast, Const, For, Kernel, Let, Load, Read, Reduce, Stmt, Store, Unary
 
 f32 = DType.f32
 R, C = symbol("R"), symbol("C")
@@ -34,6 +34,26 @@ def test_a_stored_row_is_reduced(each_isa, compile_kernel, columns, fn) -> None:
     want = (square.sum(1) if fn == "add" else square.max(1, initial=-np.inf)) + 1
     np.testing.assert_allclose(zs, want, rtol=1e-5)
     np.testing.assert_allclose(ys, square - want[:, None], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [0, 1, 5, 16, 70, 257])
+def test_what_a_row_rounds_is_reduced(each_isa, compile_kernel, columns) -> None:
+    """The sum of numbers that are stored as bf16 is that of the numbers before they are rounded."""
+    x, y = Buffer("x", f32, (R, C), (C, 1)), Buffer("y", DType.bf16, (R, C), (C, 1), True)
+    z = Buffer("z", f32, (R,), (1,), True)
+    at = (symbol("r"), symbol("c"))
+    square = Binary("mul", Load(x, at), Load(x, at))
+    body: tuple[Stmt, ...] = (
+        For("c", C, (Store(y, at, Cast(DType.bf16, square)),), "vector"),
+        Let("s", Reduce("add", "c", C, square)),
+        Store(z, at[:1], Read("s", f32)),
+    )
+    code = compile_kernel(Kernel("rows", (x, y, z), (For("r", R, body, "parallel"),)), each_isa)
+    xs = np.random.default_rng(3).standard_normal((3, columns), np.float32)
+    ys, zs = np.zeros(xs.shape, DType.bf16.numpy), np.zeros(3, np.float32)
+    code.run([xs, ys, zs], {"R": 3, "C": columns})
+    np.testing.assert_allclose(zs, (xs * xs).sum(1), rtol=1e-5)
+    np.testing.assert_array_equal(ys.astype(np.float32), (xs * xs).astype(DType.bf16.numpy).astype(np.float32))
 
 
 def test_softmax_takes_three_passes(each_isa, compile_kernel) -> None:

@@ -161,6 +161,25 @@ def test_exp_far_below_does_not_underflow(compile_kernel, each_isa) -> None:
     assert libm.fetestexcept(underflow), "the flag tells nothing here"
 
 
+def test_errors_of_powers_for_bf16(compile_kernel, each_isa) -> None:
+    """Every fraction that a number has in f32, above 0 and below, and numbers of every size."""
+    fractions = np.arange(1 << 23, dtype=np.uint32) + np.float32(1).view(np.uint32)
+    unit = fractions.view(np.float32)
+    for x in (unit, -unit, spread(-126, 127.99, np.dtype(np.float32), 100_000), np.arange(-126, 128, dtype=np.float32)):
+        y = evaluate(compile_kernel, each_isa, "exp2_bf16", DType.f32, x)
+        exact = np.exp2(x.astype(np.float64))
+        assert np.abs(y / exact - 1).max() <= 2.0**-13.6
+        rounded = errors(y.astype(DType.bf16.numpy).astype(np.float32), exact) / 2**16  # in units of bf16
+        assert rounded.max() <= 0.52
+
+
+def test_limits_of_powers_for_bf16(compile_kernel, each_isa) -> None:
+    x = np.array([-math.inf, -3e38, -127, -126.01, -126, -0.0, 0.0, -1e-30, 127.9, 129, 3e38, math.inf, math.nan] * 3)
+    y = evaluate(compile_kernel, each_isa, "exp2_bf16", DType.f32, x.astype(np.float32))[:13]
+    assert not y[:4].any() and y[4] > 0 and np.isposinf(y[9:12]).all() and np.isnan(y[12])
+    np.testing.assert_allclose(y[4:9], np.exp2(x[4:9]), rtol=2.0**-13.6)
+
+
 @pytest.mark.parametrize("dtype", [DType.f32, DType.f64])
 def test_power(compile_kernel, each_isa, dtype: DType) -> None:
     rng = np.random.default_rng(0)

@@ -51,7 +51,7 @@ from vivace.base.dtypes import DType
 LoopKind = Literal["serial", "parallel", "vector", "unroll"]
 
 # Functions of Unary: rounding is IEEE for neg abs sqrt floor ceil round(half to even) not isnan isinf; the rest have
-# stated ulp errors.
+# stated ulp errors. `exp2_bf16` is 2**x as exact as it matters to who rounds it to bf16.
 UNARY = (
     "neg",
     "abs",
@@ -83,6 +83,7 @@ UNARY = (
     "log1p",
     "expm1",
     "sign",
+    "exp2_bf16",
 )
 # Functions of Binary. Integer div truncates as C does; mod has the sign of the divisor (Python), fmod of the dividend
 # (C).
@@ -112,7 +113,8 @@ BINARY = (
     "shl",
     "shr",
 )
-REDUCE = ("add", "mul", "max", "min")
+# `maxnum` is the maximum of what is no NaN.
+REDUCE = ("add", "mul", "max", "min", "maxnum")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

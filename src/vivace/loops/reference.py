@@ -289,7 +289,7 @@ def _greatest(t: DType) -> float | int | bool:
 
 
 _START: dict[str, Callable[[DType], float | int | bool]] = {
-    "add": lambda t: 0, "mul": lambda t: 1, "max": _least, "min": _greatest,
+    "add": lambda t: 0, "mul": lambda t: 1, "max": _least, "min": _greatest, "maxnum": _least,
 }  # fmt: skip
 
 
@@ -316,7 +316,7 @@ _ROUNDED: dict[str, Callable[[Array], Array]] = {
     "exp": np.exp, "log": np.log, "erf": _vectorized(math.erf), "sin": np.sin, "cos": np.cos, "tan": np.tan,
     "tanh": np.tanh, "sigmoid": _sigmoid, "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh,
     "cosh": np.cosh, "asinh": np.arcsinh, "acosh": np.arccosh, "atanh": np.arctanh, "log1p": np.log1p,
-    "expm1": np.expm1,
+    "expm1": np.expm1, "exp2_bf16": np.exp2,
 }  # fmt: skip
 _EXACT: dict[str, Callable[[Array], Array]] = {
     "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "floor": np.floor, "ceil": np.ceil, "round": np.rint,
@@ -363,6 +363,7 @@ _BINARY: dict[str, Callable[[Array, Array], Array]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
     "and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor,
     "bitand": np.bitwise_and, "bitor": np.bitwise_or, "bitxor": np.bitwise_xor, "mod": np.mod, "fmod": np.fmod,
+    "maxnum": np.fmax,
 }  # fmt: skip
 
 

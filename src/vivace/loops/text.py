@@ -41,7 +41,7 @@ _INFIX = {
     "gt": ">", "ge": ">=", "and": "and", "or": "or", "xor": "xor", "bitand": "&", "bitor": "|", "bitxor": "^",
     "shl": "<<", "shr": ">>",
 }  # fmt: skip
-_REDUCE = {"add": "sum", "mul": "prod", "max": "max", "min": "min"}
+_REDUCE = {"add": "sum", "mul": "prod", "max": "max", "min": "min", "maxnum": "maxnum"}
 
 
 def kernel_text(kernel: Kernel) -> str:

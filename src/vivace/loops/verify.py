@@ -220,6 +220,8 @@ def _expr(scope: _Scope, e: Expr) -> DType:
                 scope.fail(f"unknown function {fn}", expected=", ".join(UNARY))
             if not t.is_float and (fn not in _ANY_UNARY and not (fn == "bitnot" and t.is_int)):
                 scope.fail(f"{fn} of {t} {expr_text(x)}", expected="a floating-point operand")
+            if fn == "exp2_bf16" and t is not DType.f32:
+                scope.fail(f"{fn} of {t} {expr_text(x)}", expected="an operand of f32")
             if t is DType.bool and fn != "not":
                 scope.fail(f"{fn} of bool {expr_text(x)}", expected="a number")
         case Binary(fn=fn, a=a, b=b):

@@ -10,8 +10,8 @@
             out[s] = o[s] / sum
 
 Scores stand with keys side by side here: the second product reads weights in runs of keys. A run is filled up to whole
-tile rows (`RUN`), with zeros in the weights and in the packed values. The sum that divides a row is that of its rounded
-weights, so that they add up to one.
+tile rows (`RUN`), with zeros in the weights and in the packed values. A weight is rounded to 8 bits, so its exponential
+is computed no more exactly than that asks for (`exp2_bf16`); the sum that divides a row is that of the exponentials.
 
 Where the number of queries is known, blocks are of even sizes, and the last has stages of its own for its size. What
 else holds for `attention_stages` holds here.
@@ -19,6 +19,7 @@ else holds for `attention_stages` holds here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from vivace.base.dims import Dim, ceildiv, maximum, minimum, symbol
@@ -26,7 +27,23 @@ from vivace.base.dtypes import DType
 from vivace.base.machine import Isa
 from vivace.loops.blocked import STEP, Stage
 from vivace.loops.contraction import Axis, Contraction, Packing
-from vivace.loops.kernel import Binary, Buffer, Cast, Const, For, Index, Kernel, Let, Load, Read, Reduce, Select, Store
+from vivace.loops.kernel import (
+    Binary,
+    Buffer,
+    Cast,
+    Const,
+    For,
+    Index,
+    Kernel,
+    Let,
+    Load,
+    Read,
+    Reduce,
+    Select,
+    Stmt,
+    Store,
+    Unary,
+)
 from vivace.loops.pack import Pack
 from vivace.lower.arithmetic import choose_arithmetic
 from vivace.lower.rules.attention_stages import (
@@ -46,7 +63,8 @@ BF16 = DType.bf16
 QUERIES = 64  # of a block, at most
 KEYS = 256  # of a chunk, at most
 RUN = 32  # keys that a row of a tile register holds
-_STATISTICS = ("inverse", "top", "total", "rescale")
+_STATISTICS = ("inverse", "top", "largest", "total", "rescale")
+_LOG2E = math.log2(math.e)
 
 
 def block_queries(n_queries: Dim) -> int:
@@ -63,6 +81,15 @@ class HalfAttention:
     a: Attention
     part: Dim
     isa: Isa
+
+    @property
+    def factor(self) -> float:
+        """A number above 0 with which scores are multiplied as late as in the softmax, where it costs nothing."""
+        attrs, mask = self.a.node.attrs, self.a.mask
+        is_late = (
+            attrs["scale"] > 0 and not attrs.get("softcap", 0.0) and (mask is None or mask.buffer.dtype is DType.bool)
+        )
+        return float(attrs["scale"]) if is_late else 1.0
 
     def blocks(self) -> Blocks:
         a = self.a
@@ -146,6 +173,7 @@ class _State:
     w: Buffer
     inverse: Buffer
     top: Buffer
+    largest: Buffer
     total: Buffer
     rescale: Buffer
     sums: Buffer
@@ -155,13 +183,13 @@ class _State:
         def rows(name: str, columns: Dim, dtype: DType) -> Buffer:
             return Buffer(name, dtype, (block, columns), (staged_stride(columns, dtype.size_bytes), 1), True)
 
-        inverse, top, total, rescale = (scratch(name, ceildiv(block, 16) * 16) for name in _STATISTICS)
+        inverse, top, largest, total, rescale = (scratch(name, ceildiv(block, 16) * 16) for name in _STATISTICS)
         sums = rows("sums", width, F32)
-        return _State(rows("p", chunk, F32), rows("w", chunk, BF16), inverse, top, total, rescale, sums)
+        return _State(rows("p", chunk, F32), rows("w", chunk, BF16), inverse, top, largest, total, rescale, sums)
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
-        return self.p, self.w, self.inverse, self.top, self.total, self.rescale, self.sums
+        return self.p, self.w, self.inverse, self.top, self.largest, self.total, self.rescale, self.sums
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +224,7 @@ class _Rows:
             a.result(mul(ACC, Load(state.inverse, (s,)))), (state.inverse,),
         )  # fmt: skip
         if self.alone:
-            softmax = Stage(_softmax(state, here, chunk))
+            softmax = Stage(_softmax(state, here, chunk, self.half.factor))
             return [self._scores(chunk), softmax, Stage(values, (a.out.moved(self.first * a.out.row),))]
         so_far = Binary("add", ACC, mul(Load(state.sums, (s, n)), Load(state.rescale, (s,))))
         values = replace(
@@ -204,7 +232,11 @@ class _Rows:
             epilogue=Select(_is_first(), ACC, so_far), extra=(state.sums, state.rescale),
         )  # fmt: skip
         panels = (v.out, chunk.start * (v.n_panels * v.lanes))
-        return [self._scores(chunk), Stage(_online_softmax(state, here, chunk)), Stage(values, (panels,))]
+        return [
+            self._scores(chunk),
+            Stage(_online_softmax(state, here, chunk, self.half.factor)),
+            Stage(values, (panels,)),
+        ]
 
     def at_the_end(self) -> Stage:
         """The results of a block of several chunks."""
@@ -215,7 +247,7 @@ class _Rows:
         a, k, start = self.half.a, self.packs[0], chunk.start
         s, n = symbol("s", 0), symbol("n", 0, self.chunk - 1)
         ahead = s + self.first + a.n_keys - a.n_queries - n - start if self.causal else None
-        epilogue = a.score(ACC, a.mask, s, n, ahead)
+        epilogue = a.score(ACC, a.mask, s, n, ahead, a.node.attrs["scale"] / self.half.factor)
         scores = Contraction(
             "k", (), (Axis("s", self.rows, a.q.row, 0, self.state.p.strides[0]),), (Axis("d", k.k, 1),), chunk.keys,
             a.q.buffer, k.out, self.state.p, Packing("panels", k.lanes),
@@ -231,41 +263,54 @@ def _is_first() -> Binary:
     return Binary("eq", Index(symbol(STEP, 0)), Const(0, DType.i64))
 
 
-def _weights(state: _State, chunk: _Chunk) -> tuple[For | Let, ...]:
-    """w = exp(p - top), and zeros up to the end of the run; the sum of w as `chunk_total`."""
-    s, t, u, z, keys = symbol("s", 0), symbol("t", 0), symbol("u", 0), symbol("z", 0), chunk.keys
-    stored = Cast(BF16, exp_below(Load(state.p, (s, t)), Read("top", F32)))
-    total = Reduce("add", "u", keys, Cast(F32, Load(state.w, (s, u))))
-    found: list[For | Let] = [For("t", keys, (Store(state.w, (s, t), stored),), "vector"), Let("chunk_total", total)]
+def _tops(state: _State, queries: Dim, chunk: _Chunk) -> For:
+    """The largest number among the scores of each row. A NaN needs no place there: it makes its weight, and so the sum
+    of the row, NaN."""
+    s, v = symbol("s", 0), symbol("v", 0)
+    return For("s", queries, (Store(state.top, (s,), Reduce("maxnum", "v", chunk.keys, Load(state.p, (s, v)))),))
+
+
+def _weights(state: _State, chunk: _Chunk, factor: float) -> tuple[Stmt, ...]:
+    """w = exp(factor * (p - top)), and zeros up to the end of the run; the sum of the exponentials as `chunk_total`."""
+    s, t, z, keys = symbol("s", 0), symbol("t", 0), symbol("z", 0), chunk.keys
+    below = Binary("sub", Load(state.p, (s, t)), Read("here", F32))
+    power = Unary("exp2_bf16", mul(below, number(factor * _LOG2E)))
+    found: list[Stmt] = [
+        Let("here", Load(state.top, (s,))),
+        For("t", keys, (Store(state.w, (s, t), Cast(BF16, power)),), "vector"),
+        Let("chunk_total", Reduce("add", "t", keys, power)),
+    ]
     if keys != chunk.run:
         found.append(For("z", chunk.run - keys, (Store(state.w, (s, keys + z), Const(0.0, BF16)),), "vector"))
     return tuple(found)
 
 
-def _softmax(state: _State, queries: Dim, chunk: _Chunk) -> Kernel:
-    """The weights of a row, and 1 / their sum."""
-    s, t = symbol("s", 0), symbol("v", 0)
-    body = (
-        Let("top", Reduce("max", "v", chunk.keys, Load(state.p, (s, t)))),
-        *_weights(state, chunk),
-        Store(state.inverse, (s,), Binary("div", number(1), Read("chunk_total", F32))),
-    )
-    return Kernel("k", (state.p, state.w, state.inverse), (For("s", queries, body),))
+def _softmax(state: _State, queries: Dim, chunk: _Chunk, factor: float) -> Kernel:
+    """The weights of each row, and 1 / their sum."""
+    inverse = Binary("div", number(1), Read("chunk_total", F32))
+    rows = For("s", queries, (*_weights(state, chunk, factor), Store(state.inverse, (symbol("s", 0),), inverse)))
+    return Kernel("k", (state.p, state.w, state.top, state.inverse), (_tops(state, queries, chunk), rows))
 
 
-def _online_softmax(state: _State, queries: Dim, chunk: _Chunk) -> Kernel:
+def _online_softmax(state: _State, queries: Dim, chunk: _Chunk, factor: float) -> Kernel:
     """The weights for the maximum so far, their sum so far, and what earlier sums are to be multiplied with."""
-    s, v = symbol("s", 0), symbol("v", 0)
-    body = (
-        Let("old", Select(_is_first(), number(LOWEST), Load(state.top, (s,)))),
-        Let("chunk_top", Reduce("max", "v", chunk.keys, Load(state.p, (s, v)))),
-        Let("top", Binary("max", Read("old", F32), Read("chunk_top", F32))),
-        Let("rescale", exp_below(Read("old", F32), Read("top", F32))),
-        Store(state.top, (s,), Read("top", F32)),
-        Store(state.rescale, (s,), Read("rescale", F32)),
-        *_weights(state, chunk),
-        Let("before", Select(_is_first(), number(0), mul(Load(state.total, (s,)), Read("rescale", F32)))),
-        Store(state.total, (s,), Binary("add", Read("before", F32), Read("chunk_total", F32))),
+    s = symbol("s", 0)
+    largest = Binary("max", Read("old", F32), Load(state.top, (s,)))
+    rescale = exp_below(mul(Read("old", F32), number(factor)), mul(Read("new", F32), number(factor)))
+    before = mul(Load(state.total, (s,)), Load(state.rescale, (s,)))
+    steps = (
+        Let("old", Select(_is_first(), number(LOWEST), Load(state.largest, (s,)))),
+        Let("new", largest),
+        Store(state.largest, (s,), Read("new", F32)),
+        Store(state.top, (s,), Read("new", F32)),
+        Store(state.rescale, (s,), rescale),
+        Store(state.total, (s,), Select(_is_first(), number(0), before)),
     )
-    params = (state.p, state.w, state.top, state.total, state.rescale)
-    return Kernel("k", params, (For("s", queries, body),))
+    so_far = Binary("add", Load(state.total, (s,)), Read("chunk_total", F32))
+    body = (
+        _tops(state, queries, chunk),
+        For("s", queries, steps, "vector"),
+        For("s", queries, (*_weights(state, chunk, factor), Store(state.total, (s,), so_far))),
+    )
+    params = (state.p, state.w, state.top, state.largest, state.total, state.rescale)
+    return Kernel("k", params, body)

@@ -126,12 +126,17 @@ class Attention:
     def n_keys(self) -> Dim:
         return self.k.view.shape[2]
 
-    def score(self, product: Expr, mask: Operand | None, s: Dim, t: Dim, ahead: Dim | None) -> Expr:
-        """A score from q . k. `ahead`, where it matters: how many keys the query sees beyond this one."""
+    def score(
+        self, product: Expr, mask: Operand | None, s: Dim, t: Dim, ahead: Dim | None, scale: float | None = None
+    ) -> Expr:
+        """A score from q . k. `ahead`, where it matters: how many keys the query sees beyond this one. `scale`, where
+        another than the node's is wanted.
+        """
         attrs = self.node.attrs
         e = product
-        if attrs["scale"] != 1.0:
-            e = mul(e, number(attrs["scale"]))
+        scale = attrs["scale"] if scale is None else scale
+        if scale != 1.0:
+            e = mul(e, number(scale))
         if cap := attrs.get("softcap", 0.0):
             e = mul(Unary("tanh", mul(e, number(1.0 / cap))), number(cap))
         if mask is not None:

@@ -26,6 +26,7 @@ from vivace.loops.analysis import varies, widest_bits
 from vivace.loops.kernel import (
     Alloc,
     Buffer,
+    Cast,
     Expr,
     For,
     Guard,
@@ -159,9 +160,13 @@ class _Generator:
         if not isinstance(loop, For) or not isinstance(let, Let) or loop.kind != "vector" or len(loop.body) != 1:
             return False
         s = loop.body[0]
-        if not isinstance(s, Store) or s.buffer.dtype not in (DType.f32, DType.f64):
+        if not isinstance(s, Store):
             return False
-        stored = Load(s.buffer, s.index)
+        stored: Expr | None = None
+        if s.buffer.dtype in (DType.f32, DType.f64):
+            stored = Load(s.buffer, s.index)
+        elif s.buffer.dtype is DType.bf16 and isinstance(s.value, Cast) and dtype_of(s.value.x) is DType.f32:
+            stored = s.value.x
         for e in walk(let.expr):
             if isinstance(e, Reduce) and (e.var, e.extent, e.x) == (loop.var, loop.extent, stored):
                 value = reduce_stored(env, s, e, emit)

@@ -66,6 +66,8 @@ def to_memory(b: Builder, v: Value, t: DType) -> Value:
         if b.isa.has("avx512_bf16") and v.lanes in (4, 8, 16):
             half = b.inst(f"fptrunc {v} to <{v.lanes} x bfloat>", "half", v.lanes, v)
             return b.inst(f"bitcast <{v.lanes} x bfloat> {half.text} to <{v.lanes} x i16>", "i16", v.lanes, half)
+        if b.isa.has("avx512_bf16") and b.isa.vector_bits == 512 and v.lanes in (32, 64):
+            return b.per_part(32, lambda part: _pair_to_halves(b, part), v)
         bits = b.bitcast(v, "i32")
         odd = b.op("and", b.op("lshr", bits, literal(16, "i32")), literal(1, "i32"))
         rounded = b.op("add", bits, b.op("add", odd, literal(0x7FFF, "i32")))
@@ -77,6 +79,15 @@ def to_memory(b: Builder, v: Value, t: DType) -> Value:
     if t in NARROW_FLOATS:
         return narrowed(b, v, t)
     return b.convert("zext", v, "i8") if t is DType.bool else v
+
+
+def _pair_to_halves(b: Builder, v: Value) -> Value:
+    """32 lanes as bf16 by one instruction."""
+    name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+    b.declare(f"<32 x bfloat> @{name}(<16 x float>, <16 x float>)", name)
+    low, high = b.part(v, 0, 16), b.part(v, 16, 16)
+    half = b.inst(f"call <32 x bfloat> @{name}({high}, {low})", "bfloat", 32, high, low)
+    return b.inst(f"bitcast {half.full} {half.text} to <32 x i16>", "i16", 32, half)
 
 
 def _half_to_float(b: Builder, v: Value) -> Value:

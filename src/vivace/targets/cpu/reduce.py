@@ -9,11 +9,12 @@ on threads.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from vivace.base.dims import Dim, bounds
 from vivace.base.dtypes import DType
 from vivace.loops.analysis import varies, widest_bits
-from vivace.loops.kernel import Binary, Expr, Reduce, Store, dtype_of
+from vivace.loops.kernel import Binary, Cast, Expr, Reduce, Store, dtype_of
 from vivace.targets.cpu.arithmetic import binary, extreme
 from vivace.targets.cpu.builder import Builder, Value, literal, type_bits
 from vivace.targets.cpu.env import Env, scalar
@@ -33,20 +34,22 @@ def identity(fn: str, t: DType) -> Value:
     if fn in ("add", "mul"):
         return literal(0 if fn == "add" else 1, kind)
     if t.is_float:
-        return literal(float("-inf") if fn == "max" else float("inf"), kind)
+        return literal(float("inf") if fn == "min" else float("-inf"), kind)
     if t is DType.bool:
         return literal(fn == "min", "i1")
     bits = type_bits(kind)
     lo, hi = (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if t.is_signed else (0, (1 << bits) - 1)
-    return literal(lo if fn == "max" else hi, kind)
+    return literal(hi if fn == "min" else lo, kind)
 
 
 def combine(env: Env, fn: str, total: Value, x: Value, t: DType) -> Value:
     """One step of a reduction."""
     if t is DType.bool and fn in ("add", "mul"):
         return env.b.op("or" if fn == "add" else "and", total, x)
-    if fn in ("max", "min"):
-        return extreme(env.b, fn, x, total, t)
+    if fn == "maxnum" and t.is_float:  # one instruction: `total` is no NaN
+        return env.b.select(env.b.compare("fcmp ogt", x, total), x, total)
+    if fn in ("max", "min", "maxnum"):
+        return extreme(env.b, fn.removesuffix("num"), x, total, t)
     return binary(env.b, fn, total, x, t)
 
 
@@ -79,16 +82,18 @@ def reduce(env: Env, e: Reduce, emit: Emit) -> Value:
 
 
 def reduce_stored(env: Env, s: Store, e: Reduce, emit: Emit) -> Value:
-    """Store the values of a row and reduce them on the way; `e` reduces what `s` stores."""
+    """Store the values of a row and reduce them on the way; `e` reduces what `s` stores, or rounds to store."""
+    value = s.value.x if isinstance(s.value, Cast) and s.value.x == e.x else s.value
+    whole = Cast(dtype_of(e), e.x)  # as one value, also where it is a product
 
     def through(at: Env, x: Expr) -> Value:
-        if x is not e.x:
+        if x is not whole:
             return emit(at, x)
-        value = at.b.widen(emit(at, s.value), at.lanes)
-        store(at, s.buffer, s.index, value)
-        return value
+        v = at.b.widen(emit(at, value), at.lanes)
+        store(at, s.buffer, s.index, v)
+        return v
 
-    return reduce(env, e, through)
+    return reduce(env, replace(e, x=whole), through)
 
 
 def reduce_together(env: Env, es: Sequence[Reduce], emit: Emit) -> list[Value] | None:
