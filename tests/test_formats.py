@@ -16,7 +16,7 @@ import vivace
 from vivace.base.dtypes import DType
 from vivace.base.errors import InputError
 from vivace.base.knobs import knobs
-from vivace.formats import MOST_LAYERS, Decision, decide, drop, regions
+from vivace.formats import MOST_LAYERS, Decision, Engines, decide, drop, regions
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type, Value
 from vivace.lower.precision import narrow, products
@@ -125,7 +125,15 @@ def test_only_some_products_multiply_halves() -> None:
 
 
 @pytest.mark.parametrize("with_samples", [False, True])
-def test_engine(with_samples: bool, tmp_path: Path) -> None:
+def test_engine(with_samples: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times are made up, errors are measured: all layers but the second are faster in bf16, none in f16."""
+
+    def seconds(engines: Engines, formats: Mapping[str, str]) -> dict[str, float]:
+        slow = engines.layers[1]
+        return {x: 0.5 if formats.get(x) == "bf16" and x != slow else 1.0 for x in engines.layers}
+
+    monkeypatch.setattr(Engines, "seconds", seconds)
+    monkeypatch.setattr(Engines, "whole", lambda engines, formats: (5.0, 3.0))
     graph = graph_of_chain()
     x = np.random.default_rng(0).standard_normal((64, 96)).astype(np.float32)
     samples = {graph.inputs[0].name: x}
@@ -136,10 +144,13 @@ def test_engine(with_samples: bool, tmp_path: Path) -> None:
     stats = engine.stats
     layers = cast(list[dict[str, Any]], stats["layers"])
     assert stats["precision"] == "auto" and stats["max_drop"] == 0.02 and stats["metric"] == "relative"
-    assert len(layers) == 5 and {x["format"] for x in layers} <= {"f32", "bf16", "f16"}
+    assert [x["format"] for x in layers] == ["bf16", "f32", "bf16", "bf16", "bf16"]
+    assert [x["saved_ms"] for x in layers] == [500, 0, 500, 500, 500] and layers[1]["reason"] == "no faster than f32"
+    assert all(0 < x["error"] <= 0.02 for i, x in enumerate(layers) if i != 1)
+    assert (stats["f32_ms"], stats["auto_ms"]) == (5000, 3000)
     assert ("given" if with_samples else "seeded") in str(stats["measured_on"])
-    assert cast(float, stats["error"]) <= 0.02
-    assert drop("relative", engine.run(samples), f32.run(samples)) <= 0.02
+    assert 0 < cast(float, stats["error"]) <= 0.02
+    assert 0 < drop("relative", engine.run(samples), f32.run(samples)) <= 0.02
     engine.save(tmp_path / "m.vivace")
     assert vivace.load(tmp_path / "m.vivace").stats["layers"] == layers
 

@@ -269,7 +269,7 @@ def _inspect_engine(path: Path, as_json: bool, scaling: Scaling | None) -> None:
             continue
         if fact == "layers":
             continue
-        print(f"{fact:24} {size(value) if fact.endswith('_bytes') and isinstance(value, int) else value}")
+        print(f"{fact:24} {_shown(fact, value)}")
     if isinstance(layers, list):
         _print_layers(layers)
     for place in engine.placement:
@@ -277,6 +277,16 @@ def _inspect_engine(path: Path, as_json: bool, scaling: Scaling | None) -> None:
         print(f"{place.node} ({place.op}) -> {place.kernel} in {place.provider}{because}")
     if scaling:
         print_scaling(scaling)
+
+
+def _shown(fact: str, value: object) -> str:
+    from vivace.cli.console import size
+
+    if isinstance(value, int) and fact.endswith("_bytes"):
+        return size(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) or "-" if isinstance(value, list) else str(value)
 
 
 def _print_layers(layers: Sequence[Mapping[str, Any]]) -> None:
