@@ -87,11 +87,33 @@ def test_a_file_takes_tuning_to_another_cache(tmp_path: Path) -> None:
     assert vivace.load(saved).stats["tuning"] == engine.stats["tuning"]
 
 
+def test_without_tuning_a_file_is_read_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefer_the_last(monkeypatch)
+    graph, x = graph_of("matmul")
+    file = tmp_path / "timings.jsonl"
+    with knobs.scope(cache_dir=tmp_path / "one"):
+        tuned = vivace.compile(graph, threads=2, tune="fast", timing_cache=file)
+    held = file.read_bytes()
+    monkeypatch.setattr(tuning, "_Bench", None)  # nothing is measured
+    with knobs.scope(cache_dir=tmp_path / "two"), collecting() as records:
+        engine = vivace.compile(graph, threads=2, timing_cache=file)
+        facts, want = engine.stats["tuning"], tuned.stats["tuning"]
+        assert isinstance(facts, dict) and isinstance(want, dict)
+        assert facts["changes"] == want["changes"] != [] and facts["n_measured"] == 0
+        np.testing.assert_array_equal(engine(x), tuned(x))
+        assert not records and file.read_bytes() == held and not tuning.own_file().exists()
+        other = vivace.compile(graph, threads=1, timing_cache=file).stats["tuning"]
+        assert isinstance(other, dict) and not other["changes"] and "nothing for this machine" in str(records)
+
+
 def test_a_budget_of_0_leaves_everything_as_it_is(tmp_path: Path) -> None:
     graph, _ = graph_of("matmul")
     with knobs.scope(cache_dir=tmp_path):
         facts = vivace.compile(graph, threads=2, tune="fast", tune_budget=0.0).stats["tuning"]
-    assert isinstance(facts, dict) and facts["n_measured"] == 0 and not facts["is_complete"] and not facts["changes"]
+        assert isinstance(facts, dict) and facts["n_measured"] == 0
+        assert not facts["is_complete"] and not facts["changes"]
+        facts = vivace.compile(graph, threads=2, tune="fast").stats["tuning"]  # nothing is decided yet
+        assert isinstance(facts, dict) and facts["n_measured"] > 0
 
 
 @pytest.mark.parametrize("found", [{}, {"a": Choice(rows=3)}])
@@ -114,7 +136,10 @@ def test_the_plan_is_made_with_the_choices_that_are_returned(
 
 def test_bad_options() -> None:
     graph, _ = graph_of("matmul")
-    for options in ({"tune": "hard"}, {"tune": "fast", "tune_budget": -1.0}, {"tune_budget": float("nan")}):
+    for options in (
+        {"tune": "hard"}, {"tune": "fast", "tune_budget": -1.0}, {"tune_budget": float("nan")}, {"tune_budget": 5.0},
+        {"timing_cache": "/no/such/file"}, {"tune": "fast", "providers": ("onnxruntime",)},
+    ):  # fmt: skip
         with pytest.raises(InputError):
             vivace.compile(graph, **options)  # type: ignore[arg-type]
 

@@ -95,8 +95,9 @@ def compile(
     model, and keeps the fastest (5 to 30 s the first time, then from the cache).
     `disable` names passes and rules of the optimizer (docs/rules.md) to leave out, and choices of the lowering
     (`winograd`, `epilogues`, `trees`, `placement`, `in_place`): `benchmarks/ablations.py` shows what each brings.
-    `tune` measures ways to make the kernels: `off` none, `fast` for seconds, `full` for minutes, or `tune_budget` s; it
-    keeps them here and in `timing_cache` (see `vivace timings`). `progress(stage, done, total)` tells how far it is.
+    `tune` measures ways to make the kernels: `fast` for seconds, `full` for minutes, or `tune_budget` s; it keeps them
+    here and in `timing_cache` (see `vivace timings`). `off` measures nothing, and takes the choices of a `timing_cache`
+    where one is given. `progress(stage, done, total)` tells how far it is.
     `precision` is `f32`, `bf16` or `f16`: values between kernels and weights of products are stored in that type, sums
     stay in f32 (see `vivace.lower.precision`). Where the CPU has no products of the type with f32 sums it would not pay
     (no x86 CPU that we make code for has those of f16), and f32 is used: `engine.stats["precision_note"]` says so. With
@@ -145,6 +146,8 @@ def _refuse_unused(options: Options, has_samples: bool) -> None:
         raise InputError("formats and providers cannot be chosen by measurement in one", where="precision")
     if precision == "auto" and options.tune is not None:
         raise InputError("formats and kernels cannot be chosen by measurement in one", where="tune", expected="off")
+    if options.tune is not None and whole not in ((), ("auto",)):
+        raise InputError(f"{whole[0]} runs the whole model: its kernels are not tuned", where="tune", expected="off")
     if has_samples and whole == ("auto",):
         raise InputError("no error is measured with providers='auto'", where="calibration", expected="none")
     if precision != "f32" and whole not in ((), ("auto",)):
@@ -189,11 +192,19 @@ class Job:
             try:
                 return self.pieces(self.portable_graph(graph), {}, {})
             except (UnsupportedError, ProviderError) as e:  # such as an operator of an opset that is not exported
-                return self.whole("onnxruntime", str(e))
+                return self._in_f32(self.whole("onnxruntime", str(e)))
         tell("optimize", 0, 1)
         plan, image, graph = build(graph, options)
         image.facts["compile_seconds"] = time.perf_counter() - started
         return _engine(plan, image, options, placements(image, float_islands(graph)), self.portable)
+
+    def _in_f32(self, engine: PartitionedEngine) -> PartitionedEngine:
+        """The engine of another provider in the place of ours, which says so where a precision was asked for."""
+        if self.options.precision != "f32":
+            note = f"onnxruntime runs the whole model: computed in f32, not {self.options.precision}"
+            warn("precision", note)
+            engine.facts.update(precision="f32", precision_note=note)
+        return engine
 
     def portable_graph(self, graph: Graph | None = None) -> Graph:
         """The graph rewritten as far as any provider can still run it: what is cut into pieces."""

@@ -53,7 +53,9 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Tune:
-    """What the user asked for. `file` is a timing cache besides the machine's own; `keeps` whether that is used."""
+    """What the user asked for. `file` is a timing cache besides the machine's own; `keeps` whether that is used. With
+    the effort `off` nothing is measured, and the file's choices are taken.
+    """
 
     effort: str = "off"
     budget_seconds: float | None = None
@@ -74,12 +76,21 @@ class Workshop:
 
 
 def tune_of(effort: str, budget: float | None, file: str | Path | None, keeps: bool) -> Tune | None:
-    """The order, None for `off`. Raises: InputError for an unknown effort or a budget below 0."""
+    """The order, None where nothing is asked for. Raises: InputError for an unknown effort, a budget below 0 or without
+    tuning, and for a file to take choices from that is not there.
+    """
     if effort not in EFFORTS:
         raise InputError(f"unknown effort of tuning {effort!r}", where="tune", expected=", ".join(EFFORTS))
     if budget is not None and not budget >= 0:
         raise InputError(f"a budget of {budget} s", where="tune_budget", expected="0 or more")
-    return None if effort == "off" else Tune(effort, budget, None if file is None else Path(file), keeps)
+    path = None if file is None else Path(file)
+    if effort != "off":
+        return Tune(effort, budget, path, keeps)
+    if budget is not None:
+        raise InputError("a budget has no effect without tuning", where="tune_budget", expected="tune='fast' or 'full'")
+    if path is not None and not path.is_file():
+        raise InputError("no such file", where=str(path), expected="a timing cache", hint="tune='fast' makes it")
+    return None if path is None else Tune(effort, file=path, keeps=False)
 
 
 def tuned(shop: Workshop, wanted: Tune, progress: Progress | None) -> tuple[Plan, Choices, dict[str, object]]:
@@ -116,7 +127,9 @@ def tune(
     started = time.perf_counter()
     decided = cache.decided(wanted.effort)
     sites = {s.site.key: s.site for s in steps_of(plan.body) if s.site is not None}
-    fresh = [s for s in sites.values() if s.key not in decided]
+    fresh = [] if wanted.effort == "off" else [s for s in sites.values() if s.key not in decided]
+    if wanted.effort == "off" and not cache.timings:
+        warn("tuning", f"{wanted.file} has nothing for this machine, instruction set, thread count and version")
     kept = {k: c for k, c in base.by_key.items() if k in sites}
     facts: dict[str, object] = {"effort": wanted.effort, "n_sites": len(sites), "n_measured": 0}
     if fresh:

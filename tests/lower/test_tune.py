@@ -136,6 +136,13 @@ def test_a_budget_ends_the_search_and_full_goes_on_later(tmp_path: Path) -> None
     assert cache_of(tmp_path).decided("full")["a"] == WAYS[11]
 
 
+def test_a_site_that_was_never_reached_is_not_decided(tmp_path: Path) -> None:
+    machine = Machine({("a", WAYS[0]): 0.5})
+    assert not search(machine, cache_of(tmp_path), budget=0.0).run().is_complete
+    assert cache_of(tmp_path).decided() == {"tiny": DEFAULT}  # which takes too little to be looked at
+    assert search(machine, cache_of(tmp_path)).run().choices == {"a": WAYS[0]}
+
+
 def test_versions_that_there_is_no_time_for_stay_untried(tmp_path: Path) -> None:
     machine = Machine({("a", WAYS[0]): 0.5}, build_ns=1000.0)
     tuning = search(machine, cache_of(tmp_path), budget=3000.0)

@@ -221,6 +221,10 @@ def test_an_operator_that_cannot_be_exported_takes_the_model_along() -> None:
     assert "opset 24" in engine.placement[0].reason
     x = np.arange(12, dtype=np.float32).reshape(2, 6)
     np.testing.assert_allclose(engine(x, np.array([4, 3])), np.exp(x).reshape(4, 3), rtol=1e-6)
+    with collecting() as seen:
+        narrow = vivace.compile(proto.SerializeToString(), threads=1, precision="bf16")
+    assert narrow.stats["precision"] == "f32" and "computed in f32" in str(narrow.stats["precision_note"])
+    assert any("computed in f32, not bf16" in str(s) for s in seen)
 
 
 def test_parts_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:

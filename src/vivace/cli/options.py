@@ -58,8 +58,8 @@ Tune = Annotated[str, typer.Option(help="How much to measure for choosing kernel
 TuneBudget = Annotated[float, typer.Option(metavar="SECONDS", help="Seconds of tuning; 0 is the effort's own.")]
 TimingCache = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="What tuning measured, read and written beside the machine's own cache.",
-                 show_default=False),
+    typer.Option(metavar="FILE", show_default=False,
+                 help="What tuning measured, read and written beside the machine's own cache; --tune off only reads."),
 ]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 

@@ -10,7 +10,8 @@ Rules:
 * BEYOND NOISE: a choice is kept where it is faster by `MARGIN` and in most of the rounds, twice: in the search, and
   when it is confirmed. If the whole model is then not faster, nothing is kept.
 * QUIET: times are compared by their lower quartiles, since a neighbour on the core only ever adds.
-* RESUMED: what a turn found is in the timing cache before the next begins.
+* RESUMED: what a turn found is in the timing cache before the next begins. A site of which nothing was measured, as the
+  budget ended before, is not decided: the next search takes it up.
 
 Pure: measuring, the clock and the cache are given.
 """
@@ -169,6 +170,8 @@ class Tuning:
         decided = self.effort if self.result.is_complete else "fast"  # so that a cut search goes on when asked again
         lines = []
         for key, site in self.sites.items():
+            if not self.result.is_complete and self.tried.get(key) == {DEFAULT}:
+                continue
             choice = self.result.choices.get(key, DEFAULT)
             ratio = self.ratio[key] if choice != DEFAULT else 1.0
             lines.append(self.cache.timing(key, what(site), choice, ratio, self.ns[key] * ratio, decided))
