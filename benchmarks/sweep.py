@@ -36,7 +36,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 import vivace
 from vivace.base.machine import host
-from vivace.compiler import load_graph, optimize_for_native
+from vivace.building import optimize_for_native
+from vivace.compilation import load_graph
 from vivace.graph.graph import Node
 from vivace.measure.peaks import machine_peaks
 from vivace.runtime.engine import Engine

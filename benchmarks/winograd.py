@@ -17,10 +17,11 @@ import numpy as np
 
 from vivace.base.dtypes import DType
 from vivace.base.machine import Isa
-from vivace.compiler import build_image, choose_isa
+from vivace.building import link_image, make_plan
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Node, Type
 from vivace.lower.rules import winograd
+from vivace.options import choose_isa
 from vivace.runtime.engine import Engine
 
 LAYERS = ("56x56x64", "28x28x128", "14x14x256", "7x7x512", "112x112x32", "112x112x3x64", "20x20x192", "3000x384")
@@ -57,9 +58,9 @@ def engine(graph: Graph, size: Size, threads: int) -> Engine:
     def fixed(node: Node, isa: Isa, half: bool = False) -> Size:
         return size
 
-    winograd.choose = fixed
+    winograd.choose, target = fixed, choose_isa("host")
     try:
-        return Engine(build_image(graph, choose_isa("host"), True, (), None), threads)
+        return Engine(link_image(make_plan(graph, target, ()), target, True, None), threads)
     finally:
         winograd.choose = chosen
 

@@ -18,9 +18,9 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from tests.images import build_image
 
 import vivace
-from vivace import compiler
 from vivace.base.cache import default_cache
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
@@ -28,6 +28,7 @@ from vivace.base.errors import EngineError, InputError, UnsupportedError, Vivace
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type
 from vivace.graph.reference import evaluate
+from vivace.options import choose_isa
 from vivace.runtime.engine import Engine
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
@@ -50,7 +51,7 @@ def model(n_layers: int = 2, op: str = "Relu") -> onnx.ModelProto:
 
 
 def run(graph: Graph, *inputs: np.ndarray) -> list[np.ndarray]:
-    image = compiler.build_image(graph, compiler.choose_isa("host"), True, ("native",), None)
+    image = build_image(graph, choose_isa("host"), True)
     out = Engine(image, 1)(*inputs)
     return list(out) if isinstance(out, tuple) else [out]
 

@@ -13,8 +13,9 @@ import pytest
 
 import vivace
 from vivace import choice
-from vivace.compiler import Job, Options, choose_isa, load_graph
+from vivace.compilation import Compilation, load_graph
 from vivace.measure.compare import Tolerance
+from vivace.options import Options, choose_isa
 from vivace.providers.provider import availability
 from vivace.runtime.engine import Engine
 from vivace.runtime.partitioned import PartitionedEngine
@@ -68,7 +69,7 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pieces_of_model() -> int:
-    job = Job(model(), SHAPES, Options(1, choose_isa("host")))
+    job = Compilation(model(), SHAPES, Options(1, choose_isa("host")))
     graph = job.portable_graph()
     return len(choice.split(graph, [1.0] * len(graph.nodes), {}))
 

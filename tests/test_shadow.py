@@ -11,7 +11,7 @@ from onnx import helper
 from tests.onnx.making import model, node, value
 
 import vivace
-from vivace import compiler
+from vivace import building
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError
 from vivace.base.knobs import knobs
@@ -102,8 +102,8 @@ def test_damaged_weights_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def with_plan(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = compiler.make_plan
-    monkeypatch.setattr(compiler, "make_plan", lambda *args: change(make(*args)))
+    make = building.make_plan
+    monkeypatch.setattr(building, "make_plan", lambda *args: change(make(*args)))
 
 
 def is_of(step: object, name: str) -> bool:

@@ -53,7 +53,7 @@ _FINAL = replace(_SETTINGS, budget_seconds=4.0, least_rounds=12)
 Arrays = Mapping[str, np.ndarray]
 
 
-class Job(Protocol):
+class EngineMaker(Protocol):
     """What the choice needs of the compiler: engines of one model."""
 
     @property
@@ -78,7 +78,7 @@ class Job(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Partition:
     """What was chosen, and the times that decided, in milliseconds.
 
     `name` is a provider, or `parts`: then `runs` says of each piece of the graph, in the order of its nodes, who runs
@@ -100,7 +100,7 @@ def _reason(times: Mapping[str, float]) -> str:
     return "measured: " + ", ".join(f"{name} {t:.3g} ms" for name, t in sorted(times.items(), key=lambda x: x[1]))
 
 
-def fastest(job: Job, shapes: Mapping[str, Sequence[int]] | None, remembers: bool = True) -> Compiled:
+def fastest(job: EngineMaker, shapes: Mapping[str, Sequence[int]] | None, remembers: bool = True) -> Compiled:
     """The engine of the fastest choice. Its `stats` have the times (`auto_ms`) and who was refused (`auto_refused`).
 
     `remembers`: whether a choice is kept, and one that was kept is taken.
@@ -116,7 +116,7 @@ def fastest(job: Job, shapes: Mapping[str, Sequence[int]] | None, remembers: boo
         try:
             data = json.loads(found)
             runs = tuple((provider, n) for provider, n in data.pop("runs"))
-            return _engine(job, graph, Choice(**{**data, "runs": runs, "pieces": tuple(data["pieces"])}))
+            return _engine(job, graph, Partition(**{**data, "runs": runs, "pieces": tuple(data["pieces"])}))
         except (VivaceError, TypeError, KeyError, ValueError):
             pass  # a provider that is gone, or an entry of another version
     choice = choose(job, graph, shapes)
@@ -125,7 +125,7 @@ def fastest(job: Job, shapes: Mapping[str, Sequence[int]] | None, remembers: boo
     return _engine(job, graph, choice)
 
 
-def _key(job: Job, graph: Graph, shapes: Mapping[str, Sequence[int]] | None) -> str:
+def _key(job: EngineMaker, graph: Graph, shapes: Mapping[str, Sequence[int]] | None) -> str:
     machine = host()
     versions = [(name, availability(name).version) for name in KNOWN if availability(name).is_available]
     facts = (1, job.key, versions, machine.model, machine.n_cores, sorted((shapes or {}).items()), _digest(graph))
@@ -143,7 +143,7 @@ def _digest(graph: Graph) -> str:
     return digest.hexdigest()
 
 
-def _engine(job: Job, graph: Graph, choice: Choice) -> Compiled:
+def _engine(job: EngineMaker, graph: Graph, choice: Partition) -> Compiled:
     if choice.name == MIXED:
         whose, reasons = dict[Node, str](), dict[Node, str]()
         nodes = iter(graph.nodes)
@@ -161,7 +161,7 @@ def _engine(job: Job, graph: Graph, choice: Choice) -> Compiled:
     return engine
 
 
-def choose(job: Job, graph: Graph, shapes: Mapping[str, Sequence[int]] | None) -> Choice:
+def choose(job: EngineMaker, graph: Graph, shapes: Mapping[str, Sequence[int]] | None) -> Partition:
     """Measure."""
     specs = [TensorSpec(v.name, v.dtype, v.shape) for v in graph.inputs]
     concrete, sizes = choose_shapes(specs, {k: tuple(v) for k, v in (shapes or {}).items()})
@@ -178,7 +178,7 @@ def choose(job: Job, graph: Graph, shapes: Mapping[str, Sequence[int]] | None) -
     near = job.tolerance
     times = _measure({name: e.run for name, e in wholes.items()}, inputs, near, refused, _SETTINGS)
     best = min(times, key=lambda name: times[name] * (MARGIN if name == NATIVE else 1.0))
-    choice = Choice(best, {k: 1e3 * t for k, t in times.items()}, refused)
+    choice = Partition(best, {k: 1e3 * t for k, t in times.items()}, refused)
     if len(times) < 2 or times[best] < LEAST_SECONDS:
         return choice
     groups = split(graph, node_seconds(graph, ours, inputs), sizes)
@@ -190,7 +190,7 @@ def choose(job: Job, graph: Graph, shapes: Mapping[str, Sequence[int]] | None) -
         return choice
     parts = tuple((provider, len(g)) for provider, g in zip(runs, groups, strict=True))
     pieces = tuple({name: 1e3 * t for name, t in row.items()} for row in table)
-    mixed = Choice(MIXED, choice.times, refused, parts, pieces)
+    mixed = Partition(MIXED, choice.times, refused, parts, pieces)
     rivals = {best: fastest_whole.run, MIXED: _engine(job, graph, mixed).run}
     final = _measure(rivals, inputs, near, refused, _FINAL)
     all_times = {**choice.times, **{k: 1e3 * t for k, t in final.items()}}
@@ -264,7 +264,7 @@ def _value(d: Dim, env: Mapping[str, int]) -> int:
 
 
 def _piece_times(
-    job: Job, graph: Graph, groups: Sequence[Sequence[Node]], inputs: Arrays, providers: Sequence[str]
+    job: EngineMaker, graph: Graph, groups: Sequence[Sequence[Node]], inputs: Arrays, providers: Sequence[str]
 ) -> list[dict[str, float]]:
     """Seconds of each provider for each piece by itself, its borders included, on the values that our engine gives."""
     values = dict(inputs)

@@ -14,8 +14,8 @@ from random import Random
 
 import numpy as np
 from tests import races
+from tests.images import build_image
 
-from vivace import compiler
 from vivace.base.dims import Dim, evaluate
 from vivace.base.machine import ISAS, Isa, host, missing_flags
 from vivace.base.machine import isa as named
@@ -197,7 +197,7 @@ def check_engine(graph: Graph, *inputs: Array, threads: int = 2, tol: float = 2e
     several threads; then look for races."""
     feeds = {v.name: x for v, x in zip(graph.inputs, inputs, strict=True)}
     with races.sharing_all():
-        image = compiler.build_image(graph, ISAS[BEST], False, ("native",), None)
+        image = build_image(graph, ISAS[BEST], False)
     engine = Engine(image, threads, [])
     want = graph_reference.evaluate(graph, list(inputs))
     for _ in range(repeats):

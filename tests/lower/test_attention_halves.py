@@ -10,10 +10,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from tests import races
+from tests.images import build_image
 from tests.lower.harness import build
 
 import vivace
-from vivace import compiler
 from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
 from vivace.base.knobs import knobs
@@ -61,7 +61,7 @@ def attention(
 
 def run(graph: Graph, *xs: np.ndarray, name: str, threads: int = 2) -> None:
     narrowed = narrow(graph)
-    engine = Engine(compiler.build_image(narrowed.graph, isa(name), False, ("native",), None), threads, [])
+    engine = Engine(build_image(narrowed.graph, isa(name), False), threads, [])
     got = engine.run({v.name: x for v, x in zip(graph.inputs, xs, strict=True)})[graph.outputs[0].name]
     with np.errstate(all="ignore"):
         (want,) = reference.evaluate(narrowed.graph, list(xs))
@@ -144,7 +144,7 @@ def test_nan_and_infinity_pass(name: str) -> None:
     q[0, 0, 3], v[0, 1, 5, 2] = np.nan, np.inf
     graph = attention((1, 2, 40, 16), (1, 2, 70, 16), 16)
     narrowed = narrow(graph).graph
-    engine = Engine(compiler.build_image(narrowed, isa(name), False, ("native",), None), 1, [])
+    engine = Engine(build_image(narrowed, isa(name), False), 1, [])
     got = engine.run({v.name: x for v, x in zip(graph.inputs, (q, k, v), strict=True)})[graph.outputs[0].name]
     assert np.isnan(got[0, 3, 0]).all() and (got[0, :, 1, 2] == np.inf).all()
     assert np.isfinite(got[0, :3]).sum() == got[0, :3].size - 3
@@ -160,7 +160,7 @@ def test_keys_of_a_cache_in_f32_are_rounded_as_they_are_packed() -> None:
     graph = build(make, *(Type(F32, shape) for shape in shapes))
     xs = [random(*shape) for shape in shapes]
     (want,) = reference.evaluate(graph, xs)
-    engine = Engine(compiler.build_image(narrow(graph).graph, isa(HERE[-1]), False, ("native",), None), 2, [])
+    engine = Engine(build_image(narrow(graph).graph, isa(HERE[-1]), False), 2, [])
     got = engine.run({v.name: x for v, x in zip(graph.inputs, xs, strict=True)})[graph.outputs[0].name]
     assert 0 < np.abs(got - want).max() <= 2**-6 * np.abs(xs[2]).max()
 
@@ -176,7 +176,7 @@ def test_pieces_do_not_race(name: str) -> None:
     graph = attention((1, 4, 70, 32), (1, 2, 90, 32), 40)
     xs = [random(1, 4, 70, 32), random(1, 2, 90, 32), random(1, 2, 90, 40)]
     with races.sharing_all():
-        image = compiler.build_image(narrow(graph).graph, isa(name), False, ("native",), None)
+        image = build_image(narrow(graph).graph, isa(name), False)
     races.check(image, {v.name: x for v, x in zip(graph.inputs, xs, strict=True)}, threads=(1, 2, 5), repeats=2)
 
 

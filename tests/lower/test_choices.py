@@ -12,7 +12,7 @@ from tests.lower.harness import BEST, build
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import ISAS, host, missing_flags, with_extras
-from vivace.compiler import apply_precision, link_image
+from vivace.building import apply_precision, link_image
 from vivace.graph import reference
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type, Value

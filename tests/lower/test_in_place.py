@@ -9,12 +9,13 @@ from tests.lower.harness import build, check
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import ISAS
-from vivace.compiler import choose_isa, make_plan
+from vivace.building import make_plan
 from vivace.graph.build import Builder
 from vivace.graph.graph import Type, Value
 from vivace.lower.in_place import write_in_place
 from vivace.lower.lowering import lower
 from vivace.lower.plan import Plan
+from vivace.options import choose_isa
 
 SQUARE = Type(DType.f32, (24, 24))
 rng = np.random.default_rng(0)

@@ -11,10 +11,10 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from tests.images import build_image
 from tests.lower.harness import build
 
 import vivace
-from vivace import compiler
 from vivace.base import events
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
@@ -121,7 +121,7 @@ def off(got: np.ndarray, want: np.ndarray) -> float:
 
 
 def engine(graph: Graph, name: str, threads: int = 2) -> Engine:
-    return Engine(compiler.build_image(graph, isa(name), False, ("native",), None), threads, [])
+    return Engine(build_image(graph, isa(name), False), threads, [])
 
 
 @pytest.mark.parametrize("net", NETS)

@@ -11,16 +11,17 @@ from random import Random
 import numpy as np
 import pytest
 from tests import races
+from tests.images import build_image
 from tests.lower.harness import build
 from tests.lower.test_matrix import FAMILIES, Numbers
 from tests.lower.test_recurrent import layer
 from tests.lower.test_resize import resized
 
-from vivace import compiler
 from vivace.base.dtypes import DType
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type, Value
 from vivace.lower.precision import narrow
+from vivace.options import choose_isa
 
 F32 = DType.f32
 RNG = np.random.default_rng(2)
@@ -67,9 +68,9 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
 
 
 def check(graph: Graph, feeds: list[np.ndarray]) -> None:
-    target = compiler.choose_isa("host")
+    target = choose_isa("host")
     with races.sharing_all():
-        image = compiler.build_image(graph, target, True, ("native",), None)
+        image = build_image(graph, target, True)
     races.check(image, {v.name: x for v, x in zip(graph.inputs, feeds, strict=True)}, repeats=2)
 
 

@@ -15,14 +15,16 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import races
+from tests.images import build_image
 
-from vivace import compiler
 from vivace.base.dims import Dim, evaluate, symbol
 from vivace.base.dtypes import DType
+from vivace.building import optimize_for_native
 from vivace.graph import reference
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type, Value
 from vivace.graph.text import print_graph
+from vivace.options import choose_isa
 from vivace.runtime.engine import Engine
 
 N, S = symbol("N"), symbol("S")
@@ -349,8 +351,8 @@ def feed_of(graph: Graph, dims: dict[str, int], numbers: np.random.Generator) ->
 
 def compare(graph: Graph, seed: int, optimize: bool) -> None:
     """Compile once; run at every size with one thread and with three."""
-    prepared = compiler.optimize_for_native(graph) if optimize else graph
-    image = compiler.build_image(prepared, compiler.choose_isa("host"), True, ("native",), None)
+    prepared = optimize_for_native(graph) if optimize else graph
+    image = build_image(prepared, choose_isa("host"), True)
     numbers = np.random.default_rng(seed)
     for threads in (1, 3):
         engine = Engine(image, threads, [])
@@ -380,6 +382,6 @@ def test_random_graphs_do_not_race(random: Random, n_nodes: int, optimize: bool)
     graph = grow(random, n_nodes)
     numbers = np.random.default_rng(random.randrange(1 << 30))
     with races.sharing_all():
-        prepared = compiler.optimize_for_native(graph) if optimize else graph
-        image = compiler.build_image(prepared, compiler.choose_isa("host"), True, ("native",), None)
+        prepared = optimize_for_native(graph) if optimize else graph
+        image = build_image(prepared, choose_isa("host"), True)
     races.check(image, feed_of(graph, SIZES[1], numbers), repeats=2)

@@ -180,7 +180,8 @@ def test_memory_outside_the_input_is_not_read(m: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_engines_with_threads(m: tuple[int, int], threads: int) -> None:
-    from vivace.compiler import build_image
+    from tests.images import build_image
+
     from vivace.runtime.engine import Engine
 
     def make(b: Builder, x: Value) -> Value:
@@ -188,7 +189,7 @@ def test_engines_with_threads(m: tuple[int, int], threads: int) -> None:
 
     g = build(make, Type(F32, (1, 29, 30, 48)))
     x = random(1, 29, 30, 48)
-    engine = Engine(build_image(g, ISAS[HERE[-1]], False, (), None), threads)
+    engine = Engine(build_image(g, ISAS[HERE[-1]], False), threads)
     want = exact_conv(np.maximum(exact_conv(x, g.nodes[0]), 0), g.nodes[-1])
     for _ in range(3):
         got = engine(x)

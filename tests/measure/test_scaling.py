@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.images import build_image
 from tests.runtime.test_concurrency import GRAPH, example
 
 from vivace.base.errors import InputError
 from vivace.cli.scaling import thread_counts
-from vivace.compiler import build_image, choose_isa
 from vivace.measure.scaling import Costs, Piece, Stage, examine, hand_over_costs, predict, simulate, stages_of
+from vivace.options import choose_isa
 from vivace.runtime.engine import Engine
 
 FREE = Costs(0.0, 0.0, 0.0)
@@ -56,7 +57,7 @@ def test_claims_stand_in_line() -> None:
 
 
 def test_stages_of_an_engine() -> None:
-    engine = Engine(build_image(GRAPH, choose_isa("host"), True, ("native",), None), 1)
+    engine = Engine(build_image(GRAPH, choose_isa("host"), True), 1)
     x = example(500)
     stages = stages_of(engine, {"x": x}, n_runs=2)
     ran = [p.line for s in stages for p in s.pieces]

@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tests import races
+from tests.images import build_image
 
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
-from vivace.compiler import build_image, choose_isa
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type
 from vivace.graph.reference import evaluate
+from vivace.options import choose_isa
 from vivace.runtime.engine import Engine
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -41,7 +42,7 @@ GRAPH = network()
 
 
 def engine_of(threads: int) -> Engine:
-    return Engine(build_image(GRAPH, choose_isa("host"), True, ("native",), None), threads)
+    return Engine(build_image(GRAPH, choose_isa("host"), True), threads)
 
 
 def example(n: int) -> np.ndarray:
@@ -182,7 +183,7 @@ def test_results_may_be_written_over_an_input() -> None:
     halves = [b.slice(x, starts=(0, at), sizes=(symbol("N"), 32), steps=(1, 1)) for at in (32, 0)]
     y = b.concat(*halves, axis=1)
     graph = b.finish([y])
-    engine = Engine(build_image(graph, choose_isa("host"), True, ("native",), None), 1)
+    engine = Engine(build_image(graph, choose_isa("host"), True), 1)
     a = example(9)
     want = evaluate(graph, [a])[0]
     (name,) = (s.name for s in engine.outputs)
@@ -209,7 +210,7 @@ def test_an_engine_goes_on_in_a_forked_child() -> None:
 
 def test_an_engine_does_not_race() -> None:
     with races.sharing_all():
-        image = build_image(GRAPH, choose_isa("host"), True, ("native",), None)
+        image = build_image(GRAPH, choose_isa("host"), True)
     for n in (1, 45, 300):
         races.check(image, {"x": example(n)})
 
@@ -218,7 +219,7 @@ def test_an_engine_does_not_race() -> None:
 def test_a_missing_hand_over_is_found(threads: int) -> None:
     """The same engine with all steps beside each other."""
     with races.sharing_all():
-        image = build_image(GRAPH, choose_isa("host"), True, ("native",), None)
+        image = build_image(GRAPH, choose_isa("host"), True)
     lines = tuple(replace(line, beside=line.kind == "run") for line in image.lines)
     with pytest.raises(AssertionError, match="not that of one thread"):
         races.check(replace(image, lines=lines), {"x": example(300)}, threads=(threads,))

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.images import build_image
 
 import vivace
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import EngineError, InputError
-from vivace.compiler import build_image, choose_isa
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type
 from vivace.graph.reference import evaluate
+from vivace.options import choose_isa
 from vivace.runtime.engine import Engine
 
 rng = np.random.default_rng(7)
@@ -61,7 +62,7 @@ def small_transformer() -> Graph:
 
 
 def engine_of(graph: Graph, threads: int = 1, target: str = "host") -> Engine:
-    return Engine(build_image(graph, choose_isa(target), False, ("native",), None), threads, portable=b"")
+    return Engine(build_image(graph, choose_isa(target), False), threads, portable=b"")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -213,7 +213,7 @@ def _limit(job: Job, notes: list[str], progress: Any) -> tuple[Total | None, Pea
     from vivace.measure.roofline import total
 
     try:
-        from vivace.compiler import load_graph
+        from vivace.compilation import load_graph
         from vivace.optimize.pipeline import optimize
 
         graph = optimize(load_graph(job.model, job.shapes), level=2)

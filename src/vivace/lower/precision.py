@@ -64,7 +64,7 @@ def narrow(graph: Graph, half: DType = DType.bf16, only: Collection[Value] | Non
     """
     groups = group(graph)
     allowed = {n.outputs[0] for n in products(graph, half)} if only is None else set(only)
-    chosen = _Choice(graph, groups, half, allowed).stored
+    chosen = _Storage(graph, groups, half, allowed).stored
     made = _Rebuild(graph, groups, half, chosen, allowed)
     return Narrowed(made.run(), len(chosen), made.n_products)
 
@@ -74,7 +74,7 @@ def products(graph: Graph, half: DType = DType.bf16) -> list[Node]:
     return [n for n in graph.nodes if n.op.name in _PRODUCTS and reads_half(n, 0, half)]
 
 
-class _Choice:
+class _Storage:
     """Which group outputs are stored narrow."""
 
     def __init__(self, graph: Graph, groups: list[Group], half: DType, allowed: set[Value]) -> None:
