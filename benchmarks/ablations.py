@@ -46,6 +46,7 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "epilogues": ("epilogues",),
     "trees": ("trees",),
     "placement": ("placement",),
+    "strips": ("strips",),
     "in_place": ("in_place",),
     "attention": _ATTENTION,
     "norms": _NORMS,

@@ -93,11 +93,14 @@ def make_plan(
     """Lower. Raises: UnsupportedError for nodes that no chosen provider runs."""
     from vivace.lower.in_place import write_in_place
     from vivace.lower.lowering import lower
+    from vivace.lower.strips import in_strips
 
     refuse_unhosted(graph, providers)
     plan = lower(graph, chosen, without, choices, packed)
-    is_apart = knobs.check or "in_place" in without
-    return plan if is_apart else write_in_place(plan)
+    if knobs.check:  # every value is wanted, in a place of its own
+        return plan
+    plan = plan if "strips" in without else in_strips(plan)
+    return plan if "in_place" in without else write_in_place(plan)
 
 
 def link_image(

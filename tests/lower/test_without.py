@@ -46,7 +46,8 @@ def test_every_option_has_a_test() -> None:
         "epilogues",
         "trees",
         "placement",
+        "strips",
         "in_place",
-    }  # `test_in_place.py` has the last
+    }  # `test_strips.py` and `test_in_place.py` have the last two
     labels = [s.label for s in steps_of(lower(a_bit_of_everything(), ISAS[BEST], frozenset({"winograd"})).body)]
     assert not any("winograd" in label for label in labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,9 @@ from vivace.base.dims import Dim, evaluate, symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import ISAS, Isa, host, missing_flags
 from vivace.loops.contraction import Axis, Depthwise
-from vivace.loops.kernel import Binary, Buffer, Const, Load, Read
+from vivace.loops.kernel import Binary, Buffer, Cast, Const, Load, Read
 from vivace.targets.cpu import jit
-from vivace.targets.cpu.depthwise import emit_depthwise
+from vivace.targets.cpu.depthwise import emit_depthwise, rows_in_flight
 
 f32 = DType.f32
 UNTOUCHED = 5.0
@@ -35,7 +36,8 @@ def rng(*shape: int) -> np.ndarray:
 
 
 def buffer(name: str, values: np.ndarray, writable: bool = False) -> Buffer:
-    return Buffer(name, f32, values.shape, tuple(s // 4 for s in values.strides), writable)
+    dtype = DType.of(values.dtype)
+    return Buffer(name, dtype, values.shape, tuple(s // dtype.size_bytes for s in values.strides), writable)
 
 
 def check(
@@ -49,12 +51,13 @@ def check(
     dilation: int = 1,
     symbolic: str = "",
     x: np.ndarray | None = None,
+    dtype: DType = f32,
 ) -> np.ndarray:
     """Runs `relu(depthwise(x) + bias[c] + residual)` into a channel slice of a wider buffer and compares with NumPy."""
     oh, ow = ((n - (k - 1) * dilation - 1) // stride + 1 for n, k in ((h, kh), (w, kw)))
-    x = rng(2, h, w, c) if x is None else x
+    x = (rng(2, h, w, c) if x is None else x).astype(dtype.numpy)
     weights, bias, residual = rng(kh, kw, c), rng(c), rng(2, oh, ow, c)
-    wide = np.full((2, oh, ow, c + 9), UNTOUCHED, np.float32)
+    wide = np.full((2, oh, ow, c + 9), UNTOUCHED, dtype.numpy)
     out = wide[..., 4 : 4 + c]
     dims = {s: v for s, v in (("H", h), ("W", w), ("C", c)) if s in symbolic}
     dim_h: Dim = symbol("H", h) if "H" in dims else h
@@ -71,6 +74,7 @@ def check(
         Binary("add", Read("acc", f32), Load(shift, (symbol("c"),))),
         Load(extra, (image, row, column, symbol("c"))),
     )
+    result = Binary("max", e, Const(0.0, f32))
     d = Depthwise(
         "depthwise",
         (
@@ -83,7 +87,7 @@ def check(
         buffer("a", x),
         buffer("b", weights),
         buffer("out", out, True),
-        Binary("max", e, Const(0.0, f32)),
+        result if dtype is f32 else Cast(dtype, result),
         (shift, extra),
     )
     code = emit_depthwise(d, isa)
@@ -102,7 +106,8 @@ def check(
             y, z = i * dilation, j * dilation
             part = x[:, y : y + stride * (oh - 1) + 1 : stride, z : z + stride * (ow - 1) + 1 : stride]
             expected += part.astype(np.float64) * weights[i, j]
-    np.testing.assert_allclose(out, np.maximum(expected, 0), rtol=1e-5, atol=1e-5)
+    rtol = {DType.bf16: 2.0**-8, DType.f16: 2.0**-10}.get(dtype, 1e-5)  # a result is rounded once
+    np.testing.assert_allclose(out.astype(np.float64), np.maximum(expected, 0), rtol=rtol, atol=1e-5)
     assert (wide[..., :4] == UNTOUCHED).all()
     assert (wide[..., 4 + c :] == UNTOUCHED).all()
     return out
@@ -123,6 +128,39 @@ def test_run_time_dims(isa: Isa, symbolic: str) -> None:
     for h, w, c in [(3, 3, 1), (10, 17, 20), (7, 26, 48)]:
         check(h, w, c, 3, 3, isa, 1, 1, symbolic)
         check(h, w, c, 3, 3, isa, 2, 1, symbolic)
+
+
+@each_isa
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("h, w, k", [(9, 9, 3), (40, 17, 3), (11, 18, 5), (4, 8, 3)])
+@pytest.mark.parametrize("dtype", [DType.bf16, DType.f16], ids=str)
+def test_halves(isa: Isa, dtype: DType, h: int, w: int, k: int, stride: int, dilation: int) -> None:
+    if (k - 1) * dilation >= h:
+        dilation = 1
+    check(h, w, 37, k, k, isa, stride, dilation, dtype=dtype)
+
+
+@each_isa
+@pytest.mark.parametrize("symbolic", ["W", "HW", "HWC"])
+def test_halves_of_run_time_dims(isa: Isa, symbolic: str) -> None:
+    for h, w, c in [(3, 3, 1), (31, 17, 20), (7, 26, 48)]:
+        check(h, w, c, 3, 3, isa, 1, 1, symbolic, dtype=DType.bf16)
+        check(h, w, c, 3, 3, isa, 2, 1, symbolic, dtype=DType.bf16)
+
+
+def test_where_tiles_roll_each_element_is_converted_once() -> None:
+    """14 output rows of 7 columns by 3x3: 9 loads for a row of 16 channels, and 18 for the two rows above the first."""
+    a, b, out = (Buffer(x, t, (0,), (1,), x == "out") for x, t in (("a", DType.bf16), ("b", f32), ("out", f32)))
+    rows, taps = (Axis("y", 14, 144, 0, 112), Axis("x", 7, 16, 0, 16)), (Axis("u", 3, 144, 48), Axis("v", 3, 16, 16))
+    d = Depthwise("depthwise", rows, taps, 16, a, b, out)
+    loads = [
+        emit_depthwise(x, ISAS["avx512"]).llvm_text.count("zext <16 x i16>")
+        for x in (d, replace(d, rows=rows[1:], taps=taps[1:]))
+    ]
+    assert loads == [9 + 18, 9]
+    assert rows_in_flight(d, ISAS["avx512"]) == 3
+    far = (replace(taps[0], a=288), taps[1])  # dilated: rows of two kinds, of which each serves every second one
+    assert rows_in_flight(replace(d, taps=far), ISAS["avx512"]) == 0
 
 
 @each_isa

@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vivace.base.dims import Dim, symbols
-from vivace.loops.contraction import Contraction, contraction_dims, contraction_params
+from vivace.loops.contraction import Contraction, Depthwise, contraction_dims, contraction_params
 from vivace.loops.kernel import Buffer, Kernel, dims_of
 from vivace.loops.pack import Pack, pack_dims
 
@@ -36,13 +36,13 @@ class Stage:
     `step`. The stage is left out where `when` is 0.
     """
 
-    spec: Kernel | Contraction | Pack
+    spec: Kernel | Contraction | Depthwise | Pack
     offsets: tuple[tuple[Buffer, Dim], ...] = ()
     when: Dim = 1
 
     @property
     def params(self) -> tuple[Buffer, ...]:
-        return contraction_params(self.spec) if isinstance(self.spec, Contraction) else self.spec.params
+        return contraction_params(self.spec) if isinstance(self.spec, (Contraction, Depthwise)) else self.spec.params
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +83,11 @@ def blocked_dims(k: Blocked) -> tuple[str, ...]:
     return tuple(sorted(names - {BLOCK, PART, STEP}))
 
 
-def _dims(spec: Kernel | Contraction | Pack) -> tuple[str, ...]:
+def _dims(spec: Kernel | Contraction | Depthwise | Pack) -> tuple[str, ...]:
     match spec:
         case Kernel():
             return dims_of(spec)
-        case Contraction():
+        case Contraction() | Depthwise():
             return contraction_dims(spec)
         case Pack():
             return pack_dims(spec)

@@ -21,6 +21,8 @@ from vivace.base.dims import Dim, linear, substitute, symbols
 from vivace.base.dtypes import DType
 from vivace.loops.kernel import Binary, Buffer, Cast, Expr, Index, Inside, Load, Lookup, Reduce, Select, Unary, walk
 
+NO_BUFFERS: Mapping[Buffer, Buffer] = {}
+
 
 @dataclass(frozen=True, slots=True)
 class Axis:
@@ -159,25 +161,30 @@ def _joins(outer: Axis, inner: Axis, epilogue: Expr | None) -> bool:
     return True
 
 
-def substitute_expr(e: Expr, env: Mapping[str, Dim]) -> Expr:
-    """`e` with the symbols of every dim in it replaced."""
+def substitute_expr(e: Expr, env: Mapping[str, Dim], buffers: Mapping[Buffer, Buffer] = NO_BUFFERS) -> Expr:
+    """`e` with the symbols of every dim in it replaced, and some buffers by others."""
+
+    def inner(x: Expr) -> Expr:
+        return substitute_expr(x, env, buffers)
+
     match e:
         case Index(dim=d):
             return replace(e, dim=substitute(d, env))
-        case Load(index=index, inside=inside):
+        case Load(buffer=buffer, index=index, inside=inside):
             return replace(
                 e,
+                buffer=buffers.get(buffer, buffer),
                 index=tuple(substitute(i, env) for i in index),
                 inside=tuple(
                     Inside(substitute(i.dim, env), substitute(i.lo, env), substitute(i.hi, env)) for i in inside
                 ),
             )
         case Unary(x=x) | Cast(x=x) | Lookup(x=x) | Reduce(x=x):
-            return replace(e, x=substitute_expr(x, env))
+            return replace(e, x=inner(x))
         case Binary(a=a, b=b):
-            return replace(e, a=substitute_expr(a, env), b=substitute_expr(b, env))
+            return replace(e, a=inner(a), b=inner(b))
         case Select(cond=cond, a=a, b=b):
-            return Select(substitute_expr(cond, env), substitute_expr(a, env), substitute_expr(b, env))
+            return Select(inner(cond), inner(a), inner(b))
         case _:
             return e
 

@@ -30,7 +30,7 @@ def write_in_place(plan: Plan) -> Plan:
     """The plan with the storages of some results replaced by those of operands."""
     touched: dict[Storage, list[int]] = {}
     for i, item in enumerate(plan.body):
-        for s in _storages(item):
+        for s in storages_of(item):
             touched.setdefault(s, []).append(i)
     lies_in: dict[Storage, Storage] = {}
     taken: set[Storage] = set()
@@ -70,18 +70,19 @@ def _candidates(step: Step) -> Iterator[Storage]:
             yield here.storage
 
 
-def _storages(item: Instruction) -> set[Storage]:
+def storages_of(item: Instruction) -> set[Storage]:
+    """All that an instruction reads or writes."""
     match item:
         case Step():
             return {o.storage for o in item.operands}
         case Foreign():
             return {v.storage for v in (*item.inputs, *item.outputs) if v is not None and v.storage is not None}
         case Branch():
-            inside = {s for i in (*item.then, *item.otherwise) for s in _storages(i)}
+            inside = {s for i in (*item.then, *item.otherwise) for s in storages_of(i)}
             return {item.cond.storage, *inside}
         case Loop():
             own = {item.counter, item.limit.storage, *item.carried, *((item.go,) if item.go else ())}
-            return own | {s for i in item.body for s in _storages(i)}
+            return own | {s for i in item.body for s in storages_of(i)}
 
 
 def _replaced(plan: Plan, lies_in: Mapping[Storage, Storage]) -> Plan:

@@ -290,6 +290,7 @@ OPTIONS = {
     "epilogues": "element-wise nodes on the results of a product, norm, reduction or pool, in registers",
     "trees": "element-wise nodes computed where the one other that reads them is",
     "placement": "operands of concat and pad, and what a transpose reads, written where they are wanted",
+    "strips": "depthwise convolutions and their neighbours strip by strip (`strips`)",
     "in_place": "results over residuals that nobody reads any more (`in_place`)",
 }
 

@@ -13,12 +13,13 @@ from dataclasses import replace
 from vivace.base.dims import Dim, bounds, ceildiv, maximum, symbols
 from vivace.base.machine import Isa
 from vivace.loops.blocked import BLOCK, PART, STEP, Blocked, Stage, blocked_dims, extent_of
-from vivace.loops.contraction import Contraction
+from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Buffer, Kernel
 from vivace.loops.pack import Pack
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.contraction import emit_contraction
 from vivace.targets.cpu.contraction_text import Int, Text
+from vivace.targets.cpu.depthwise import emit_depthwise
 from vivace.targets.cpu.llvm import emit_kernel
 from vivace.targets.cpu.pack import emit_pack
 
@@ -55,12 +56,14 @@ def _at_most(scratch_bytes: Dim) -> Dim:
     return most
 
 
-def _stage_code(spec: Kernel | Contraction | Pack, isa: Isa) -> KernelCode:
+def _stage_code(spec: Kernel | Contraction | Depthwise | Pack, isa: Isa) -> KernelCode:
     match spec:
         case Kernel():
             return emit_kernel(spec, isa)
         case Contraction():
             return emit_contraction(spec, isa)
+        case Depthwise():
+            return emit_depthwise(spec, isa)
         case Pack():
             return emit_pack(spec, isa)
 
