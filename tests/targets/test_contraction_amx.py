@@ -175,3 +175,22 @@ def test_few_tile_registers_hold_something(case: Case) -> None:
     text = case.code(TILES).llvm_text
     used = re.findall(r"tileloadd64\(i8 (\d)|tilezero\(i8 (\d)", text)
     assert {int(a or b) for a, b in used} <= {0, 1, 2, 3, 4, 5}
+
+
+WITH_DOTS = isa("avx512+amx_bf16+amx_int8+amx_tile+avx512_bf16+avx512_vnni")
+
+
+@lacks_amx
+@pytest.mark.skipif(bool(missing_flags(host(), WITH_DOTS)), reason="the CPU lacks dot products in vector registers")
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 5, 7, 31, 39])
+@pytest.mark.parametrize("left, right, out", [(bf16, bf16, np.float32), (np.uint8, np.int8, np.int32)])
+@pytest.mark.parametrize("k, n", [(32, 16), (96, 70), (576, 100)])
+def test_few_rows_known_at_run_time(rows: int, left: type, right: type, out: type, k: int, n: int) -> None:
+    """Pieces of fewer than 8 rows read the same panels in vector registers."""
+    random = np.random.default_rng(rows)
+    a, b = random.integers(0, 10, (2, rows, k)).astype(left), random.integers(-9, 10, (2, k, n)).astype(right)
+    case = product(a, b, out, WITH_DOTS, symbolic=True)
+    np.testing.assert_array_equal(case.run(WITH_DOTS), case.expected)
+    text = case.code(WITH_DOTS).llvm_text
+    small = next(x for x in text.split("define ")[1:] if re.match(r"internal void @product\.tile1x1(\.tail)?\(", x))
+    assert re.search(r"@llvm\.x86\..*dp(bf16ps|busd)", small) and "call void @llvm.x86.tileload" not in small

@@ -28,7 +28,7 @@ from vivace.loops.contraction import Contraction, Depthwise, merge_axes
 # What turns i8 into u8 of the same order; `Contraction.a_offset` may only be this or 0.
 SIGN_OFFSET = 128
 _TILE_BYTES = 64  # a row of a tile register
-_LEAST_TILE_ROWS = 8
+LEAST_TILE_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def arithmetic_of(c: Contraction | Depthwise, isa: Isa) -> Arithmetic:
 def _tiles_fit(c: Contraction, ar: Arithmetic) -> bool:
     """Rows enough to fill tile registers, and a run of A that chunks divide."""
     rows = [r.extent for r in c.rows]
-    if all(isinstance(r, int) for r in rows) and prod(rows) < _LEAST_TILE_ROWS:  # type: ignore[operator]
+    if all(isinstance(r, int) for r in rows) and prod(rows) < LEAST_TILE_ROWS:  # type: ignore[operator]
         return False
     if not c.taps:
         return ar.group == 1

@@ -31,8 +31,8 @@ from vivace.targets.cpu.blockwise_dot import (
 from vivace.targets.cpu.blockwise_floats import float_function, float_symbol
 from vivace.targets.cpu.blockwise_weights import Panel, dequantize
 from vivace.targets.cpu.code import KernelCode
-from vivace.targets.cpu.contraction import micro_kernel
-from vivace.targets.cpu.contraction_amx import release, tile_kernel
+from vivace.targets.cpu.contraction import kernel_of_tile
+from vivace.targets.cpu.contraction_amx import release
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol_of, variants
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.isa import kernel_attributes
@@ -61,7 +61,7 @@ def emit_blockwise(w: BlockwiseProduct, isa: Isa) -> KernelCode:
         if has_dot(w, isa):
             texts += [dot_function(w, p, size, tail) for size in _DIRECT_SIZES for tail in tails]
     if is_staged:
-        texts += [(tile_kernel if p.ar.is_tile else micro_kernel)(p, *v) for v in variants(p)]
+        texts += [kernel_of_tile(p, *v) for v in variants(p)]
     declares: dict[str, str] = {}
     for _, declared in texts:
         declares |= declared

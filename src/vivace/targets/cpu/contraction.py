@@ -24,7 +24,7 @@ from vivace.targets.cpu.contraction_amx import tile_kernel
 from vivace.targets.cpu.contraction_body import Operands, Shape, Sum
 from vivace.targets.cpu.contraction_driver import driver
 from vivace.targets.cpu.contraction_epilogue import Epilogue, split_start
-from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol_of, variants
+from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, plan_of_rows, symbol_of, variants
 from vivace.targets.cpu.contraction_step import Step
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.contraction_vector import LINE_BYTES, load, mask_text, store
@@ -32,6 +32,7 @@ from vivace.targets.cpu.isa import kernel_attributes
 from vivace.targets.cpu.memory import flat_index
 
 ACC_BYTES = 4
+_SOON_BYTES = 4096  # what memory delivers in the time that it takes to answer, and some more
 
 
 def emit_contraction(c: Contraction, isa: Isa, tile: Tile | None = None) -> KernelCode:
@@ -46,10 +47,9 @@ def emit_contraction(c: Contraction, isa: Isa, tile: Tile | None = None) -> Kern
         _require_packed(c, ar.group)
     tile = tile or choose_tile(merged, isa)
     plan = Plan(c.name, merged, isa, ar, tile, contraction_params(c), contraction_dims(c))
-    make = tile_kernel if ar.is_tile else micro_kernel
     functions: list[str] = []
     declares: dict[str, str] = {}
-    for text, declared in (driver(plan), *(make(plan, *v) for v in variants(plan))):
+    for text, declared in (driver(plan), *(kernel_of_tile(plan, *v) for v in variants(plan))):
         functions.append(text)
         declares |= declared
     units = (
@@ -75,7 +75,17 @@ def _require_packed(c: Contraction, group: int) -> None:
         raise InternalError(f"offset {c.a_offset} of {c.a.dtype}", where=c.name, expected=f"0, or {SIGN_OFFSET} for i8")
 
 
-def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[str, str]]:
+def kernel_of_tile(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[str, str]]:
+    """The text of the micro-kernel for one shape of tile, and what it declares."""
+    chosen = plan_of_rows(p, outer * inner)
+    return (tile_kernel if chosen.ar.is_tile else _vector_kernel)(p, outer, inner, tail)
+
+
+def _vector_kernel(called: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[str, str]]:
+    """In vector registers. A tile of few rows among others in tile registers reads panels at the speed of memory, one
+    after another, and fetches what comes soon; else what is fetched is a share of the next panel.
+    """
+    p, is_among_tiles = plan_of_rows(called, outer * inner), called.ar.is_tile
     t = Text()
     isa, width = p.isa, p.isa.n_f32_lanes
     dims = load_dims(t, p)
@@ -106,8 +116,10 @@ def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict
             start = None if first is None else [_started(t, p, first, symbols, masks)] * len(rows)
         _fetch_destination(t, p, rows, vectors, dims)
     summed = Sum(step, Shape(rows, vectors, p.tile.unroll), operands, row_offsets, dims)
-    if p.fetches_ahead:
+    if called.fetches_ahead:
         summed.ahead, summed.ahead_lines = "%ahead", p.ahead_lines
+    if is_among_tiles:
+        summed.ahead, summed.ahead_lines = t.at("%b", _SOON_BYTES), p.tile.unroll * p.row_bytes // LINE_BYTES
     acc = summed.emit("%a", "%b", start)
     if p.tile.k_block:
         _wait_unless_last(t, p, acc)
@@ -121,7 +133,8 @@ def micro_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict
     epilogue.close()
     t.put("ret void")
     between = ", ptr %waiting, i1 %last" if p.tile.k_block else ""
-    ahead = ", ptr %ahead" if p.fetches_ahead else ""
+    between += ", ptr %tiles" if is_among_tiles else ""
+    ahead = ", ptr %ahead" if called.fetches_ahead else ""
     axes = "".join(f", i64 %x{i}" for i in range(len(p.axes())))
     parameters = f"ptr %args, ptr %a, ptr %b, ptr %out, i64 %n{axes}{between}{ahead}"
     head = f"define internal void @{symbol_of(p, outer, inner, tail)}({parameters})"
