@@ -78,6 +78,22 @@ def test_parts_are_interleaved(each_isa, compile_kernel, parts, n) -> None:
     np.testing.assert_array_equal(ys, -xs.T)
 
 
+@pytest.mark.parametrize("dtype", [f32, DType.bf16, f16], ids=str)
+@pytest.mark.parametrize(("parts", "width"), [(3, 4), (2, 4), (3, 8), (5, 7), (3, 9)])
+@pytest.mark.parametrize("n", [0, 1, 15, 16, 50])
+def test_parts_of_wider_pixels_leave_the_rest_alone(each_isa, compile_kernel, dtype, parts, width, n) -> None:
+    x, y = buffer("x", f32, (R, parts), (1, R)), buffer("y", dtype, (R, parts), (width, 1), out=True)
+    value = Unary("neg", Load(x, (u, v)))
+    store = Store(y, (u, v), value if dtype is f32 else Cast(dtype, value))
+    loops = For("u", R, (For("v", parts, (store,), "unroll"),), "vector")
+    code = compile_kernel(Kernel("turn", (x, y), (For("b", 1, (loops,), "parallel"),)), each_isa)
+    xs = np.arange(n * parts, dtype=np.float32).reshape(parts, n)
+    ys = np.full((n, width), 7, dtype.numpy)
+    code.run([xs, ys], {"R": n})
+    np.testing.assert_array_equal(ys[:, :parts].astype(np.float32), -xs.T)
+    assert (ys[:, parts:] == 7).all()
+
+
 @pytest.mark.parametrize("dtype", [f32, i32], ids=str)
 @pytest.mark.parametrize("stride", [2, 3, 4, 5])
 @pytest.mark.parametrize("n", [0, 1, 16, 67])

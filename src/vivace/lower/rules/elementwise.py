@@ -229,8 +229,11 @@ def _narrow_axis(shape: tuple[Dim, ...], inner: int, out: View, leaves: Sequence
     """An axis of a few elements that is contiguous in the result, of which the innermost loop steps over whole runs."""
     if any(v.strides[inner] not in (0, 1) for v in leaves) or (out.dtype.size_bytes != 4 and out.dtype not in HALVES):
         return None
+    width = out.strides[inner]
     for axis, n in enumerate(shape):
-        if axis != inner and out.strides[axis] == 1 and isinstance(n, int) and 2 <= n <= 8 and out.strides[inner] == n:
+        if axis == inner or out.strides[axis] != 1 or not isinstance(n, int) or not isinstance(width, int):
+            continue
+        if 2 <= n <= width <= 8:
             return axis
     return None
 
