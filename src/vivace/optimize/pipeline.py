@@ -26,6 +26,8 @@ from vivace.optimize.rules import (
     movement,
     normalization,
     quantized,
+    quantized_blocks,
+    quantized_scales,
     tables,
     transposes,
     weights,
@@ -78,17 +80,17 @@ PIPELINE: tuple[Pass, ...] = (
     Pass(
         "use_integers", "quantized products in integers, bytes instead of f32 between them; before constants of i8 are"
         " folded to f32", Level.LAYOUT,
-        rules=(*quantized.RULES, *tables.RULES, quantized.scale_once, *SIMPLIFY),
+        rules=(*quantized.RULES, *tables.RULES, quantized_scales.scale_once, *SIMPLIFY),
         requires=frozenset({"simple"}), ensures=frozenset({"simple"}),
     ),
     Pass(
         "pack_weights", "weights with scales per block, which no integer product reads; before they are folded to f32",
-        Level.LAYOUT, rules=(quantized.keep_blocks_packed,), requires=frozenset({"simple"}),
+        Level.LAYOUT, rules=(quantized_blocks.keep_blocks_packed,), requires=frozenset({"simple"}),
         ensures=frozenset({"simple"}),
     ),
     Pass(
         "fold_dequantized_weights", "weights that no integer product reads, as f32", Level.LAYOUT,
-        rules=(quantized.fold_dequantized, *weights.RULES, *SIMPLIFY), requires=frozenset({"simple"}),
+        rules=(quantized_blocks.fold_dequantized, *weights.RULES, *SIMPLIFY), requires=frozenset({"simple"}),
     ),
     Pass(
         "put_channels_last", "convolutions and pools on NHWC; last, since it decides for the whole graph", Level.LAYOUT,
