@@ -26,6 +26,7 @@ from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type, Value
 from vivace.graph.verify import verify
 from vivace.loops.contraction import Contraction, Depthwise
+from vivace.loops.kernel import Unary, walk
 from vivace.loops.pack import Pack
 from vivace.lower.halves import holds, rounded
 from vivace.lower.lowering import lower
@@ -196,6 +197,37 @@ def test_half_input_with_one_pad_for_two_readers(name: str) -> None:
     got = engine(found, name).run({graph.inputs[0].name: x})
     for v, want in zip(graph.outputs, reference.evaluate(found, [x]), strict=True):
         assert off(got[v.name], want) <= 2**-6
+
+
+GATES: dict[str, tuple[str, Callable[[Builder, Value], Value]]] = {
+    "gelu": ("gelu_bf16", lambda b, x: b.gelu(x, approximate="none")),
+    "gelu by tanh": ("sigmoid_bf16", lambda b, x: b.gelu(x, approximate="tanh")),
+    "silu": ("sigmoid_bf16", lambda b, x: b.silu(x)),
+    "gated": ("sigmoid_bf16", lambda b, x: b.mul(b.silu(x), b.relu(x))),
+    "exp": ("exp2_bf16", lambda b, x: b.mul(b.exp(x), x)),
+    "a sum": ("exp", lambda b, x: b.sub(b.exp(x), x)),
+}
+
+
+@each_isa
+@pytest.mark.parametrize("gate", GATES)
+def test_factors_of_what_is_rounded_are_as_exact_as_that_asks_for(name: str, gate: str) -> None:
+    """Within 2**-8 of the exact result (one unit of bf16) or 2**-22; in sums, errors could grow beyond that."""
+    wanted, make = GATES[gate]
+
+    def net(b: Builder, x: Value) -> Value:
+        y = make(b, b.matmul(x, b.const(np.eye(64, dtype=np.float32))))
+        return b.matmul(y, b.const(np.eye(64, dtype=np.float32)))
+
+    graph = build(net, Type(F32, (65, 64)))
+    found = narrow(graph).graph
+    first = next(s.spec for s in steps_of(lower(found, isa(name)).body) if isinstance(s.spec, Contraction))
+    assert first.epilogue is not None
+    assert {e.fn for e in walk(first.epilogue) if isinstance(e, Unary)} == {wanted}
+    x = np.linspace(-9, 9, 65 * 64, dtype=np.float32).astype(DType.bf16.numpy).astype(np.float32).reshape(65, 64)
+    (want,) = reference.evaluate(graph, [x])
+    got = engine(found, name).run({graph.inputs[0].name: x})[graph.outputs[0].name]
+    np.testing.assert_allclose(got, want, rtol=2.0**-8, atol=2.0**-22)
 
 
 def test_what_is_read_in_f32_only_stays_f32() -> None:

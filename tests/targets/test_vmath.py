@@ -25,7 +25,7 @@ WIDER = {
     "exp": np.exp, "log": np.log, "sin": np.sin, "cos": np.cos, "tan": np.tan, "tanh": np.tanh, "asin": np.arcsin,
     "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh, "cosh": np.cosh, "asinh": np.arcsinh, "acosh": np.arccosh,
     "atanh": np.arctanh, "log1p": np.log1p, "expm1": np.expm1, "sigmoid": sigmoid,
-    "erf": np.vectorize(math.erf, otypes=[np.float64]),
+    "erf": np.vectorize(math.erf, otypes=[np.float64]), "erfc": np.vectorize(math.erfc, otypes=[np.float64]),
 }  # fmt: skip
 # Function: domain and bound for f32, domain and bound for f64. Bounds are those that `vmath` and `vmath64` promise.
 PROMISES = {
@@ -171,6 +171,21 @@ def test_errors_of_powers_for_bf16(compile_kernel, each_isa) -> None:
         assert np.abs(y / exact - 1).max() <= 2.0**-13.6
         rounded = errors(y.astype(DType.bf16.numpy).astype(np.float32), exact) / 2**16  # in units of bf16
         assert rounded.max() <= 0.52
+
+
+@pytest.mark.parametrize(
+    ("fn", "bound", "least"), [("sigmoid_bf16", 2.0**-12.7, 0), ("gelu_bf16", 2.0**-10.9, 2.0**-22)]
+)
+def test_errors_of_gates_for_bf16(compile_kernel, each_isa, fn: str, bound: float, least: float) -> None:
+    x = np.concatenate([spread(-87, 87, np.dtype(np.float32), 10_000), np.linspace(-12, 12, 40_001, dtype=np.float32)])
+    y = evaluate(compile_kernel, each_isa, fn, DType.f32, x)
+    wide = x.astype(np.float64)
+    exact = sigmoid(wide) if fn == "sigmoid_bf16" else wide * WIDER["erfc"](-wide / math.sqrt(2)) / 2
+    assert (np.abs(y - exact) <= bound * np.abs(exact) + least).all()
+    ends = np.array([math.inf, 3e38, -3e38, math.nan, 0, -0.0] * 3, np.float32)
+    y = evaluate(compile_kernel, each_isa, fn, DType.f32, ends)[:6]
+    want = [1, 1, 0, math.nan, 0.5, 0.5] if fn == "sigmoid_bf16" else ends[:6] * [1, 1, 0, 1, 0, 0]
+    np.testing.assert_allclose(y, want, rtol=bound)
 
 
 def test_limits_of_powers_for_bf16(compile_kernel, each_isa) -> None:

@@ -50,8 +50,10 @@ from vivace.base.dtypes import DType
 
 LoopKind = Literal["serial", "parallel", "vector", "unroll"]
 
+# Functions of f32 as exact as matters where the result is rounded to bf16 next.
+FOR_BF16 = ("exp2_bf16", "sigmoid_bf16", "gelu_bf16")
 # Functions of Unary: rounding is IEEE for neg abs sqrt floor ceil round(half to even) not isnan isinf; the rest have
-# stated ulp errors. `exp2_bf16` is 2**x as exact as it matters to who rounds it to bf16.
+# stated ulp errors.
 UNARY = (
     "neg",
     "abs",
@@ -83,7 +85,7 @@ UNARY = (
     "log1p",
     "expm1",
     "sign",
-    "exp2_bf16",
+    *FOR_BF16,
 )
 # Functions of Binary. Integer div truncates as C does; mod has the sign of the divisor (Python), fmod of the dividend
 # (C).

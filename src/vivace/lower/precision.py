@@ -22,7 +22,8 @@ Rules:
 
 Error: each stored value and each weight is off by at most 2**-9 of its magnitude in bf16 (8 bits of mantissa, to
 nearest), 2**-12 in f16 (11 bits); in f16 numbers below 2**-14 are off by up to 2**-25, and those from 65520 on become
-infinite.
+infinite. Functions whose results are factors of what is rounded to bf16 at once are off by up to 2**-10.9 besides
+(`lower/scalar.py`).
 
 Not handled: branches and loops (they stay f32), f64.
 """

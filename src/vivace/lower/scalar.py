@@ -85,6 +85,9 @@ def _clip(x: Expr, lo: float | None, hi: float | None) -> Expr:
     return x
 
 
+_BY_TANH: Attrs = {"approximate": "tanh"}
+
+
 def _gelu(x: Expr, attrs: Attrs) -> Expr:
     half_x = Binary("mul", x, _const(0.5, x))
     if attrs.get("approximate", "none") == "tanh":
@@ -94,6 +97,22 @@ def _gelu(x: Expr, attrs: Attrs) -> Expr:
     else:
         gate = Unary("erf", Binary("mul", x, _const(1 / math.sqrt(2), x)))
     return Binary("mul", half_x, Binary("add", gate, _const(1.0, x)))
+
+
+def _for_bf16(e: Expr) -> Expr:
+    """The factors of what is rounded to bf16, no more exact than that asks for."""
+    match e:
+        case Binary(fn="mul", a=Binary(fn="mul", a=x), b=Binary(a=Unary(x=inner))) if e == _gelu(x, {}):
+            return Unary("gelu_bf16", x)
+        case Binary(fn="mul", a=Binary(fn="mul", a=x), b=Binary(a=Unary(x=inner))) if e == _gelu(x, _BY_TANH):
+            return Binary("mul", x, Unary("sigmoid_bf16", Binary("add", inner, inner)))
+        case Binary(fn="mul" | "div" as fn, a=a, b=b):
+            return Binary(fn, _for_bf16(a), _for_bf16(b))
+        case Unary(fn="exp", x=x):
+            return Unary("exp2_bf16", Binary("mul", x, _const(math.log2(math.e), x)))
+        case Unary(fn="sigmoid", x=x):
+            return Unary("sigmoid_bf16", x)
+    return e
 
 
 _COMPOSED: dict[str, Callable[[Expr, Attrs], Expr]] = {
@@ -108,7 +127,7 @@ _COMPOSED: dict[str, Callable[[Expr, Attrs], Expr]] = {
         "mul", x, _clip(Binary("add", Binary("mul", x, _const(1 / 6, x)), _const(0.5, x)), 0.0, 1.0)
     ),
     "clip": lambda x, a: _clip(x, a.get("min"), a.get("max")),
-    "cast": lambda x, a: Cast(a["to"], x),
+    "cast": lambda x, a: Cast(a["to"], _for_bf16(x) if (dtype_of(x), a["to"]) == (DType.f32, DType.bf16) else x),
 }
 
 
