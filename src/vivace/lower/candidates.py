@@ -21,14 +21,12 @@ from vivace.base.machine import Isa, Machine, host
 from vivace.loops.contraction import Contraction, Depthwise, merge_axes
 from vivace.lower.arithmetic import arithmetic_of
 from vivace.lower.choices import DIRECT, Choice, Site
-from vivace.lower.cook_toom import n_inputs
 from vivace.lower.rules import winograd
 from vivace.lower.tile import MOST_VECTORS, Tile, choose_tile, max_rows, pieces
 
 HOPELESS = 1.6  # times the best prediction; the model is right within that
 _GUESS = 64  # for symbolic dims
 _LATENCY = 8  # accumulators that keep two multiply-add units busy: 4 cycles each
-_TRANSFORM_FLOPS = 11  # as in `rules/winograd.py`
 _CLAIM_NS = 60.0  # handing out a unit, and the first misses in it
 
 
@@ -103,9 +101,7 @@ def _winograd_flops(c: Contraction, way: str, isa: Isa) -> float:
     images, *size = (_known(r.extent) for r in c.rows)
     height, width = (1, *size)[-2:]
     tiles = images * -(-height // m[0]) * -(-width // m[1])
-    padded = sum(-(-d // isa.n_f32_lanes) * isa.n_f32_lanes for d in (channels, _known(c.n)))
-    products = tiles * (2 * channels * _known(c.n) + _TRANSFORM_FLOPS * padded)
-    return n_inputs(m[0]) * n_inputs(m[1]) * products
+    return winograd.counted_flops(m, tiles, channels, _known(c.n), isa)
 
 
 def _packed(c: Contraction, choice: Choice, isa: Isa) -> Contraction:

@@ -86,8 +86,6 @@ def choose(node: Node, isa: Isa, half: bool = False, machine: Machine | None = N
         # A sequence may be of a few steps, where tiles are mostly empty: 114 us against 3.5 in a voice detector.
         return None
     images, height, width = (_known(d) for d in (y.shape[0], *(1,) * (2 - len(spatial)), *spatial))
-    lanes = isa.n_f32_lanes
-    padded = sum(-(-c // lanes) * lanes for c in (channels, n_out))
     n_taps = math.prod(_taps(w))
     best = n_taps * channels * n_out * (2 * images * height * width + _WEIGHT_FLOPS) / _LEAST_GAIN
     if half:
@@ -96,10 +94,17 @@ def choose(node: Node, isa: Isa, half: bool = False, machine: Machine | None = N
     for m in sizes(node):
         tiles = images * -(-height // m[0]) * -(-width // m[1])
         times = -(-tiles // block_tiles(tiles, m, w, panel_lanes(n_out, isa), machine)) if _leaves(m, w, machine) else 1
-        products = channels * n_out * (2 * tiles + times * _WEIGHT_FLOPS) + _TRANSFORM_FLOPS * tiles * padded
-        if (cost := _n_positions(m) * products) < best:
+        weights = _n_positions(m) * channels * n_out * times * _WEIGHT_FLOPS
+        if (cost := counted_flops(m, tiles, channels, n_out, isa) + weights) < best:
             best, found = cost, m
     return found
+
+
+def counted_flops(m: Size, n_tiles: int, channels: int, n_out: int, isa: Isa) -> int:
+    """Products and transforms of so many tiles, in flops of a product."""
+    lanes = isa.n_f32_lanes
+    padded = sum(-(-c // lanes) * lanes for c in (channels, n_out))
+    return _n_positions(m) * n_tiles * (2 * channels * n_out + _TRANSFORM_FLOPS * padded)
 
 
 def ways(node: Node, isa: Isa, half: bool = False) -> tuple[str, ...]:
