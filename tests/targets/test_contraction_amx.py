@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -194,3 +195,28 @@ def test_few_rows_known_at_run_time(rows: int, left: type, right: type, out: typ
     text = case.code(WITH_DOTS).llvm_text
     small = next(x for x in text.split("define ")[1:] if re.match(r"internal void @product\.tile1x1(\.tail)?\(", x))
     assert re.search(r"@llvm\.x86\..*dp(bf16ps|busd)", small) and "call void @llvm.x86.tileload" not in small
+
+
+@each_case
+def test_fetches_stand_evenly_between_products(case: Case) -> None:
+    """They share what carries lines to the core with the loads of tiles."""
+    text = case.code(TILES).llvm_text
+    for body in re.split(r"^t\d+:", text, flags=re.MULTILINE):
+        first, *later = (part.count("call void @llvm.prefetch") for part in body.split("call void @llvm.x86.tdp"))
+        assert first == 0 and max(later, default=0) - min(later, default=0) <= 1
+
+
+def test_tiles_that_meet_a_panel_fetch_the_next_together() -> None:
+    """However they are shared out to units; and none does where panels come again from near."""
+    case = product(np.zeros((1, 128, 256), np.uint8), np.zeros((1, 256, 512), np.int8), np.int32, TILES)
+    assert isinstance(case.c, Contraction)
+    lines_of_panel = 256 * 32 // 64
+    tile = replace(choose_tile(case.c, TILES), tiles_per_unit=1, panels_per_unit=1, rows_outer=False)
+
+    def n_fetched(tile: Tile) -> int:
+        """Lines that the four tiles of rows ask into the second-level cache."""
+        text = replace(case, tile=tile).code(TILES).llvm_text
+        return 4 * (256 // 64) * len(re.findall(r"prefetch.*i32 2, i32 1\)", text))
+
+    assert n_fetched(tile) == n_fetched(replace(tile, tiles_per_unit=4)) == lines_of_panel
+    assert n_fetched(replace(tile, rows_outer=True)) == 0

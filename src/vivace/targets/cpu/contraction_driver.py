@@ -181,7 +181,7 @@ def _tile(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit, passed: Int, p
     if p.fetches_ahead:
         following = pass_bytes if p.n_passes > 1 and p.tile.panels_per_unit == 1 else panel_bytes
         rounds = t.divmod(t.dim(p.pass_rows, dims), p.round_rows)[0]
-        share = t.mul(nth_tile, t.mul(rounds, p.ahead_lines * LINE_BYTES))
+        share = t.mul(tile if p.takes_turns else nth_tile, t.mul(rounds, p.ahead_lines * LINE_BYTES))
         more += f", ptr {t.at(t.at(b, following), share)}"
     _call_tile(t, p, dims, spot, n, unit.at | spot.at, (a, b, out), more)
 
