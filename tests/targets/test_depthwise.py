@@ -10,11 +10,13 @@ import pytest
 
 from vivace.base.dims import Dim, evaluate, symbol
 from vivace.base.dtypes import DType
-from vivace.base.machine import ISAS, Isa, host, missing_flags
+from vivace.base.machine import ISAS, Isa, host, missing_flags, with_extras
 from vivace.loops.contraction import Axis, Depthwise
 from vivace.loops.kernel import Binary, Buffer, Cast, Const, Load, Read
 from vivace.targets.cpu import jit
-from vivace.targets.cpu.depthwise import emit_depthwise, rows_in_flight
+from vivace.targets.cpu.depthwise import emit_depthwise
+from vivace.targets.cpu.depthwise_pairs import is_paired
+from vivace.targets.cpu.depthwise_roll import rows_in_flight
 
 f32 = DType.f32
 UNTOUCHED = 5.0
@@ -52,12 +54,14 @@ def check(
     symbolic: str = "",
     x: np.ndarray | None = None,
     dtype: DType = f32,
+    has_residual: bool = True,
 ) -> np.ndarray:
     """Runs `relu(depthwise(x) + bias[c] + residual)` into a channel slice of a wider buffer and compares with NumPy."""
     oh, ow = ((n - (k - 1) * dilation - 1) // stride + 1 for n, k in ((h, kh), (w, kw)))
     x = (rng(2, h, w, c) if x is None else x).astype(dtype.numpy)
-    weights, bias, residual = rng(kh, kw, c), rng(c), rng(2, oh, ow, c)
-    wide = np.full((2, oh, ow, c + 9), UNTOUCHED, dtype.numpy)
+    weights, bias, residual = rng(kh, kw, c), rng(c), rng(2, oh, ow, c) * has_residual
+    beside_it = 32 if not has_residual else 9  # whole lines in a pixel of bf16, or not
+    wide = np.full((2, oh, ow, c + beside_it), UNTOUCHED, dtype.numpy)
     out = wide[..., 4 : 4 + c]
     dims = {s: v for s, v in (("H", h), ("W", w), ("C", c)) if s in symbolic}
     dim_h: Dim = symbol("H", h) if "H" in dims else h
@@ -65,15 +69,13 @@ def check(
     dim_c: Dim = symbol("C") if "C" in dims else c
     dim_oh = (dim_h - (kh - 1) * dilation - 1) // stride + 1
     dim_ow = (dim_w - (kw - 1) * dilation - 1) // stride + 1
-    beside = dim_c + 9
+    beside = dim_c + beside_it
     image, row, column = symbol("image"), symbol("oh"), symbol("ow")
     extra = Buffer("residual", f32, residual.shape, (dim_oh * dim_ow * dim_c, dim_ow * dim_c, dim_c, 1))
     shift = buffer("bias", bias)
-    e = Binary(
-        "add",
-        Binary("add", Read("acc", f32), Load(shift, (symbol("c"),))),
-        Load(extra, (image, row, column, symbol("c"))),
-    )
+    e = Binary("add", Read("acc", f32), Load(shift, (symbol("c"),)))
+    if has_residual:
+        e = Binary("add", e, Load(extra, (image, row, column, symbol("c"))))
     result = Binary("max", e, Const(0.0, f32))
     d = Depthwise(
         "depthwise",
@@ -88,7 +90,7 @@ def check(
         buffer("b", weights),
         buffer("out", out, True),
         result if dtype is f32 else Cast(dtype, result),
-        (shift, extra),
+        (shift, extra) if has_residual else (shift,),
     )
     code = emit_depthwise(d, isa)
     library = jit.load(jit.compile_objects([code], isa, "light"))
@@ -146,6 +148,44 @@ def test_halves_of_run_time_dims(isa: Isa, symbolic: str) -> None:
     for h, w, c in [(3, 3, 1), (31, 17, 20), (7, 26, 48)]:
         check(h, w, c, 3, 3, isa, 1, 1, symbolic, dtype=DType.bf16)
         check(h, w, c, 3, 3, isa, 2, 1, symbolic, dtype=DType.bf16)
+
+
+WITH_BF16 = with_extras(ISAS["avx512"], {"avx512_bf16", "avx512_vnni"})
+needs_bf16 = pytest.mark.skipif(bool(missing_flags(host(), WITH_BF16)), reason="CPU lacks AVX512-BF16")
+
+
+@needs_bf16
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("h, w, k", [(9, 9, 3), (33, 17, 3), (11, 18, 5), (1, 40, 3), (5, 9, 7)])
+@pytest.mark.parametrize("c", [32, 64, 101])
+def test_32_channels_at_once(h: int, w: int, c: int, k: int, stride: int, dilation: int) -> None:
+    if (k - 1) * dilation >= h:
+        dilation = 1
+    check(h, w, c, min(h, k), k, WITH_BF16, stride, dilation, dtype=DType.bf16, has_residual=False)
+
+
+@needs_bf16
+def test_32_channels_at_once_hand_nan_and_infinity_on() -> None:
+    x = rng(2, 9, 9, 64).astype(DType.bf16.numpy)
+    x[0, 4, 4, 33], x[1, 2, 3, 40] = np.nan, np.inf
+    with np.errstate(invalid="ignore"):
+        out = check(9, 9, 64, 3, 3, WITH_BF16, x=x, dtype=DType.bf16, has_residual=False)
+    assert np.isnan(out[0, 2:5, 2:5, 33].astype(np.float32)).all() and np.isnan(out.astype(np.float32)).sum() == 9
+
+
+def test_where_32_channels_are_computed_at_once() -> None:
+    a, b, out = (Buffer(x, t, (0,), (1,), x == "out") for x, t in (("a", DType.bf16), ("b", f32), ("out", DType.bf16)))
+
+    def plain(c: int, k: int) -> Depthwise:
+        rows = (Axis("y", 14, 16 * c, 0, 14 * c), Axis("x", 14, c, 0, c))
+        taps = (Axis("u", k, 16 * c, k * c), Axis("v", k, c, c))
+        return Depthwise("depthwise", rows, taps, c, a, b, out, Cast(DType.bf16, Read("acc", f32)))
+
+    assert [is_paired(plain(c, 3), WITH_BF16) for c in (32, 96, 144, 16)] == [True, True, False, False]
+    assert is_paired(plain(144, 5), WITH_BF16) and not is_paired(plain(144, 5), ISAS["avx512"])
+    # A row of 4 columns reads 6 of 32 channels, the two rows above the first as many, each once.
+    text = emit_depthwise(plain(96, 3), WITH_BF16).llvm_text
+    assert text.count("shl <16 x i32>") == 3 * 6 + 3 * 5 and text.count("cvtne2ps2bf16.512(<16 x float> %") == 4 + 3
 
 
 def test_where_tiles_roll_each_element_is_converted_once() -> None:

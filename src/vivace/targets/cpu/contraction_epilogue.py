@@ -129,6 +129,24 @@ class Epilogue:
         words = [_pack(b, "packssdw", "i16", whole[k], whole[k + 1]) for k in (0, 2)]
         self._look_up_and_store(_pack(b, _PACK_BYTES[narrow.dtype], "i8", *words), tables, pointer, offset)
 
+    def store_in_turn(
+        self, e: Cast, accs: list[Value], given: list[dict[Expr, Value]], pointer: str, offset: Int
+    ) -> None:
+        """Stores 32 halves made of two vectors of sums, which lie in turn (`depthwise_pairs`). `e` casts to bf16."""
+        b, whole = self._b, []
+        for acc, known in zip(accs, given, strict=True):
+            env = replace(self._env.at({}, lane=self._lane, lanes=acc.lanes), given=dict(known))
+            env.names["acc"] = acc
+            whole.append(b.widen(emit(env, e.x), acc.lanes))
+        name = "llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+        b.declare(f"<32 x bfloat> @{name}(<16 x float>, <16 x float>)", name)
+        halves = b.inst(f"call <32 x bfloat> @{name}({whole[1]}, {whole[0]})", "bfloat", 32, *whole)
+        bits = b.inst(f"bitcast {halves.full} {halves.text} to <32 x i16>", "i16", 32, halves)
+        order = ", ".join(f"i32 {k + 16 * part}" for k in range(16) for part in range(2))
+        packed = b.inst(f"shufflevector {bits}, {bits.full} poison, <32 x i32> <{order}>", "i16", 32, bits)
+        there = pointer if offset == 0 else b.inst(f"getelementptr i8, ptr {pointer}, i64 {offset}", "ptr", 0).text
+        b.effect(f"store {packed}, ptr {there}, align 1")
+
     def _stored(self, v: Value, out: Buffer) -> Value:
         """The value as `out` holds it. The conversion of AVX512-BF16 takes denormals as 0, as its products do."""
         b = self._b

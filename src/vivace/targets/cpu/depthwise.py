@@ -4,30 +4,29 @@ A tile is a few neighbouring output columns of one vector of channels. Each inpu
 and serves all taps that touch it. A unit is a block of output rows times a block of channels; channels are the outer
 loop in it, so that the input rows that neighbouring output rows share are still in the first-level cache.
 
-Halves are converted as they are loaded. Where the sums of all output rows that an input row serves fit the registers,
-tiles of them *roll* down the rows: each input row is loaded and converted once, and a row of sums is stored as the next
-one begins. 14x14x384 by 3x3 takes 0.8 of the time so; f32, which has nothing to convert, as long as before, since lines
-that pass between the first two caches bound it (Emerald Rapids).
+Wide vectors of bytes (`depthwise_wide`) and of bf16 (`depthwise_pairs`) come first, single vectors compute what is left
+of the channels. Tiles of halves roll down the rows (`depthwise_roll`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from vivace.base.dims import Dim, bounds, ceildiv, exact_div, prod
+from vivace.base.dims import Dim, bounds, ceildiv, prod
 from vivace.base.machine import Isa
 from vivace.loops.contraction import Axis, Depthwise, contraction_dims, contraction_params, substitute_expr
-from vivace.loops.kernel import Buffer, Expr, Load
+from vivace.loops.kernel import Load
 from vivace.lower.choices import DEFAULT, Choice
-from vivace.lower.halves import HALVES
-from vivace.lower.tile import Segment, split_axis
+from vivace.lower.tile import split_axis
 from vivace.targets.cpu.builder import Value
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.contraction_epilogue import Epilogue, split_start
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.contraction_vector import load, mask_text
-from vivace.targets.cpu.depthwise_step import ChannelStep
+from vivace.targets.cpu.depthwise_pairs import CHANNELS, PairTile, even_and_odd, is_paired
+from vivace.targets.cpu.depthwise_plan import NONE, Plan, at_tile, columns_read, head_of, move
+from vivace.targets.cpu.depthwise_roll import Tile, pairs_in_flight, roll, room, rows_in_flight
 from vivace.targets.cpu.depthwise_wide import COLUMNS as WIDE_COLUMNS
 from vivace.targets.cpu.depthwise_wide import WIDTH, WideSums, in_order_of_sums, is_wide, per_channel
 from vivace.targets.cpu.isa import kernel_attributes
@@ -37,83 +36,8 @@ _COLUMNS = 7  # widths of images are mostly multiples of 7; with 5 weights and t
 MOST_COLUMNS = 16
 _ROWS_PER_UNIT = 8
 _ROWS_TO_ROLL = 28  # per unit: the first ones read rows above them again, the last ones begin sums that nobody wants
-_MOST_IN_FLIGHT = 3  # 5x5 at stride 1 has 5: too few columns each to gain
-_MOST_TAPS_TO_ROLL = 49
 _UNIT_FLOPS = 500_000  # about 15 us: depthwise kernels run at the speed of the caches
 _UNROLLED_TAPS = 5
-_NONE = Axis("", 1)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    d: Depthwise
-    isa: Isa
-    params: tuple[Buffer, ...]
-    dims: tuple[str, ...]
-    columns: tuple[Segment, ...]
-    wide_columns: tuple[Segment, ...]
-    n_wide: int
-    rows_per_unit: int
-    vectors_per_unit: int
-
-    @property
-    def rolls(self) -> bool:
-        return bool(rows_in_flight(self.d, self.isa))
-
-    @property
-    def step(self) -> ChannelStep:
-        return ChannelStep(self.d, self.isa)
-
-    @property
-    def a_bytes(self) -> int:
-        return self.d.a.dtype.size_bytes
-
-    @property
-    def b_bytes(self) -> int:
-        return self.d.b.dtype.size_bytes
-
-    @property
-    def out_bytes(self) -> int:
-        return self.d.out.dtype.size_bytes
-
-    @property
-    def inner(self) -> Axis:
-        return self.d.rows[-1] if self.d.rows else _NONE
-
-    @property
-    def outer(self) -> Axis:
-        return self.d.rows[-2] if len(self.d.rows) > 1 else _NONE
-
-    @property
-    def above(self) -> tuple[Axis, ...]:
-        return self.d.rows[:-2]
-
-    @property
-    def n_vectors(self) -> Dim:
-        """Wide ones first."""
-        return self.n_wide + ceildiv(self.d.channels - self.n_wide * WIDTH, self.isa.n_f32_lanes)
-
-    @property
-    def has_full(self) -> bool:
-        left = self.d.channels - self.n_wide * WIDTH
-        return not isinstance(left, int) or left >= self.isa.n_f32_lanes
-
-    @property
-    def has_tail(self) -> bool:
-        return not isinstance(self.d.channels, int) or self.d.channels % self.isa.n_f32_lanes != 0
-
-    def load_dims(self, t: Text) -> dict[str, Int]:
-        first = len(self.params)
-        return {x: t.op(f"load i64, ptr {t.at('%args', 8 * (first + i))}, align 8") for i, x in enumerate(self.dims)}
-
-    def base(self, t: Text, buffer: Buffer) -> str:
-        return t.op(f"load ptr, ptr {t.at('%args', 8 * self.params.index(buffer))}, align 8")
-
-    def wide_symbol(self, size: int) -> str:
-        return f"{self.d.name}.columns{size}.wide"
-
-    def symbol(self, size: int, tail: bool) -> str:
-        return f"{self.d.name}.columns{size}{'.tail' if tail else ''}"
 
 
 def emit_depthwise(d: Depthwise, isa: Isa, choice: Choice = DEFAULT) -> KernelCode:
@@ -128,20 +52,25 @@ def emit_depthwise(d: Depthwise, isa: Isa, choice: Choice = DEFAULT) -> KernelCo
     in_flight = rows_in_flight(d, isa)
     most_rows, most_columns = _ROWS_PER_UNIT, MOST_COLUMNS
     if in_flight:
-        most_rows, most_columns = -(-_guess(outer) // -(-_guess(outer) // _ROWS_TO_ROLL)), _room(isa) // in_flight
+        most_rows, most_columns = -(-_guess(outer) // -(-_guess(outer) // _ROWS_TO_ROLL)), room(isa) // in_flight
     rows_per_unit = min(choice.tiles or most_rows, max(1, _guess(outer)))
     vectors_per_unit = choice.panels or max(1, _UNIT_FLOPS // max(1, flops_per_vector * rows_per_unit))
-    n_wide = d.channels // WIDTH if is_wide(d, isa) and isinstance(d.channels, int) else 0
+    wide_channels = WIDTH if is_wide(d, isa) else CHANNELS if is_paired(d, isa) else 0
+    n_wide = d.channels // wide_channels if wide_channels and isinstance(d.channels, int) else 0
     columns = split_axis(inner, min(choice.rows or _COLUMNS, most_columns))
-    wide_columns = split_axis(inner, WIDE_COLUMNS) if n_wide else ()
-    p = _Plan(d, isa, params, dims, columns, wide_columns, n_wide, rows_per_unit, vectors_per_unit)
+    most_wide = WIDE_COLUMNS
+    if wide_channels == CHANNELS:
+        most_wide = min(_COLUMNS, (room(isa) - 2) // (2 * pairs_in_flight(d, isa)))
+    wide_columns = split_axis(inner, most_wide) if n_wide else ()
+    p = Plan(d, isa, params, dims, columns, wide_columns, n_wide, wide_channels, rows_per_unit, vectors_per_unit)
     functions: list[str] = []
     needed: dict[str, str] = {}
     sizes = dict.fromkeys(size for count, size in p.columns if bounds(count)[1] != 0)
     tails = [tail for tail, there in ((False, p.has_full), (True, p.has_tail)) if there]
     wide_sizes = dict.fromkeys(size for count, size in p.wide_columns if bounds(count)[1] != 0)
+    wide = _pair_columns if wide_channels == CHANNELS else _wide_columns
     parts = [_columns(p, size, tail) for size in sizes for tail in tails]
-    for text, declared in (_driver(p), *parts, *(_wide_columns(p, size) for size in wide_sizes)):
+    for text, declared in (_driver(p), *parts, *(wide(p, size) for size in wide_sizes)):
         functions.append(text)
         needed |= declared
     units = (
@@ -158,25 +87,7 @@ def _guess(d: Dim) -> int:
     return d if isinstance(d, int) else 32
 
 
-def _room(isa: Isa) -> int:
-    """Registers for sums, besides an element of A and one of B; without FMA a product too."""
-    return isa.n_vector_registers - (2 if isa.has_fma else 3)
-
-
-def rows_in_flight(d: Depthwise, isa: Isa) -> int:
-    """Output rows that one input row serves, where tiles of that many rows roll down the image; else 0."""
-    if len(d.rows) < 2 or len(d.taps) != 2 or d.a.dtype not in HALVES:
-        return 0
-    (down, across), step = d.taps, exact_div(d.rows[-2].a, d.taps[0].a)
-    if not isinstance(down.extent, int) or not isinstance(across.extent, int) or not isinstance(step, int):
-        return 0
-    if not 0 < step < down.extent or not 0 < down.extent * across.extent <= _MOST_TAPS_TO_ROLL:
-        return 0
-    n = (down.extent - 1) // step + 1
-    return n if n <= _MOST_IN_FLIGHT else 0
-
-
-def _columns(p: _Plan, size: int, tail: bool) -> tuple[str, dict[str, str]]:
+def _columns(p: Plan, size: int, tail: bool) -> tuple[str, dict[str, str]]:
     """The function that computes `%count` tiles of `size` columns of `%rows` rows and one vector of channels."""
     t, isa, d = Text(), p.isa, p.d
     dims = p.load_dims(t)
@@ -190,102 +101,18 @@ def _columns(p: _Plan, size: int, tail: bool) -> tuple[str, dict[str, str]]:
             at: dict[str, Int] = {**dims, **{name: f"%x{i}" for i, name in enumerate(names)}, "c": "%c"}
             index = t.mul(t.dim(flat_index(first.buffer, first.index), at), 4)
             start = load(t, isa, t.at(buffers[first.buffer], index), mask, "i32")
-    tile = _Tile(t, p, dims, size, mask, finish, buffers)
-    if p.rolls:
-        _roll(tile, start)
+    tile = Tile(t, p, dims, size, mask, finish, buffers)
+    if in_flight := rows_in_flight(d, isa):
+        roll(tile, [start], in_flight)
     else:
         with t.loop(0, "%rows") as row, t.loop(0, "%count") as piece:
-            a, _ = _move(t, p, (p.outer, p.inner), _at(t, p, row, piece, size), dims, "%a", "%out")
-            tile.store(_taps(t, p, dims, [start] * size, a, mask), row, piece)
+            a, _ = move(t, p, (p.outer, p.inner), at_tile(t, p, row, piece, size), dims, "%a", "%out")
+            tile.store([[x] for x in _taps(t, p, dims, [start] * size, a, mask)], row, piece)
     t.put("ret void")
-    return "\n".join([f"{_head(p, p.symbol(size, tail))} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
+    return "\n".join([f"{head_of(p, p.symbol(size, tail))} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
 
 
-def _head(p: _Plan, name: str) -> str:
-    axes = "".join(f", i64 %x{i}" for i in range(len(p.d.rows)))
-    return f"define internal void @{name}(ptr %args, ptr %a, ptr %b, ptr %out, i64 %count, i64 %rows, i64 %c{axes})"
-
-
-def _at(t: Text, p: _Plan, row: Int, piece: Int, size: int) -> dict[str, Int]:
-    """How far a tile of `size` columns stands from where a function began."""
-    return {p.outer.name: row, p.inner.name: t.mul(piece, size)}
-
-
-@dataclass(frozen=True, slots=True)
-class _Tile:
-    """What finishes the sums of one row of a tile."""
-
-    t: Text
-    p: _Plan
-    dims: Mapping[str, Int]
-    size: int
-    mask: str | None
-    finish: Expr | None
-    buffers: Mapping[Buffer, str]
-
-    def store(self, acc: list[str], row: Int, piece: Int) -> None:
-        t, p, d = self.t, self.p, self.p.d
-        symbols: dict[str, Int] = {x.name: f"%x{i}" for i, x in enumerate(d.rows)} | dict(self.dims) | {"c": "%c"}
-        at = _at(t, p, row, piece, self.size)
-        symbols |= {name: t.add(symbols[name], n) for name, n in at.items() if name}
-        _, out = _move(t, p, (p.outer, p.inner), at, self.dims, "%a", "%out")
-        step = t.mul(t.dim(p.inner.out, self.dims), p.out_bytes)
-        offsets = [t.mul(step, j) for j in range(self.size)]
-        epilogue = Epilogue(t, p.isa, "c", symbols, self.buffers)
-        for j, (value, offset) in enumerate(zip(acc, offsets, strict=True)):
-            total = Value(value, p.step.acc_element, p.isa.n_f32_lanes)
-            moved = {p.inner.name: j} if p.inner.name else {}
-            epilogue.store(self.finish, total, moved, d.out, out, offset, self.mask)
-        epilogue.close()
-
-
-def _roll(tile: _Tile, start: str) -> None:
-    """Tiles that roll down `%rows` rows.
-
-    Before a row is finished, `in_flight - 1` rows of sums have seen all input rows above those that it alone waits for.
-    """
-    t, p, dims, size = tile.t, tile.p, tile.dims, tile.size
-    s, (down, across) = p.step, p.d.taps
-    step, in_flight = exact_div(p.outer.a, down.a), rows_in_flight(p.d, p.isa)
-    n_down = down.extent
-    assert isinstance(n_down, int) and isinstance(across.extent, int) and isinstance(step, int)
-    weights = [
-        [s.weights(t, t.at("%b", t.mul(t.dim(down.b * k + across.b * m, dims), p.b_bytes)), tile.mask)
-         for m in range(across.extent)]
-        for k in range(n_down)
-    ]  # fmt: skip
-    columns = _columns_read(p, across, size)
-
-    def add(sums: list[list[str]], row: int, a: str) -> None:
-        """Adds what an input row gives to each of the rows in flight."""
-        taps = [row - q * step for q in range(len(sums))]
-        for where, pairs in columns:
-            x = s.values(t, t.at(a, t.mul(t.dim(where, dims), p.a_bytes)), tile.mask)
-            for acc, k in zip(sums, taps, strict=True):
-                for j, m in pairs if 0 <= k < n_down else ():
-                    acc[j] = s.multiply_add(t, x, weights[k][m], acc[j])
-
-    def row_of(a: str, row: int) -> str:
-        return t.at(a, t.mul(t.dim(down.a * row, dims), p.a_bytes))
-
-    with t.loop(0, "%count") as piece:
-        a = t.at("%a", t.mul(piece, t.mul(t.dim(p.inner.a, dims), size * p.a_bytes)))
-        first = [[start] * size for _ in range(in_flight - 1)]
-        for row in range(n_down - step):
-            add(first, row, row_of(a, row))
-
-        def finish(i: str, carried: list[str]) -> list[str]:
-            sums = [[*carried[k : k + size]] for k in range(0, len(carried), size)] + [[start] * size]
-            here = t.at(a, t.mul(i, t.mul(t.dim(p.outer.a, dims), p.a_bytes)))
-            for row in range(n_down - step, n_down):
-                add(sums, row, row_of(here, row))
-            tile.store(sums[0], i, piece)
-            return [x for acc in sums[1:] for x in acc]
-
-        t.reduce_loop("%rows", [(s.acc_type, x) for acc in first for x in acc], finish)
-
-
-def _wide_columns(p: _Plan, size: int) -> tuple[str, dict[str, str]]:
+def _wide_columns(p: Plan, size: int) -> tuple[str, dict[str, str]]:
     """The function that computes `%count` tiles of `size` columns of `%rows` rows and 64 channels."""
     t, d = Text(), p.d
     dims = p.load_dims(t)
@@ -299,33 +126,49 @@ def _wide_columns(p: _Plan, size: int) -> tuple[str, dict[str, str]]:
     first, finish = split_start(d, "c")
     assert finish is not None
     start = ["zeroinitializer"] * 4 if first is None else in_order_of_sums(t, "i32", place(first))
-    given = per_channel(t, finish, place)
+    given = per_channel(t, finish, place, in_order_of_sums, 4)
     sums = WideSums(t, d, lambda i: _tap_offsets(t, p, dims, i), dims)
     with t.loop(0, "%rows") as row, t.loop(0, "%count") as piece:
-        a, out = _move(t, p, (p.outer, p.inner), _at(t, p, row, piece, size), dims, "%a", "%out")
-        acc = sums.sum(a, start, _columns_read(p, sums.last, size), size)
+        a, out = move(t, p, (p.outer, p.inner), at_tile(t, p, row, piece, size), dims, "%a", "%out")
+        acc = sums.sum(a, start, columns_read(p, sums.last, size), size)
         epilogue = Epilogue(t, p.isa, "c", symbols, buffers)
         for j, column in enumerate(acc):
             totals = [Value(x, "i32", p.isa.n_f32_lanes) for x in column]
             epilogue.store_packed(finish, totals, given, out, t.mul(t.dim(p.inner.out, dims), j))
         epilogue.close()
     t.put("ret void")
-    return "\n".join([f"{_head(p, p.wide_symbol(size))} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
+    return "\n".join([f"{head_of(p, p.wide_symbol(size))} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
 
 
-def _left(t: Text, p: _Plan, dims: Mapping[str, Int]) -> Int:
+def _pair_columns(p: Plan, size: int) -> tuple[str, dict[str, str]]:
+    """The function that computes `%count` tiles of `size` columns of `%rows` rows and 32 channels."""
+    t, d = Text(), p.d
+    dims = p.load_dims(t)
+    symbols: dict[str, Int] = {x.name: f"%x{i}" for i, x in enumerate(d.rows)} | dims | {"c": "%c"}
+    buffers = {x: p.base(t, x) for x in dict.fromkeys(d.extra)}
+
+    def place(e: Load) -> str:
+        return t.at(buffers[e.buffer], t.mul(t.dim(flat_index(e.buffer, e.index), symbols), 4))
+
+    given = per_channel(t, d.epilogue, place, even_and_odd, 2)
+    roll(PairTile(t, p, dims, size, given), ["zeroinitializer"] * 2, pairs_in_flight(d, p.isa))
+    t.put("ret void")
+    return "\n".join([f"{head_of(p, p.wide_symbol(size))} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
+
+
+def _left(t: Text, p: Plan, dims: Mapping[str, Int]) -> Int:
     """Channels in the last vector."""
     if isinstance(p.d.channels, int):
         return p.d.channels % p.isa.n_f32_lanes
     return t.sub(t.dim(p.d.channels, dims), "%c")
 
 
-def _taps(t: Text, p: _Plan, dims: Mapping[str, Int], zero: list[str], a: str, mask: str | None) -> list[str]:
+def _taps(t: Text, p: Plan, dims: Mapping[str, Int], zero: list[str], a: str, mask: str | None) -> list[str]:
     """Accumulators of as many columns as `zero` has, summed onto it over all taps."""
     kind = p.step.acc_type
     if any(x.extent == 0 for x in p.d.taps):
         return zero
-    *outer, last = p.d.taps or (_NONE,)
+    *outer, last = p.d.taps or (NONE,)
     total = prod([x.extent for x in outer])
 
     def kernel_row(i: Int, acc: list[str]) -> list[str]:
@@ -349,7 +192,7 @@ def _taps(t: Text, p: _Plan, dims: Mapping[str, Int], zero: list[str], a: str, m
     return t.reduce_loop(t.dim(total, dims), [(kind, x) for x in zero], kernel_row)
 
 
-def _tap_offsets(t: Text, p: _Plan, dims: Mapping[str, Int], i: Int) -> tuple[Int, Int]:
+def _tap_offsets(t: Text, p: Plan, dims: Mapping[str, Int], i: Int) -> tuple[Int, Int]:
     """Byte offsets in A and B of a step of all taps but the last."""
     outer = p.d.taps[:-1]
     in_a: Int = 0
@@ -362,7 +205,7 @@ def _tap_offsets(t: Text, p: _Plan, dims: Mapping[str, Int], i: Int) -> tuple[In
 
 
 def _kernel_row(
-    t: Text, p: _Plan, dims: Mapping[str, Int], tap: Axis, a: str, b: str, acc: list[str], mask: str | None
+    t: Text, p: Plan, dims: Mapping[str, Int], tap: Axis, a: str, b: str, acc: list[str], mask: str | None
 ) -> list[str]:
     """Adds one row of the kernel."""
     s, b_bytes = p.step, p.b_bytes
@@ -378,25 +221,15 @@ def _kernel_row(
         return t.reduce_loop(t.dim(tap.extent, dims), [(s.acc_type, x) for x in acc], step)
     weights = [s.weights(t, t.at(b, t.mul(t.dim(tap.b * k, dims), b_bytes)), mask) for k in range(tap.extent)]
     acc = list(acc)
-    for where, pairs in _columns_read(p, tap, len(acc)):
+    for where, pairs in columns_read(p, tap, len(acc)):
         x = s.values(t, t.at(a, t.mul(t.dim(where, dims), p.a_bytes)), mask)
         for j, k in pairs:
             acc[j] = s.multiply_add(t, x, weights[k], acc[j])
     return acc
 
 
-def _columns_read(p: _Plan, tap: Axis, size: int) -> list[tuple[Dim, list[tuple[int, int]]]]:
-    """Offsets of input columns in order, each with the output columns and taps that it serves."""
-    assert isinstance(tap.extent, int)
-    users: dict[Dim, list[tuple[int, int]]] = {}
-    for j in range(size):
-        for k in range(tap.extent):
-            users.setdefault(p.inner.a * j + tap.a * k, []).append((j, k))
-    return [(x, users[x]) for x in sorted(users, key=lambda x: x if isinstance(x, int) else 0)]
-
-
 def _kernel_rows(
-    t: Text, p: _Plan, dims: Mapping[str, Int], tap: Axis, a: list[str], b: list[str], acc: list[str], mask: str | None
+    t: Text, p: Plan, dims: Mapping[str, Int], tap: Axis, a: list[str], b: list[str], acc: list[str], mask: str | None
 ) -> list[str]:
     """Adds several rows of the kernel, interleaved."""
     assert isinstance(tap.extent, int)
@@ -406,14 +239,14 @@ def _kernel_rows(
         return s.quads(t, [t.at(x, t.mul(t.dim(where, dims), size)) for x in pointers], mask, of_a)
 
     weights = [at(b, tap.b * k, p.b_bytes, False) for k in range(tap.extent)]
-    for where, pairs in _columns_read(p, tap, len(acc)):
+    for where, pairs in columns_read(p, tap, len(acc)):
         x = at(a, where, p.a_bytes, True)
         for j, k in pairs:
             acc[j] = s.multiply_quads(t, x, weights[k], acc[j])
     return acc
 
 
-def _driver(p: _Plan) -> tuple[str, dict[str, str]]:
+def _driver(p: Plan) -> tuple[str, dict[str, str]]:
     """The exported function: units, then vectors of channels, and the segments of their rows."""
     t, d, width = Text(), p.d, p.isa.n_f32_lanes
     dims = p.load_dims(t)
@@ -427,15 +260,17 @@ def _driver(p: _Plan) -> tuple[str, dict[str, str]]:
         at: dict[str, Int] = {}
         for axis in reversed(p.above):
             rest, at[axis.name] = t.divmod(rest, t.dim(axis.extent, dims)) if axis is not p.above[0] else (0, rest)
-        a_image, out_image = _move(t, p, p.above, at, dims, a, out)
+        a_image, out_image = move(t, p, p.above, at, dims, a, out)
         first_vector, first_row = t.mul(vector_block, p.vectors_per_unit), t.mul(row_block, p.rows_per_unit)
         vector_end = t.minimum(t.add(first_vector, p.vectors_per_unit), n_vectors)
         row_end = t.minimum(t.add(first_row, p.rows_per_unit), n_rows)
         rows = t.sub(row_end, first_row)
         with t.loop(first_vector, vector_end) as vector:
-            c = t.add(t.mul(vector, width), t.mul(t.minimum(vector, p.n_wide), WIDTH - width) if p.n_wide else 0)
+            c = t.add(
+                t.mul(vector, width), t.mul(t.minimum(vector, p.n_wide), p.wide_channels - width) if p.n_wide else 0
+            )
             at[p.outer.name] = first_row
-            a_row, out_row = _move(t, p, (p.outer,), at, dims, a_image, out_image)
+            a_row, out_row = move(t, p, (p.outer,), at, dims, a_image, out_image)
             sized = ((a_row, p.a_bytes), (b, p.b_bytes), (out_row, p.out_bytes))
             a_row, b_row, out_row = (t.at(x, t.mul(c, size)) for x, size in sized)
             if p.n_wide:
@@ -453,17 +288,8 @@ def _driver(p: _Plan) -> tuple[str, dict[str, str]]:
     return "\n".join([head, "entry:", *t.lines, "}"]), t.declares
 
 
-def _move(
-    t: Text, p: _Plan, axes: tuple[Axis, ...], at: Mapping[str, Int], dims: Mapping[str, Int], a: str, out: str
-) -> tuple[str, str]:
-    for axis in axes:
-        a = t.at(a, t.mul(at[axis.name], t.mul(t.dim(axis.a, dims), p.a_bytes)))
-        out = t.at(out, t.mul(at[axis.name], t.mul(t.dim(axis.out, dims), p.out_bytes)))
-    return a, out
-
-
 def _rows(
-    t: Text, p: _Plan, dims: Mapping[str, Int], at: Mapping[str, Int], rows: Int, c: Int, a: str, b: str, out: str,
+    t: Text, p: Plan, dims: Mapping[str, Int], at: Mapping[str, Int], rows: Int, c: Int, a: str, b: str, out: str,
     wide: bool = False,
 ) -> None:  # fmt: skip
     """Calls the columns of some output rows, segment by segment."""
@@ -473,7 +299,7 @@ def _rows(
             continue
         n = t.dim(count, dims)
         place = {**at, p.inner.name: start}
-        a_part, out_part = _move(t, p, (p.inner,), place, dims, a, out)
+        a_part, out_part = move(t, p, (p.inner,), place, dims, a, out)
         axes = "".join(f", i64 {place[x.name]}" for x in p.d.rows)
         arguments = f"ptr %args, ptr {a_part}, ptr {b}, ptr {out_part}, i64 {n}, i64 {rows}, i64 {c}{axes}"
         if wide:

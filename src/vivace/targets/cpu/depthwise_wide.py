@@ -42,10 +42,11 @@ def is_wide(d: Depthwise, isa: Isa) -> bool:
     if prod(extents[:-1]) > _MOST_ROWS or extents[-1] > _MOST_ROWS:  # type: ignore[operator]
         return False
     e = d.epilogue
-    return e is not None and makes_bytes(e) and all(map(_is_per_channel(d), walk(e)))  # type: ignore[arg-type]
+    return e is not None and makes_bytes(e) and all(map(is_per_channel(d), walk(e)))  # type: ignore[arg-type]
 
 
-def _is_per_channel(d: Depthwise) -> Callable[[Expr], bool]:
+def is_per_channel(d: Depthwise) -> Callable[[Expr], bool]:
+    """Whether a part of the epilogue is a constant per channel, or no load at all."""
     rows = {x.name for x in d.rows}
 
     def check(e: Expr) -> bool:
@@ -137,14 +138,16 @@ class WideSums:
         return acc
 
 
-def per_channel(t: Text, e: Expr | None, bases: Callable[[Load], str]) -> list[dict[Expr, Value]]:
-    """What the epilogue reads per channel, for each of the four vectors of sums."""
-    given: list[dict[Expr, Value]] = [{} for _ in range(4)]
+def per_channel(
+    t: Text, e: Expr | None, bases: Callable[[Load], str], ordered: Callable[[Text, str, str], list[str]], n: int
+) -> list[dict[Expr, Value]]:
+    """What the epilogue reads per channel, for each of the `n` vectors of sums, in the order that `ordered` gives."""
+    given: list[dict[Expr, Value]] = [{} for _ in range(n)]
     for load in dict.fromkeys(x for x in walk(e) if isinstance(x, Load)) if e is not None else ():
         parts = linear(flat_index(load.buffer, load.index), "c")
         if parts is None or parts[0] == 0:
             continue
         kind = "float" if load.buffer.dtype is DType.f32 else "i32"
-        for known, text in zip(given, in_order_of_sums(t, kind, bases(load)), strict=True):
+        for known, text in zip(given, ordered(t, kind, bases(load)), strict=True):
             known[load] = Value(text, kind, 16)
     return given
