@@ -37,7 +37,8 @@ def optimize_model(
     as EXTENDED.
 
     `opset` is the source's, at least 20, unless given. `sizes` fixes symbolic dims for the check.
-    Raises: ModelError, UnsupportedError for a model that cannot be read or written; GateError when an output differs.
+    Raises: ModelError, UnsupportedError for a model that cannot be read or written; InputError where the disk refuses;
+    GateError when an output differs.
     Nothing is
     written then, and a file that was there stays as it was.
     """
@@ -50,15 +51,21 @@ def optimize_model(
     was = opset_of(path)
     model = export(result, opset or (was if OLDEST <= was <= NEWEST and was > DEFAULT else DEFAULT))
     report.operators_before, report.operators_after = count_operators(path), count_operators(model)
-    with tempfile.TemporaryDirectory(
-        dir=None if target is None else Path(target).resolve().parent, prefix=".vivace-"
-    ) as folder:
-        made = Path(folder) / (path.name if target is None else Path(target).name)
-        save(model, made)
-        report.largest_error = check(graph, result, path, made, sizes)
-        if not dry_run and target is not None:
-            for part in sorted(made.parent.iterdir(), key=lambda p: p == made):  # the weights first, the model last
-                os.replace(part, Path(target).resolve().parent / part.name)
+    try:
+        with tempfile.TemporaryDirectory(
+            dir=None if target is None else Path(target).resolve().parent, prefix=".vivace-"
+        ) as folder:
+            made = Path(folder) / (path.name if target is None else Path(target).name)
+            save(model, made)
+            report.largest_error = check(graph, result, path, made, sizes)
+            if not dry_run and target is not None:
+                for part in sorted(made.parent.iterdir(), key=lambda p: p == made):  # the weights first, the model last
+                    os.replace(part, Path(target).resolve().parent / part.name)
+    except OSError as e:
+        raise InputError(
+            f"cannot be written: {e.strerror or e}", where=str(target or tempfile.gettempdir()),
+            expected="a folder with room for the model", hint="freeing space, or another folder",
+        ) from e  # fmt: skip
     return report
 
 

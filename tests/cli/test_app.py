@@ -89,7 +89,30 @@ def test_exit_codes(error: Exception, code: int) -> None:
     assert found == code
     assert kind and text and "\n" not in text
     if isinstance(error, OSError):
-        assert text == "out.onnx: No space left on device."
+        assert text == "out.onnx: No space left on device. Try: freeing space, or another folder."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "page"),
+    [(["run"], "vivace run"), (["run", "m", "--fly"], "vivace run"), (["fly"], "vivace")],
+    ids=["argument", "option", "verb"],
+)
+def test_usage_errors_name_the_page_that_helps(cli, arguments: list[str], page: str) -> None:  # type: ignore[no-untyped-def]
+    assert f"Try: {page} --help." in cli(*arguments).err
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_an_interrupt_while_modules_load() -> None:
+    script = (
+        "import os, signal, sys, vivace.cli\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "vivace.cli.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (app.INTERRUPTED, "interrupted\n")
 
 
 def test_faults_show_no_traceback_unless_wanted(cli, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]

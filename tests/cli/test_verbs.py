@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +69,43 @@ def test_run_refuses_inputs(cli, model: Path, tmp_path: Path, extra: list[str], 
     result = cli("run", model, "--provider", "onnxruntime", *(text.format(**paths) for text in extra))
     assert result.code == 2
     assert part in result.err
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"hello", "no file of NumPy's"),
+        (b"", "No data left"),
+        (b"PK\x03\x04 cut off", "not a zip file"),
+        (None, "No such file"),
+    ],
+    ids=["text", "empty", "cut off", "missing"],
+)
+@pytest.mark.parametrize("name", ["x.npy", "x.npz"])
+def test_files_of_arrays_that_are_none(  # type: ignore[no-untyped-def]
+    cli, model: Path, tmp_path: Path, name: str, content: bytes | None, part: str
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    result = cli("run", model, "--provider", "onnxruntime", "--input", path if name == "x.npz" else f"x={path}")
+    assert result.code == 2
+    assert str(path) in result.err and f"Expected a {path.suffix} file." in result.err and part in result.err
+    assert "pickle" not in result.err
+
+
+@pytest.mark.parametrize("size", [1 << 40, 10**20])
+def test_absurd_shapes_are_refused(cli, model: Path, size: int) -> None:  # type: ignore[no-untyped-def]
+    result = cli("run", model, "--provider", "onnxruntime", "--shapes", f"x:{size}x8")
+    assert result.code == 2
+    assert f"input 'x': an array of {size}x8 is too large. Expected at most" in result.err
+
+
+def test_one_document_where_a_gate_fails(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    np.savez(tmp_path / "in.npz", x=np.full((2, 8), 1e30, np.float32), ids=np.ones((2, 3), np.int64))
+    result = cli("run", model, "--input", tmp_path / "in.npz", "--against", "onnxruntime", "--atol", -1, "--json")
+    assert result.code == 1 and "differ" in result.err
+    assert json.loads(result.out)["differences"]
 
 
 def test_gate_of_run(cli, model: Path) -> None:  # type: ignore[no-untyped-def]
@@ -170,6 +210,12 @@ def test_optimize(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-
     assert result.code == 0 and "wrote nothing" in result.out
     assert not dry.exists()
     assert cli("optimize", model).code == 2
+    explained = cli("optimize", model, "--dry-run", "--explain", "fuse_attention")
+    assert "fuse_attention fired 0 times and nearly fired nowhere" in explained.out
+    unknown = cli("optimize", model, "--dry-run", "--disable", "fuse_atention")
+    assert unknown.code == 2 and "Try: fuse_attention" in unknown.err
+    no_rule = cli("optimize", model, "--dry-run", "--explain", "simplify")
+    assert no_rule.code == 2 and "Expected a rule" in no_rule.err
 
 
 def test_compile_then_run_and_inspect(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -185,6 +231,12 @@ def test_compile_then_run_and_inspect(cli, model: Path, tmp_path: Path) -> None:
     assert seen.code == 0, seen.err
     assert {place["provider"] for place in json.loads(seen.out)["placement"]} == {"native"}
     assert cli("run", engine, "--provider", "onnxruntime").code == 2
+    unnamed = tmp_path / "small"  # an engine is known by its first bytes too
+    unnamed.write_bytes(engine.read_bytes())
+    assert cli("run", unnamed, "--shapes", SHAPES, "--threads", 1).code == 0
+    for verb in (["compile"], ["bench"], ["optimize", "--dry-run"], ["opt"], ["reduce"]):
+        refused = cli(*verb, unnamed)
+        assert refused.code == 2 and "small: is a saved engine. Expected an ONNX model." in refused.err, verb
     engine.write_bytes(engine.read_bytes()[:500])
     broken = cli("run", engine)
     assert broken.code == 2 and "small.vivace" in broken.err
@@ -212,7 +264,7 @@ def test_precision_by_layer(cli, model: Path, tmp_path: Path) -> None:  # type: 
     assert "product" in shown.out.split("precision by layer")[1].split("softmax")[0]
 
 
-@pytest.mark.parametrize("verb", ["run", "bench", "inspect", "compile", "opt"])
+@pytest.mark.parametrize("verb", ["run", "bench", "inspect", "compile", "opt", "reduce"])
 @pytest.mark.parametrize("content", [b"", b"garbage", None], ids=["empty", "garbage", "truncated"])
 def test_damaged_models(cli, model: Path, tmp_path: Path, verb: str, content: bytes | None) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "bad.onnx"
@@ -221,6 +273,27 @@ def test_damaged_models(cli, model: Path, tmp_path: Path, verb: str, content: by
     assert result.code == 2
     assert result.err.startswith("error: bad.onnx: ") and result.err.count("\n") == 1
     assert [item.name for item in tmp_path.iterdir()] == ["bad.onnx"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+@pytest.mark.parametrize(
+    "arguments",
+    ["optimize MODEL out.onnx", "inspect MODEL --html out.html", "compile MODEL -o out.vivace"],
+    ids=["optimize", "inspect", "compile"],
+)
+def test_a_full_disk_leaves_nothing(model: Path, tmp_path: Path, arguments: str) -> None:
+    script = (
+        "import resource, signal, sys, vivace.cli.app as app\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))\n"
+        "sys.exit(app.run(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, *arguments.replace("MODEL", str(model)).split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: out.") and "File too large" in last and "Try: " in last
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_outputs_are_refused_before_the_work(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

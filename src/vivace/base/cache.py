@@ -44,14 +44,15 @@ def write_atomic(path: Path, chunks: Iterable[Chunk], *, mode: int | None = None
     for files that carry a checksum and can be made again. On any failure, an interrupt included, the old file stays
     and nothing is left beside it.
 
-    Raises: OSError as the file system gives it, also for a device, a pipe or a folder; whatever `chunks` raises.
+    Raises: OSError as the file system gives it, with this file's name, also for a device, a pipe or a folder; whatever
+    `chunks` raises.
     """
     if path.exists() and not path.is_file():  # a rename would replace the device itself
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}{_TEMPORARY}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     n_bytes = 0
     try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
         with os.fdopen(descriptor, "wb") as file:
             for chunk in chunks:
                 file.write(chunk)
@@ -62,8 +63,11 @@ def write_atomic(path: Path, chunks: Iterable[Chunk], *, mode: int | None = None
             if durable:
                 os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary), temporary):
+            error.filename, error.filename2 = str(path), None  # which the caller knows
         raise
     if durable:
         _sync_folder(path.parent)

@@ -7,6 +7,10 @@ def main() -> None:
     """The entry point of the `vivace` command."""
     import sys
 
-    from vivace.cli.app import run
+    try:
+        from vivace.cli.app import run
 
-    sys.exit(run(sys.argv[1:]))
+        sys.exit(run(sys.argv[1:]))
+    except KeyboardInterrupt:  # while modules load, or while an error is being told
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)  # app.INTERRUPTED

@@ -3,13 +3,15 @@
 Rules:
 * CODES: 0 done; 1 a gate that the user asked for did not hold; 2 bad input; 3 a fault of ours; 130 interrupted; 141 the
   reader of the output went away.
-* PARAGRAPH: an error is one paragraph on standard error, as JSON on standard output too where `--json` was given. The
-  traceback is shown only with the knob `traceback`.
+* PARAGRAPH: an error is one paragraph on standard error. Where `--json` was given it is JSON on standard output too,
+  unless the verb has printed its document already and a gate failed after it. The traceback is shown only with the
+  knob `traceback`.
 * LIGHT: a verb imports what it needs when it runs, so that `vivace --help` starts at once.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -19,12 +21,17 @@ from typing import Annotated
 import typer
 
 from vivace.base.errors import VivaceError
-from vivace.cli import bench, compile, demo, inspect, opt, optimize, reduce, run_model, system, timings
+from vivace.cli import bench, compile, console, demo, inspect, opt, optimize, reduce, run_model, system, timings
 
 # Typer has Click inside or beside it, depending on its version; this is the root of its complaints in both.
 _ClickException = typer.BadParameter.__mro__[2]
 
 INTERRUPTED, READER_GONE = 130, 141
+_TO_TRY = {
+    errno.ENOSPC: "freeing space, or another folder",
+    errno.ENOENT: "another spelling of the path",
+    errno.EACCES: "another folder, or changing its permissions",
+}
 
 app = typer.Typer(
     name="vivace",
@@ -69,6 +76,7 @@ def top(
 
 def run(arguments: Sequence[str]) -> int:
     """Runs the command line and returns the exit code (CODES, PARAGRAPH)."""
+    n_before = console.n_documents
     try:
         code = app(list(arguments), standalone_mode=False)
         sys.stdout.flush()
@@ -87,7 +95,7 @@ def run(arguments: Sequence[str]) -> int:
     except Exception as error:
         _show_traceback(error)
         kind, text, code = describe(error)
-        _report(kind, text, code, "--json" in arguments)
+        _report(kind, text, code, "--json" in arguments and console.n_documents == n_before)
         return code
 
 
@@ -97,10 +105,13 @@ def describe(error: Exception) -> tuple[str, str, int]:
         return type(error).__name__, str(error), error.exit_code
     if isinstance(error, _ClickException):
         text = str(error.format_message())  # type: ignore[attr-defined]
-        return "UsageError", f"{text.rstrip('.')}. Try: vivace --help.", 2
+        verb = getattr(getattr(error, "ctx", None), "info_name", None)
+        is_known = verb in {command.name for command in app.registered_commands}
+        return "UsageError", f"{text.rstrip('.')}. Try: vivace {f'{verb} ' if is_known else ''}--help.", 2
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
-        return "InputError", f"{where}{error.strerror or error}.", 2
+        hint = _TO_TRY.get(error.errno or 0, "another file or folder")
+        return "InputError", f"{where}{error.strerror or error}. Try: {hint}.", 2
     if isinstance(error, MemoryError):
         return "InputError", f"not enough memory: {str(error) or 'an allocation failed'}.", 2
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vivace.base.errors import GateError, InputError, ProviderError, VivaceError
+from vivace.base.errors import GateError, InputError, VivaceError
 from vivace.cli import options
 
 if TYPE_CHECKING:
@@ -155,18 +155,10 @@ def gather_inputs(job: Job, inputs: Sequence[str], seed: int) -> tuple[dict[str,
     """
     from dataclasses import replace
 
-    from vivace.cli.contestants import is_saved, open_engine
+    from vivace.cli.contestants import input_specs
 
-    if is_saved(job.model):
-        raise InputError("a saved engine cannot be compared", where=str(job.model), expected="an ONNX model")
-    try:
-        specs = open_engine("onnxruntime", replace(job, precision="f32", level=0, shapes={})).inputs
-    except ProviderError:
-        from vivace.onnx.reader import read
-
-        read(job.model)  # which says better what is wrong with a model
-        raise
-    arrays, sizes = options.gather(specs, job.shapes, inputs, seed)
+    options.check_model(job.model)
+    arrays, sizes = options.gather(input_specs(job), job.shapes, inputs, seed)
     return arrays, replace(job, shapes={name: tuple(a.shape) for name, a in arrays.items()}, sizes=sizes)
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from vivace.base.errors import InputError
 from vivace.cli import options
 
 
@@ -27,7 +26,7 @@ def compile_model(
     shapes: options.Shapes = "",
     threads: options.Threads = 0,
     precision: options.Precision = "f32",
-    max_drop: options.MaxDrop = -1.0,
+    max_drop: options.MaxDrop = None,
     metric: options.Metric = "relative",
     calibration: options.Calibration = [],  # noqa: B006 (typer reads it)
     provider: options.Provider = "native,onnxruntime",
@@ -48,8 +47,7 @@ def compile_model(
     from vivace.cli.console import duration, print_json, progress, size
     from vivace.measure.inputs import parse_shapes
 
-    if not model.exists():
-        raise InputError("no such file", where=str(model), expected="an ONNX model")
+    options.check_model(model)
     path = output or model.with_suffix(".vivace")
     options.check_output(path)
     options.check_output(timing_cache)
@@ -70,7 +68,7 @@ def compile_model(
             disable=options.split(disable),
             progress=show,
             calibration=options.read_samples(calibration),
-            max_drop=None if max_drop < 0 else max_drop,
+            max_drop=max_drop,
             metric=metric,
         )
         engine.save(path)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 SCHEMA_VERSION = 1
+n_documents = 0  # that `print_json` printed
 _WIDE = 200  # columns where nobody's terminal sets a width
 _PATIENCE_SECONDS = 1.0
 
@@ -55,6 +56,8 @@ def _escape(text: str) -> str:
 
 def print_json(data: dict[str, Any]) -> None:
     """One JSON document; NaN and infinities, which JSON lacks, become null."""
+    global n_documents
+    n_documents += 1
     print(json.dumps({"schema_version": SCHEMA_VERSION, **data}, indent=2, default=str, allow_nan=False))
 
 
@@ -110,6 +113,8 @@ def duration(seconds: float) -> str:
     """`12.3 us`, `4.56 ms`, `7.89 s`: three figures."""
     if not math.isfinite(seconds):
         return "-"
+    if not seconds:
+        return "0 s"
     for unit, scale in (("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
         if seconds >= scale:
             return f"{_three(seconds / scale)} {unit}"

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from vivace.base.errors import InputError
-from vivace.cli.options import is_native, split
+from vivace.base.errors import InputError, ProviderError
+from vivace.cli.options import check_model, is_native, is_saved, split
 
 if TYPE_CHECKING:
+    from vivace.base.specs import TensorSpec
     from vivace.measure.bench import Contestant, Runner
     from vivace.providers.provider import Session
-
-SAVED_SUFFIX = ".vivace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +34,9 @@ class Job:
     timing_cache: str = ""
 
 
-def is_saved(path: Path) -> bool:
-    """Whether a file is an engine of ours rather than a model."""
-    return path.suffix == SAVED_SUFFIX
-
-
 def open_engine(provider: str, job: Job, progress: Any = None) -> Session:
     """Loads the model: with our compiler where `provider` says native or auto, else with the named engine."""
-    if not job.model.exists():
-        raise InputError("no such file", where=str(job.model), expected="an ONNX model")
+    check_model(job.model, or_engine=True)
     if is_saved(job.model):
         return _open_saved(provider, job)
     if is_native(provider):
@@ -78,6 +71,20 @@ def open_engine(provider: str, job: Job, progress: Any = None) -> Session:
         dims=job.sizes,
     )
     return find(provider).load(job.model, options)
+
+
+def input_specs(job: Job) -> tuple[TensorSpec, ...]:
+    """The model's inputs as ONNX Runtime reads them.
+
+    Raises: ModelError for a damaged model, from our reader, which says better what is wrong with it.
+    """
+    try:
+        return open_engine("onnxruntime", replace(job, precision="f32", level=0, shapes={})).inputs
+    except ProviderError:
+        from vivace.onnx.reader import read
+
+        read(job.model)
+        raise
 
 
 def _open_saved(provider: str, job: Job) -> Session:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vivace.base.errors import InputError
 from vivace.cli import options
 from vivace.cli.scaling import print_scaling, scaling_of, thread_counts
 
@@ -39,14 +38,12 @@ def inspect_model(
     Example: vivace inspect model.onnx --shapes x:1x3x224x224 --json
     """
     from vivace.cli.console import plain, print_json
-    from vivace.cli.contestants import is_saved
 
-    if not model.exists():
-        raise InputError("no such file", where=str(model), expected="an ONNX model or a saved engine")
+    options.check_model(model, or_engine=True)
     options.check_output(html)
     counts = thread_counts(threads)
     scaling = scaling_of(model, shapes, counts) if counts else None
-    if is_saved(model):
+    if options.is_saved(model):
         _inspect_engine(model, as_json, scaling)
         return
     from vivace.measure.inputs import parse_shapes

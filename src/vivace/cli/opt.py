@@ -38,6 +38,7 @@ def run_passes(
     unknown = [name for name in options.split(passes) if name not in known]
     if unknown:
         raise InputError(f"unknown pass {unknown[0]!r}", where="--passes", expected=f"some of {', '.join(known)}")
+    options.check_model(model)
     chosen = [known[name] for name in options.split(passes)] or list(PIPELINE)
     graph = import_model(model, overrides=parse_shapes(shapes) or None)
     disabled = frozenset(options.split(disable))

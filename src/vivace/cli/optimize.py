@@ -34,6 +34,7 @@ def optimize(
 
     if output is None and not dry_run:
         raise InputError("no file to write is named", where="OUTPUT", expected="a path", hint="--dry-run to only look")
+    options.check_model(model)
     options.check_output(output)
     with progress() as show:
         if show:
@@ -97,3 +98,6 @@ def print_optimization(report: Report) -> None:
         print(f"checked on random inputs: largest difference {report.largest_error:.1e}")
     for note in report.notes:
         print(note)
+    for rule in report.explain:
+        if not any(note.split()[0] == rule for note in report.notes):
+            print(f"{rule} fired {report.fired[rule]} times and nearly fired nowhere")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, BinaryIO
 
 import typer
 
 from vivace.base.errors import InputError
+from vivace.base.version import ENGINE_MAGIC
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,8 +41,10 @@ def _fixed(precision: str) -> str:
 Precision = Annotated[str, typer.Option(help="Numbers between kernels: f32, bf16, f16, auto.")]
 FixedPrecision = Annotated[str, typer.Option(help="Numbers between kernels: f32, bf16, f16.", callback=_fixed)]
 MaxDrop = Annotated[
-    float, typer.Option(metavar="DROP", help="For --precision auto: how far outputs may be from f32 by --metric.")
-]
+    float | None,
+    typer.Option(metavar="DROP", help="For --precision auto: how far outputs may be from f32 by --metric.",
+                 show_default=False),
+]  # fmt: skip
 Metric = Annotated[str, typer.Option(help="relative, max_absolute, top1, cosine.")]
 Calibration = Annotated[
     list[Path],
@@ -63,6 +68,8 @@ TimingCache = Annotated[
 ]  # fmt: skip
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
+ENGINE_SUFFIX = ".vivace"
+_MOST_BYTES = 1 << 42  # of an array: as of a tensor in a model
 LEVELS = {"disable": 0, "basic": 1, "extended": 2, "layout": 3, "all": 99, "0": 0, "1": 1, "2": 2, "3": 3, "99": 99}
 
 
@@ -86,6 +93,24 @@ def threads_of(count: int) -> int:
     if count < 0:
         raise InputError(f"{count} threads", where="--threads", expected="0 or more")
     return count or knobs.threads or host().n_compute_threads
+
+
+def is_saved(path: Path) -> bool:
+    """Whether a file is an engine of ours rather than a model: by its name, or else by its first bytes."""
+    if path.suffix == ENGINE_SUFFIX or not path.is_file():
+        return path.suffix == ENGINE_SUFFIX
+    with path.open("rb") as file:
+        return file.read(len(ENGINE_MAGIC)) == ENGINE_MAGIC
+
+
+def check_model(path: Path, or_engine: bool = False) -> None:
+    """Raises: InputError where there is no file, or a saved engine where only a model will do."""
+    if not path.exists():
+        wanted = "an ONNX model or a saved engine" if or_engine else "an ONNX model"
+        raise InputError("no such file", where=str(path), expected=wanted)
+    if is_saved(path) and not or_engine:
+        raise InputError("is a saved engine", where=str(path), expected="an ONNX model",
+                         hint="the model that it was compiled from")  # fmt: skip
 
 
 def check_output(path: Path | None) -> None:
@@ -132,25 +157,39 @@ def _is_named(text: str) -> bool:
 def _read_array(path: Path) -> np.ndarray:
     import numpy as np
 
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(f"cannot read an array: {error}", where=str(path), expected="a .npy file") from error
+    with _opened(path, "an array", "a .npy file") as file:
+        found = np.load(file, allow_pickle=False)
     if not isinstance(found, np.ndarray):
         raise InputError("holds several arrays", where=str(path), expected="a .npy file", hint="--input FILE.npz")
     return found
 
 
 def _read_archive(path: Path) -> dict[str, np.ndarray]:
-    import zipfile
-
     import numpy as np
 
-    try:
-        with np.load(path, allow_pickle=False) as archive:
+    with _opened(path, "arrays", "a .npz file") as file:
+        found = np.load(file, allow_pickle=False)
+        if isinstance(found, np.ndarray):
+            raise ValueError("it is one array without a name")
+        with found as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise InputError(f"cannot read arrays: {error}", where=str(path), expected="a .npz file") from error
+
+
+@contextmanager
+def _opened(path: Path, what: str, expected: str) -> Iterator[BinaryIO]:
+    """The file, for NumPy to read. Raises: InputError for whatever NumPy raises."""
+    import zipfile
+    import zlib
+
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise InputError(f"cannot be read ({error.strerror or error})", where=str(path), expected=expected) from error
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        # NumPy takes what is no file of its own for a pickle, and advises to trust it.
+        why = "Python objects, or no file of NumPy's" if "pickle" in str(error) else str(error)
+        raise InputError(f"cannot read {what}: {why}", where=str(path), expected=expected) from error
 
 
 def gather(
@@ -165,6 +204,11 @@ def gather(
         names = ", ".join(spec.name for spec in specs)
         raise InputError(f"the model has no input {unknown[0]!r}", where="--input", expected=f"one of {names}")
     chosen, sizes = choose_shapes(specs, {**shapes, **{name: array.shape for name, array in given.items()}})
+    for spec in specs:
+        if spec.name not in given and math.prod(chosen[spec.name]) * spec.dtype.size_bytes > _MOST_BYTES:
+            text = "x".join(map(str, chosen[spec.name]))
+            raise InputError(f"an array of {text} is too large", where=f"input {spec.name!r}",
+                             expected=f"at most {_MOST_BYTES} bytes", hint="smaller --shapes")  # fmt: skip
     arrays = generate([spec for spec in specs if spec.name not in given], chosen, seed)
     ordered = {spec.name: given.get(spec.name, arrays.get(spec.name)) for spec in specs}
     complete = {name: array for name, array in ordered.items() if array is not None}

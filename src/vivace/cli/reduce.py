@@ -47,20 +47,20 @@ def reduce_model(
     Example: vivace reduce model.onnx -o small.onnx
     """
     from vivace.cli.console import print_json, progress
-    from vivace.cli.contestants import Job, open_engine
+    from vivace.cli.contestants import Job, input_specs
     from vivace.measure.compare import Tolerance
     from vivace.measure.inputs import parse_shapes
     from vivace.onnx.exporter import save
     from vivace.onnx.shrink import names_of, read_whole
 
     path = output or model.with_name(f"{model.stem}-reduced.onnx")
+    options.check_model(model)
     options.check_output(path)
     job = Job(
         model, options.threads_of(threads), precision, parse_shapes(shapes), {}, options.level_of(level),
         options.split(disable), target,
     )  # fmt: skip
-    specs = open_engine("onnxruntime", replace(job, precision="f32", level=0, shapes={})).inputs
-    arrays, _ = options.gather(specs, job.shapes, inputs, seed)
+    arrays, _ = options.gather(input_specs(job), job.shapes, inputs, seed)
     with progress() as show:
         found = reduce(Trial(provider, job, Tolerance(absolute, relative)), read_whole(model), arrays, show)
     save(found.model, path)

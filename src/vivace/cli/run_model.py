@@ -90,10 +90,10 @@ def _differences(
 ) -> tuple[Difference, ...]:
     from dataclasses import replace
 
-    from vivace.cli.contestants import is_saved, open_engine
+    from vivace.cli.contestants import open_engine
     from vivace.measure.compare import Tolerance, compare
 
-    if is_saved(job.model):
+    if options.is_saved(job.model):
         raise InputError(
             "a saved engine has no other engine to compare with", where="--against", expected="an ONNX model"
         )

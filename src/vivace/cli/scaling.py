@@ -29,7 +29,7 @@ def scaling_of(model: Path, shapes: str, counts: tuple[int, ...]) -> Scaling:
     Raises: InputError for a model that our kernels do not run.
     """
     import vivace
-    from vivace.cli.contestants import is_saved
+    from vivace.cli.options import is_saved
     from vivace.measure.inputs import parse_shapes
     from vivace.measure.scaling import examine
     from vivace.runtime.engine import Engine

@@ -7,6 +7,7 @@ is for our own code generator.
 
 from __future__ import annotations
 
+import difflib
 import sys
 from enum import IntEnum
 
@@ -137,11 +138,14 @@ def optimize(
     """
     level = level_of(level)
     explain = tuple(dict.fromkeys((*knobs.explain, *(report.explain if report else ()))))
-    for where, names in (("disable", disable), ("explain", explain)):
-        if unknown := sorted(set(names) - set(rule_names())):
+    rules = list(dict.fromkeys(r.name for p in PIPELINE for r in p.rules))
+    for where, names, known in (("disable", disable, rule_names()), ("explain", explain, rules)):
+        if unknown := sorted(set(names) - set(known)):
+            kinds = "a pass or a rule" if where == "disable" else "a rule"
             raise InputError(
-                f"nothing is called {unknown[0]!r}", where=where, expected="a pass or a rule of docs/rules.md"
-            )
+                f"nothing is called {unknown[0]!r}", where=where, expected=f"{kinds} of docs/rules.md",
+                hint=" or ".join(difflib.get_close_matches(unknown[0], known, cutoff=0.5)),
+            )  # fmt: skip
     record = Run()
     chosen = [p for p in PIPELINE if p.level <= level]
     result = run_passes(graph, chosen, disabled=frozenset(disable), dump=knobs.dump, explain=explain, record=record)

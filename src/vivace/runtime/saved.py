@@ -35,9 +35,9 @@ from vivace.base.dtypes import DType
 from vivace.base.errors import EngineError, ModelError
 from vivace.base.machine import isa
 from vivace.base.specs import TensorSpec
+from vivace.base.version import ENGINE_MAGIC
 from vivace.lower.image import ForeignEntry, Image, KernelEntry, LineEntry, Part, StorageEntry
 
-MAGIC = b"VIVACE\0E"
 FORMAT = 2
 _HEAD = struct.Struct("<8sIQ32s")
 _BLOCK = 1 << 22  # bytes per block sum
@@ -104,7 +104,7 @@ def save(path: Path, program: Program, portable: bytes) -> int:
     start = _data_start(len(header))
 
     def chunks() -> Iterator[bytes | memoryview]:
-        yield _HEAD.pack(MAGIC, FORMAT, len(header), hashlib.sha256(header).digest())
+        yield _HEAD.pack(ENGINE_MAGIC, FORMAT, len(header), hashlib.sha256(header).digest())
         yield header
         yield bytes(start - _HEAD.size - len(header))
         for data, _ in sections.values():
@@ -142,7 +142,7 @@ class SavedEngine:
         except OSError as e:
             raise EngineError(f"cannot be read: {e.strerror}", where=str(path), expected="a saved engine") from e
         magic, version, length, digest = _HEAD.unpack(self.data[: _HEAD.size].tobytes())
-        if magic != MAGIC:
+        if magic != ENGINE_MAGIC:
             raise EngineError(
                 "is no saved engine",
                 where=str(path),
