@@ -77,6 +77,28 @@ def test_rows_at_run_time(target: Isa) -> None:
         check(target, m, 64, 150, 4, 32, True, symbolic=True)
 
 
+@each_isa
+@pytest.mark.parametrize("outlier", [1e3, 1e4, -3e6])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_outlier_does_not_hide_its_neighbours(target: Isa, outlier: float, bits: int) -> None:
+    """Where the weight of an element that is much larger than its block's others is 0, these are summed as in f32."""
+    k, n, block, lanes, center = 512, 64, 32, blockwise_lanes(target), 1 << (bits - 1)
+    random = np.random.default_rng(0)
+    q = random.integers(0, 1 << bits, (k, n)).astype(np.uint8)
+    scales = random.uniform(0.5, 1.5, (k // block, n)).astype(np.float32)
+    a = random.standard_normal((1, k), dtype=np.float32)
+    a[:, 7::block], q[7::block] = outlier, center
+    packed, out = pack_blockwise(q, scales, None, bits, block, target), np.empty((1, n), np.float32)
+    arrays = {"a": a, "b": packed.b, "scales": packed.scales, "out": out}
+    buffers = {name: buffer(name, x, name == "out") for name, x in arrays.items()}
+    w = BlockwiseProduct("blocks", Axis("m", 1, k, 0, n), k, n, bits, block, lanes, buffers["a"], buffers["b"],
+                         buffers["scales"], None, buffers["out"])  # fmt: skip
+    run_code(emit_blockwise(w, target), target, {buffers[name]: x for name, x in arrays.items()}, {})
+    weights = (q.astype(np.float64) - center) * np.repeat(scales.astype(np.float64), block, 0)
+    error = np.abs(out - a.astype(np.float64) @ weights) / (np.abs(a) @ np.abs(weights))
+    assert error.max() < 2e-6
+
+
 @pytest.mark.parametrize("target", isas("avx2", "avx512"))
 def test_half_scales(target: Isa) -> None:
     check(target, 1, 96, 70, 4, 32, True, scale_dtype=np.float16)

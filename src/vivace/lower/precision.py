@@ -103,9 +103,7 @@ class _Storage:
         """Whether its kernel can round it (FUSED)."""
         g = self.maker[v]
         anchor = g.anchor
-        return v.dtype is DType.f32 and (
-            anchor.op.kind == "elementwise" or anchor.op.name in WITH_EPILOGUE | MOVERS
-        )
+        return v.dtype is DType.f32 and (anchor.op.kind == "elementwise" or anchor.op.name in WITH_EPILOGUE | MOVERS)
 
     def _stays(self, v: Value) -> bool:
         readers = self.readers[v]
@@ -182,9 +180,7 @@ def _layers(groups: list[Group], half: DType) -> dict[Value, Value | None]:
 class _Rebuild:
     """The graph in the order of its groups, with casts where values are stored and read."""
 
-    def __init__(
-        self, graph: Graph, groups: list[Group], half: DType, stored: set[Value], allowed: set[Value]
-    ) -> None:
+    def __init__(self, graph: Graph, groups: list[Group], half: DType, stored: set[Value], allowed: set[Value]) -> None:
         self.graph, self.groups, self.half, self.stored, self.allowed = graph, groups, half, stored, allowed
         self.producer = graph.producers()
         self.nodes: list[Node] = []

@@ -24,6 +24,7 @@ from vivace.targets.cpu.blockwise_dot import (
     dot_symbol,
     fetch,
     has_dot,
+    n_digits,
     prepare,
     record_row_bytes,
     row_bytes,
@@ -38,7 +39,6 @@ from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.isa import kernel_attributes
 
 _MOST_DIRECT_ROWS = 4  # beyond, making whole panels once is cheaper than unpacking the weights for every two rows
-_DIRECT_SIZES = (2, 1)
 _LINE = 64
 
 
@@ -55,11 +55,12 @@ def emit_blockwise(w: BlockwiseProduct, isa: Isa) -> KernelCode:
     is_direct = least <= _MOST_DIRECT_ROWS
     is_staged = most is None or most > _MOST_DIRECT_ROWS
     tails = [tail for tail, there in ((False, w.n >= w.lanes), (True, w.n % w.lanes > 0)) if there]
+    sizes = _direct_sizes(w, isa)
     texts = [_driver(w, p, is_direct, is_staged, tails)]
     if is_direct:
-        texts += [float_function(w, p, size, tail) for size in _DIRECT_SIZES for tail in tails]
+        texts += [float_function(w, p, size, tail) for size in sizes for tail in tails]
         if has_dot(w, isa):
-            texts += [dot_function(w, p, size, tail) for size in _DIRECT_SIZES for tail in tails]
+            texts += [dot_function(w, p, size, tail) for size in sizes for tail in tails]
     if is_staged:
         texts += [kernel_of_tile(p, *v) for v in variants(p)]
     declares: dict[str, str] = {}
@@ -70,6 +71,11 @@ def emit_blockwise(w: BlockwiseProduct, isa: Isa) -> KernelCode:
     staged = w.n_blocks * w.block * w.lanes * p.ar.b_bytes if is_staged else 0
     direct = _MOST_DIRECT_ROWS * (row_bytes(w) + record_row_bytes(w)) + _LINE if is_direct and has_dot(w, isa) else 0
     return KernelCode(w.name, text, w.params, w.dims, w.n_panels, 1, max(staged, direct), "light")
+
+
+def _direct_sizes(w: BlockwiseProduct, isa: Isa) -> tuple[int, ...]:
+    """Rows multiplied at once: as many as have their sums in registers."""
+    return (1,) if has_dot(w, isa) and n_digits(w) > 3 else (2, 1)
 
 
 def _plan(w: BlockwiseProduct, isa: Isa) -> Plan:
@@ -188,7 +194,7 @@ def _panels(
     call: Callable[[Int, Panel, str, int, Int, bool], None],
 ) -> None:  # fmt: skip
     """Every panel with rows in twos, and the last one."""
-    most = _DIRECT_SIZES[0]
+    most = _direct_sizes(w, p.isa)[0]
     pairs, left = t.divmod(n_rows, most)
     even = t.mul(pairs, most)
     with t.loop("%begin", "%end") as number:

@@ -73,7 +73,9 @@ def threads_text(cycle_counter: str = "llvm.readcyclecounter", delay: str = "") 
     thread may overtake another.
     """
     t = Team
-    return waiting_text(cycle_counter) + f"""
+    return (
+        waiting_text(cycle_counter)
+        + f"""
 declare i64 @{cycle_counter}()
 declare i64 @llvm.cttz.i64(i64, i1)
 declare i64 @llvm.umax.i64(i64, i64)
@@ -216,3 +218,4 @@ leading:
   br label %serving
 }}
 """
+    )
