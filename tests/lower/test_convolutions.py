@@ -7,7 +7,9 @@ import pytest
 from tests.lower.harness import BEST, HERE, build, check
 
 from vivace.base.dtypes import DType
-from vivace.graph.graph import Type
+from vivace.graph.build import Builder
+from vivace.graph.graph import Type, Value
+from vivace.lower.plan import steps_of
 
 # Filters per group, channels per group, groups, kernel, size.
 GROUPED = (
@@ -78,3 +80,25 @@ def test_transposed_by_whole_kernels(isa: str, layout: str, filters: int, kernel
 
     graph = build(make, Type(DType.f32, x.shape), Type(DType.f32, other.shape))
     check(graph, x, other, isas=(isa,), tol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["product", "conv", "winograd", "depthwise", "narrow"])
+def test_weights_that_are_denormal_count_as_zero(kind: str) -> None:
+    """Otherwise a product with one costs what a hundred cost."""
+    rng = np.random.default_rng(0)
+    same = {"strides": (1, 1), "dilations": (1, 1), "before": (1, 1), "after": (1, 1), "group": 1, "layout": "NHWC"}
+    shape = {"product": (40, 24), "depthwise": (40, 1, 3, 3), "narrow": (1, 40, 3, 3), "conv": (24, 40, 2, 2)}
+    w = rng.standard_normal(shape.get(kind, (24, 40, 3, 3))).astype(np.float32)
+    w.reshape(-1)[::3] = 1e-40
+    before = w.copy()
+    x = rng.standard_normal((9, 40) if kind == "product" else (1, 13, 12, 40)).astype(np.float32)
+
+    def make(b: Builder, v: Value) -> Value:
+        if kind == "product":
+            return b.matmul(v, b.const(w))
+        return b.conv(v, b.const(w), **{**same, "group": 40 if kind == "depthwise" else 1})
+
+    plan = check(build(make, Type(DType.f32, x.shape)), x, tol=1e-4)
+    constants = [o.storage.data for s in steps_of(plan.body) for o in s.operands if o.storage.data is not None]
+    assert constants and all(np.abs(a[a != 0]).min() > 1e-20 for a in constants)
+    assert (w == before).all()  # the user's own

@@ -3,6 +3,11 @@
 
 A panel is `lanes` neighbouring columns; the last one is padded with zeros, so a micro-kernel never loads beyond the
 array.
+
+Rule DENORMALS: constant weights of f32 below 2**-126 count as 0. Training leaves such weights where it lets channels
+die, and a product with one takes an Intel core 150 cycles: a depthwise convolution of PP-OCR's detector with 24 of them
+in 9600 took 5 times as long as its neighbour. A result is off by at most 2**-126 of the sum of the magnitudes that they
+meet; an infinity that meets one gives NaN, as it does with 0.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from vivace.base.errors import UnsupportedError
 from vivace.loops.contraction import Contraction, merge_axes
 
 ALIGNMENT_BYTES = 64
+_AT_ONCE = 1 << 20  # elements
 
 
 def pack_panels(b: NDArray[np.float32], lanes: int) -> NDArray[np.float32]:
@@ -33,7 +39,16 @@ def pack_panels(b: NDArray[np.float32], lanes: int) -> NDArray[np.float32]:
     packed[:, :n_full] = whole.transpose(0, 2, 1, 3)
     if n_full < n_panels:
         packed[:, n_full, :, : n - n_full * lanes] = flat[:, :, n_full * lanes :]
-    return packed
+    return without_denormals(packed)
+
+
+def without_denormals(w: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The same array, changed by rule DENORMALS. It must be contiguous."""
+    flat = w.reshape(-1)
+    for first in range(0, flat.size, _AT_ONCE):  # all of it would need as much memory again
+        part = flat[first : first + _AT_ONCE]
+        part[np.abs(part) < np.finfo(np.float32).tiny] = 0
+    return w
 
 
 def pack_groups(b: NDArray[Any], lanes: int, group: int, run: int) -> NDArray[Any]:

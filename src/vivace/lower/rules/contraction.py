@@ -17,7 +17,7 @@ from vivace.lower.choices import DIRECT, Site
 from vivace.lower.group import Group
 from vivace.lower.halves import is_depthwise, reads_half
 from vivace.lower.lowering import Lowering
-from vivace.lower.pack import pack_panels
+from vivace.lower.pack import pack_panels, without_denormals
 from vivace.lower.rules import narrow, winograd
 from vivace.lower.rules.elementwise import Params, Tree, emit_pointwise
 from vivace.lower.rules.epilogue import ACC, Epilogue, tail_flops
@@ -378,7 +378,7 @@ def _conv_weights(w: Value, groups: int) -> np.ndarray:
 def _depthwise_weights(w: Value) -> np.ndarray:
     """[c, 1, k..] -> [k.., c]."""
     assert w.data is not None
-    return np.ascontiguousarray(np.moveaxis(np.asarray(w.data, np.float32)[:, 0], 0, -1))
+    return without_denormals(np.array(np.moveaxis(np.asarray(w.data, np.float32)[:, 0], 0, -1), order="C"))
 
 
 def lower_conv_transpose(ctx: Lowering, g: Group) -> None:

@@ -19,6 +19,7 @@ from vivace.loops.contraction import Axis
 from vivace.loops.kernel import Binary, Expr, For, Kernel, Let, Load, Read, Reduce, Stmt, Store
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering, merge_axes
+from vivace.lower.pack import without_denormals
 from vivace.lower.rules.epilogue import Epilogue, tail_flops
 from vivace.lower.views import View
 
@@ -64,7 +65,8 @@ def lower_narrow(
     n, cg = oc // groups, w_value.data.shape[1]
     run = merged(taps)
     by_tap = np.moveaxis(np.asarray(w_value.data, np.float32), 1, -1)  # [oc, k.., c]
-    weights = np.ascontiguousarray(by_tap).reshape(groups, n, *(int(t.extent) for t in run))  # type: ignore[arg-type]
+    dense = without_denormals(np.array(by_tap, order="C"))
+    weights = dense.reshape(groups, n, *(int(t.extent) for t in run))  # type: ignore[arg-type]
     w = ctx.made_of((w_value.data,), ("narrow",), f"{w_value.name}_rows", lambda: weights)
     windows = View(
         x.storage,

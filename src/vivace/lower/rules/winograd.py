@@ -42,7 +42,7 @@ from vivace.lower.choices import DEFAULT, DIRECT, Choice, Site
 from vivace.lower.cook_toom import N_TAPS, PAIRS, n_inputs, transform_input, transform_output, transform_weights
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
-from vivace.lower.pack import aligned_zeros
+from vivace.lower.pack import aligned_zeros, without_denormals
 from vivace.lower.rules.elementwise import Params, Tree
 from vivace.lower.tile import panel_lanes, staged_stride
 from vivace.lower.views import View
@@ -240,7 +240,7 @@ def _packed_weights(ctx: Lowering, w: Value, m: Size, lanes: int) -> View:
             u = transform_weights(some.reshape(*some.shape[:2], *_taps(w)), m)
             data[part, :, :, : len(some)] = u.reshape(-1, channels, len(some))
         forget(source)
-        return data
+        return without_denormals(data)
 
     return ctx.made_of((source,), ("winograd", m, lanes), f"{w.name}_winograd{m[0]}x{m[1]}", transformed)
 
