@@ -28,6 +28,7 @@ from vivace.loops.verify import verify_kernel
 from vivace.lower.lowering import lower
 from vivace.lower.plan import steps_of
 from vivace.lower.precision import narrow
+from vivace.lower.rules import attention_halves
 from vivace.runtime.engine import Engine
 from vivace.shadow import ShadowedEngine
 from vivace.targets.cpu.amx import missing_here
@@ -37,6 +38,12 @@ NAMES = ("sse", "avx2", "avx512+avx512_bf16", "avx512+amx_bf16+amx_tile+avx512_b
 HERE = [name for name in NAMES if not missing_here(isa(name).flags)]
 each_isa = pytest.mark.parametrize("name", HERE)
 RNG = np.random.default_rng(11)
+
+
+@pytest.fixture(autouse=True)
+def small_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of 64 queries and 256 keys fill them, so that more keys are several chunks."""
+    monkeypatch.setattr(attention_halves, "room", lambda: 64 * 256)
 
 
 def random(*shape: int) -> np.ndarray:
@@ -96,6 +103,25 @@ def test_the_products_are_of_packed_halves() -> None:
 def test_static_sizes(name: str, s: int, t: int, d: int, e: int, causal: bool) -> None:
     graph = attention((2, 3, s, d), (2, 3, t, d), e, causal=causal)
     run(graph, *qkv(2, 3, 3, s, t, d, e), name=name)
+
+
+@each_isa
+@pytest.mark.parametrize(("s", "t", "n_chunks"), [(70, 256, 1), (70, 500, 1), (45, 700, 2), (129, 1000, 2)])
+def test_few_chunks(name: str, s: int, t: int, n_chunks: int) -> None:
+    """More than 256 keys leave room for 32 queries."""
+    graph = attention((1, 2, s, 32), (1, 2, t, 32), 32)
+    (spec,) = [x.spec for x in steps_of(lower(narrow(graph).graph, isa(name)).body) if isinstance(x.spec, Blocked)]
+    assert (spec.steps, spec.parts) == (n_chunks, -(-s // (64 if t == 256 else 32)))
+    run(graph, *qkv(1, 2, 2, s, t, 32, 32), name=name)
+
+
+@each_isa
+@pytest.mark.parametrize("scale", [0.3, 1.0, -0.3, 0.0])
+@pytest.mark.parametrize("t", [50, 600])
+def test_scale(name: str, scale: float, t: int) -> None:
+    """A factor above 0 goes into the exponent, others into the scores."""
+    graph = attention((1, 2, 40, 32), (1, 2, t, 32), 32, scale=scale)
+    run(graph, *qkv(1, 2, 2, 40, t, 32, 32), name=name)
 
 
 @each_isa

@@ -178,6 +178,15 @@ def test_few_tile_registers_hold_something(case: Case) -> None:
     assert {int(a or b) for a, b in used} <= {0, 1, 2, 3, 4, 5}
 
 
+@pytest.mark.parametrize(("n", "through_memory"), [(16, set()), (96, set()), (100, {True})])
+def test_sums_that_nothing_follows_go_to_their_place(n: int, through_memory: set[bool]) -> None:
+    """Only columns that do not fill a register are stored by a mask, from a copy."""
+    a, b = np.ones((1, 40, 64), bf16), np.ones((1, 64, n), bf16)
+    text = product(a, b, np.float32, TILES).code(TILES).llvm_text
+    kernels = [x for x in text.split("define ")[1:] if x.startswith("internal void @product.tile")]
+    assert kernels and {"tail" in x for x in kernels if "%sums = alloca" in x} == through_memory
+
+
 WITH_DOTS = isa("avx512+amx_bf16+amx_int8+amx_tile+avx512_bf16+avx512_vnni")
 
 

@@ -13,8 +13,8 @@ Scores stand with keys side by side here: the second product reads weights in ru
 tile rows (`RUN`), with zeros in the weights and in the packed values. A weight is rounded to 8 bits, so its exponential
 is computed no more exactly than that asks for (`exp2_bf16`); the sum that divides a row is that of the exponentials.
 
-Where the number of queries is known, blocks are of even sizes, and the last has stages of its own for its size. What
-else holds for `attention_stages` holds here.
+Where the number of queries is known, the last block has stages of its own for its size. What else holds for
+`attention_stages` holds here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from dataclasses import dataclass, replace
 
 from vivace.base.dims import Dim, ceildiv, maximum, minimum, symbol
 from vivace.base.dtypes import DType
-from vivace.base.machine import Isa
+from vivace.base.machine import Isa, host
+from vivace.graph.graph import Node
 from vivace.loops.blocked import STEP, Stage
 from vivace.loops.contraction import Axis, Contraction, Packing
 from vivace.loops.kernel import (
@@ -61,17 +62,37 @@ from vivace.lower.tile import panel_lanes, staged_stride
 
 BF16 = DType.bf16
 QUERIES = 64  # of a block, at most
-KEYS = 256  # of a chunk, at most
+KEYS = 256  # of a chunk, at most, where more would be computed in vain or nobody knows how many there are
+ROWS = 32  # queries of two tile registers
+WHOLE = 16  # keys of a vector: scores beyond the last key are not read
 RUN = 32  # keys that a row of a tile register holds
 _STATISTICS = ("inverse", "top", "largest", "total", "rescale")
 _LOG2E = math.log2(math.e)
 
 
-def block_queries(n_queries: Dim) -> int:
-    """Queries of a block: even blocks where their number is known."""
-    if not isinstance(n_queries, int):
-        return QUERIES
-    return max(1, -(-n_queries // max(1, -(-n_queries // QUERIES))))
+def room() -> int:
+    """Scores of a block, at most, where that can be known."""
+    return host().cache_bytes(2) // 8 // F32.size_bytes
+
+
+def block_sizes(node: Node) -> tuple[int, int]:
+    """Queries of a block and keys of a chunk, at most.
+
+    The fewer the chunks, the less is rescaled, as long as the scores of a block fill no more than an eighth of the
+    second-level cache: 1500 queries and keys take 72 % of the time in blocks of 32 and one chunk of what they take in
+    blocks of 64 and chunks of 256. Blocks are whole tile registers.
+    """
+    q, k = node.inputs[0], node.inputs[1]
+    assert q is not None and k is not None
+    n_queries, n_keys = q.shape[2], k.shape[2]
+    queries, keys = QUERIES, KEYS
+    if isinstance(n_keys, int) and not node.attrs["causal"]:
+        queries = QUERIES if QUERIES * n_keys <= room() else ROWS
+        keys = max(KEYS, room() // queries)
+    if isinstance(n_queries, int):
+        even = -(-n_queries // max(1, -(-n_queries // queries)))
+        queries = max(1, min(n_queries, -(-even // ROWS) * ROWS))
+    return queries, keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,14 +115,14 @@ class HalfAttention:
     def blocks(self) -> Blocks:
         a = self.a
         n_queries, n_keys = a.n_queries, a.n_keys
-        block = block_queries(n_queries)
+        block, most = block_sizes(a.node)
         n_parts = ceildiv(n_queries, block)
         first = self.part * block
         causal = bool(a.node.attrs["causal"]) and n_queries != 1
         seen = maximum(1, minimum(n_keys, n_keys - n_queries + first + block)) if causal else n_keys
-        chunk, alone = KEYS, False
+        chunk, alone = most, False
         if isinstance(n_keys, int):
-            n_chunks = -(-n_keys // KEYS)
+            n_chunks = -(-n_keys // most)
             chunk, alone = -(-n_keys // (n_chunks * RUN)) * RUN, n_chunks == 1
         packs = self._packs(0 if alone else chunk)
         state = _State.of(block, chunk, a.v.view.shape[3])
@@ -248,8 +269,9 @@ class _Rows:
         s, n = symbol("s", 0), symbol("n", 0, self.chunk - 1)
         ahead = s + self.first + a.n_keys - a.n_queries - n - start if self.causal else None
         epilogue = a.score(ACC, a.mask, s, n, ahead, a.node.attrs["scale"] / self.half.factor)
+        keys = chunk.keys if epilogue is not ACC else ceildiv(chunk.keys, WHOLE) * WHOLE
         scores = Contraction(
-            "k", (), (Axis("s", self.rows, a.q.row, 0, self.state.p.strides[0]),), (Axis("d", k.k, 1),), chunk.keys,
+            "k", (), (Axis("s", self.rows, a.q.row, 0, self.state.p.strides[0]),), (Axis("d", k.k, 1),), keys,
             a.q.buffer, k.out, self.state.p, Packing("panels", k.lanes),
             None if epilogue is ACC else epilogue, () if a.mask is None else (a.mask.buffer,),
         )  # fmt: skip

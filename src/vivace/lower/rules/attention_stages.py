@@ -240,7 +240,7 @@ class Attention:
             body.append(For("u", keys, (Store(p, (u,), score),), "vector"))
         t0, t1, t2 = (symbol(f"t{i}", 0) for i in range(3))
         body += [
-            Let("top", Reduce("max", "t0", keys, Load(p, (t0,)))),
+            Let("top", Reduce("maxnum", "t0", keys, Load(p, (t0,)))),
             For(
                 "t1", keys, (Store(p, (t1,), Unary("exp", Binary("sub", Load(p, (t1,)), Read("top", F32)))),), "vector"
             ),
@@ -259,7 +259,7 @@ def _softmax(p: Buffer, keys: Dim, queries: Dim, at: tuple[Dim, Dim], inverse: B
     """p = exp(p - max), and 1 / sum."""
     s, t = at
     body = (
-        Let("top", Reduce("max", "u", keys, Load(p, (symbol("u", 0), s)))),
+        Let("top", Reduce("maxnum", "u", keys, Load(p, (symbol("u", 0), s)))),
         For("t", keys, (Store(p, (t, s), exp_below(Load(p, (t, s)), Read("top", F32))),)),
         Let("total", Reduce("add", "w", keys, Load(p, (symbol("w", 0), s)))),
         Store(inverse, (s,), Binary("div", number(1), Read("total", F32))),
@@ -276,7 +276,7 @@ def _online_softmax(
     is_first = Binary("eq", Index(symbol(STEP, 0)), Const(0, DType.i64))
     body = (
         Let("old", Select(is_first, number(LOWEST), Load(top, (s,)))),
-        Let("chunk_top", Reduce("max", "u", keys, Load(p, (symbol("u", 0), s)))),
+        Let("chunk_top", Reduce("maxnum", "u", keys, Load(p, (symbol("u", 0), s)))),
         Let("top", Binary("max", Read("old", F32), Read("chunk_top", F32))),
         Let("rescale", exp_below(Read("old", F32), Read("top", F32))),
         Store(top, (s,), Read("top", F32)),

@@ -170,7 +170,7 @@ def lower_softmax(ctx: Lowering, g: Group) -> None:
     x = rows.load_x()
     t = g.anchor.outputs[0].dtype
     top, one = Read("top", t), number(1, t)
-    body: list[Stmt] = [Let("top", rows.reduce("max", x))]
+    body: list[Stmt] = [Let("top", rows.reduce("maxnum", x))]
     if g.anchor.op.name == "log_softmax":
         body += [Let("total", Unary("log", rows.reduce("add", Unary("exp", sub(x, top)))))]
         body += [rows.each(rows.store(sub(sub(x, top), Read("total", t))))]

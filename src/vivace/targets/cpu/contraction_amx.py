@@ -48,13 +48,39 @@ _A, _B = 4, 5
 
 def tile_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[str, str]]:
     """The text of the micro-kernel for one shape of tile, and what it declares."""
-    t, isa, width = Text(), p.isa, p.isa.n_f32_lanes
+    t = Text()
     vectors = p.tail_vectors if tail else p.tile.nv
     chunk = chunk_bytes(p.run_bytes)
-    t.put(f"%sums = alloca [{outer * inner * p.tile.lanes * _ACC_BYTES} x i8], align {_LINE}")
     dims = load_dims(t, p)
-    _configure(t, p, outer, inner, chunk)
-    _sum(t, p, dims, outer, inner, vectors, chunk)
+    if _stores_sums(p, outer, tail):
+        _configure(t, p, outer, inner, chunk)
+        _sum(t, p, dims, outer, inner, vectors, chunk, "%out", t.mul(t.dim(p.inner.out, dims), p.out_bytes))
+    else:
+        row_bytes = p.tile.lanes * _ACC_BYTES
+        t.put(f"%sums = alloca [{outer * inner * row_bytes} x i8], align {_LINE}")
+        _configure(t, p, outer, inner, chunk)
+        _sum(t, p, dims, outer, inner, vectors, chunk, "%sums", row_bytes)
+        _finish(t, p, dims, outer, inner, vectors, tail)
+    t.put("ret void")
+    axes = "".join(f", i64 %x{i}" for i in range(len(p.axes())))
+    parameters = (
+        f"ptr %args, ptr %a, ptr %b, ptr %out, i64 %n{axes}, ptr %tiles{', ptr %ahead' if p.fetches_ahead else ''}"
+    )
+    head = f"define internal void @{symbol_of(p, outer, inner, tail)}({parameters})"
+    return "\n".join([f"{head} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
+
+
+def _stores_sums(p: Plan, outer: int, tail: bool) -> bool:
+    """Whether tile registers are stored where the results belong, because nothing is left to do with them."""
+    is_whole = not tail or (isinstance(p.c.n, int) and p.c.n % p.isa.n_f32_lanes == 0)
+    return p.c.epilogue is None and p.c.out.dtype is p.ar.acc and outer == 1 and not p.tile.pitch and is_whole
+
+
+def _finish(
+    t: Text, p: Plan, dims: Mapping[str, Int], outer: int, inner: int, vectors: int, tail: bool
+) -> None:  # fmt: skip
+    """Brings sums through the epilogue, row by row."""
+    isa, width = p.isa, p.isa.n_f32_lanes
     n = t.dim(p.c.n, dims)
     left: Int = n % p.tile.lanes if isinstance(n, int) else t.sub(n, "%n")
     masks = [mask_text(t, isa, t.sub(left, j * width)) if tail else None for j in range(vectors)]
@@ -87,13 +113,6 @@ def tile_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[
         if p.tile.pitch:
             t.jump(absent)
             t.start(absent)
-    t.put("ret void")
-    axes = "".join(f", i64 %x{i}" for i in range(len(p.axes())))
-    parameters = (
-        f"ptr %args, ptr %a, ptr %b, ptr %out, i64 %n{axes}, ptr %tiles{', ptr %ahead' if p.fetches_ahead else ''}"
-    )
-    head = f"define internal void @{symbol_of(p, outer, inner, tail)}({parameters})"
-    return "\n".join([f"{head} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
 
 
 def release(t: Text) -> None:
@@ -135,8 +154,10 @@ def _configure(t: Text, p: Plan, outer: int, inner: int, chunk: int) -> None:
     t.start(ready)
 
 
-def _sum(t: Text, p: Plan, dims: Mapping[str, Int], outer: int, inner: int, vectors: int, chunk: int) -> None:
-    """Sums all taps in tile registers and stores them row by row in %sums."""
+def _sum(
+    t: Text, p: Plan, dims: Mapping[str, Int], outer: int, inner: int, vectors: int, chunk: int, to: str, row_bytes: Int
+) -> None:
+    """Sums all taps in tile registers and stores them row by row at `to`."""
     _, firsts = _registers(outer, inner)
     pairs = [(r, v) for r in range(len(firsts)) for v in range(vectors)]
     t.declare("llvm.x86.tilezero", "void @llvm.x86.tilezero(i8)")
@@ -146,10 +167,9 @@ def _sum(t: Text, p: Plan, dims: Mapping[str, Int], outer: int, inner: int, vect
     between = t.mul(t.dim(p.outer.a, dims), p.ar.a_bytes) if outer > 1 else t.mul(a_stride, firsts[-1])
     if not any(x.extent == 0 for x in p.c.taps):
         _taps(t, p, dims, lambda a, b, k: _chunk(t, p, a, b, k, a_stride, between, len(firsts), vectors), chunk)
-    row_bytes = p.tile.lanes * _ACC_BYTES
     t.declare("llvm.x86.tilestored64", "void @llvm.x86.tilestored64(i8, ptr, i64)")
     for r, v in pairs:
-        place = t.at("%sums", firsts[r] * row_bytes + v * _LINE)
+        place = t.at(to, t.add(t.mul(row_bytes, firsts[r]), v * _LINE))
         t.put(f"call void @llvm.x86.tilestored64(i8 {2 * r + v}, ptr {place}, i64 {row_bytes})")
 
 
