@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from tests.lower.harness import BEST, HERE, build, check
 
+from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.graph.build import Builder
 from vivace.graph.graph import Type, Value
+from vivace.loops.contraction import Contraction
+from vivace.loops.kernel import Kernel
 from vivace.lower.plan import steps_of
 
 # Filters per group, channels per group, groups, kernel, size.
@@ -80,6 +83,27 @@ def test_transposed_by_whole_kernels(isa: str, layout: str, filters: int, kernel
 
     graph = build(make, Type(DType.f32, x.shape), Type(DType.f32, other.shape))
     check(graph, x, other, isas=(isa,), tol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", [(2, 2), (1, 3), (6,)])
+@pytest.mark.parametrize("symbolic", [False, True])
+def test_few_results_of_a_transposed_convolution_are_planes(kernel: tuple[int, ...], symbolic: bool) -> None:
+    """Vectors run along pixels, so that none is nearly empty; the bias is added there, the rest where planes meet."""
+    rng = np.random.default_rng(0)
+    size = (9, 21)[-len(kernel) :]
+    w, bias = rng.standard_normal((24, 1, *kernel), np.float32), rng.standard_normal(1, np.float32)
+    x = rng.standard_normal((2, *size, 24), np.float32)
+    n, zeros = len(kernel), (0,) * len(kernel)
+    attrs = {"strides": kernel, "dilations": (1,) * n, "before": zeros, "after": zeros, "output_padding": zeros,
+             "group": 1, "layout": "NHWC"}  # fmt: skip
+    shape = (symbol("N"), *(symbol(f"D{i}", 1) for i in range(n)), 24) if symbolic else x.shape
+    graph = build(
+        lambda b, v: b.sigmoid(b.conv_transpose(v, b.const(w), b.const(bias), **attrs)), Type(DType.f32, shape)
+    )
+    plan = check(graph, x, tol=1e-5)
+    product, together = (s.spec for s in steps_of(plan.body))
+    assert isinstance(product, Contraction) and product.packing.kind == "transposed" and not product.batch
+    assert [r.extent for r in product.rows] == [np.prod(kernel)] and isinstance(together, Kernel)
 
 
 @pytest.mark.parametrize("kind", ["product", "conv", "winograd", "depthwise", "narrow"])

@@ -12,7 +12,7 @@ from vivace.base.dtypes import DType
 from vivace.base.mapped import forget
 from vivace.graph.graph import Value
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
-from vivace.loops.kernel import Binary, Buffer, Const, Expr, For, Index, Kernel, Reduce, Select, Store
+from vivace.loops.kernel import Binary, Buffer, Const, Expr, For, Index, Kernel, Load, Reduce, Select, Store
 from vivace.lower.choices import DIRECT, Site
 from vivace.lower.group import Group
 from vivace.lower.halves import is_depthwise, reads_half
@@ -386,7 +386,7 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
     otherwise every result gathers the inputs that reach it.
 
     The taps of the last axis fill cells that are neighbours: their columns stand side by side in one product. What
-    follows so few columns that vectors would be nearly empty is a step of its own.
+    follows so few columns that vectors would be nearly empty is a step of its own (and see `_few_planes`).
     """
     node = g.anchor
     x_value, w_value = node.inputs[0], node.inputs[1]
@@ -410,6 +410,8 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
     oc, c, data = w_value.shape[1], x.shape[-1], w_value.data
     assert isinstance(oc, int) and data is not None
     tail = [n for n in g.nodes if n is not node]
+    if oc * int(np.prod(strides)) < FEW_RESULTS and _few_planes(ctx, g, x, bias_value, to_last):
+        return
     if tail and oc * strides[-1] < FEW_RESULTS:
         whole, g = g, Group(node, g.position, (node,), y)
         from_last = tuple(to_last.index(i) for i in range(rank))
@@ -480,6 +482,62 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
         ctx.copy(out, target.transpose(to_last))
     if whole is not g:
         finish(ctx, whole, target)
+
+
+def _few_planes(ctx: Lowering, g: Group, x: View, bias: Value | None, to_last: tuple[int, ...]) -> bool:
+    """A transposed convolution of so few results per pixel that vectors of them would be nearly empty: a product with
+    pixels side by side makes a plane of each, and what follows brings the planes together.
+
+        sums[tap, pixel] = w[tap] . x[pixel] + bias         y[2 i + t, 2 j + u] = f(sums[(t, u), (i, j)])
+
+    False where what follows reads more than its results: nothing is done then.
+    """
+    node, y = g.anchor, g.anchor.outputs[0]
+    w = node.inputs[1]
+    tail = [n for n in g.nodes if n is not node]
+    tree = Tree(ctx, tail, g.output, given=[y]) if tail else None
+    assert w is not None and w.data is not None
+    if (tree is not None and tree.leaves) or (bias is not None and bias.data is None):
+        return False
+    data, strides, channels = w.data, node.attrs["strides"], x.shape[-1]
+    n_results, size = w.shape[1], x.shape[:-1]
+    n_planes, n_pixels = n_results * prod(strides), prod(size)
+    rows = ctx.made_of(
+        (data,), ("transpose rows",), f"{w.name}_rows",
+        lambda: without_denormals(np.array(np.moveaxis(np.moveaxis(data, 0, -1), 0, -2), np.float32, order="C")),
+    )  # fmt: skip
+    a = View(rows.storage, rows.dtype, (n_planes, channels), (channels, 1), rows.offset)
+    b = View(x.storage, x.dtype, (n_pixels, channels), (channels, 1), x.offset)
+    sums = ctx.temporary(f"{y.name}_planes", DType.f32, (n_planes, n_pixels))
+    views = {a.buffer("a"): a, b.buffer("b"): b, sums.buffer("out", writable=True): sums}
+    a_buf, b_buf, out_buf = views
+    e: Expr | None = None
+    extra: tuple[Buffer, ...] = ()
+    if bias is not None and bias.data is not None:
+        per_result, times = bias.data, int(np.prod(strides))
+        per_plane = ctx.made_of((per_result,), ("tiled", times), f"{bias.name}_tiled",
+                                lambda: np.tile(per_result.reshape(-1), times))  # fmt: skip
+        extra = (per_plane.buffer("bias"),)
+        views[extra[0]] = per_plane
+        e = Binary("add", ACC, Load(extra[0], (symbol("m", 0),)))
+    spec = Contraction(
+        "k", (), (Axis("m", n_planes, channels, 0, n_pixels),), (Axis("kc", channels, 1, 1),), n_pixels, a_buf, b_buf,
+        out_buf, Packing("transposed", n_stride=channels), e, extra,
+    )  # fmt: skip
+    emit_contraction(ctx, "conv_transpose", spec, views, Group(node, g.position, (node,), y), node.cost.flops)
+    out = ctx.target(g.output).transpose(to_last)
+    shape: list[Dim] = [out.shape[0]]
+    to, source = [out.strides[0]], [prod(size[1:])]
+    for i, s in enumerate(strides):
+        shape += [size[i + 1], s]
+        to += [out.strides[i + 1] * s, out.strides[i + 1]]
+        source += [prod(size[i + 2 :]), prod(strides[i + 1 :]) * n_results * n_pixels]
+    shape.append(n_results)
+    whole = View(out.storage, out.dtype, tuple(shape), (*to, out.strides[-1]), out.offset)
+    planes = View(sums.storage, sums.dtype, tuple(shape), (*source, n_pixels), sums.offset)
+    build = (lambda xs: xs[0]) if tree is None else (lambda xs: tree.expr(lambda v: xs[0], {y: xs[0]}))
+    emit_pointwise(ctx, "epilogue" if tail else "copy", [planes], whole, build, tail or [node])
+    return True
 
 
 def _gather_transpose(ctx: Lowering, g: Group, x: View, to_last: tuple[int, ...]) -> None:
