@@ -15,8 +15,11 @@ from vivace.base.errors import EngineError, InputError
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type
 from vivace.graph.reference import evaluate
+from vivace.lower.image import Part
 from vivace.options import choose_isa
 from vivace.runtime.engine import Engine
+from vivace.runtime.partitioned import PartitionedEngine
+from vivace.runtime.saved import Program
 
 rng = np.random.default_rng(7)
 
@@ -126,6 +129,36 @@ def test_inputs_are_checked() -> None:
         engine.run({"x": random(1, 3, 21, 20)})
     with pytest.raises(InputError, match="rank 3"):
         engine.run({"x": x[0]})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ((None, {}), r"the inputs are of type NoneType\. Expected a dict of arrays by name, with x: f32\[1,3,20,20\]"),
+        ((["y"], {}), r"the inputs are of type list.*Try: engine\.run\(\{"),
+        ((random(1, 3, 20, 20),), "the inputs are of type ndarray"),
+        (({"x": random(1, 3, 20, 20)}, ["y"]), "the outputs are of type list"),
+        (({"x": random(1, 3, 20, 20)}, {"nothing": random(3)}), r"unknown outputs \['nothing'\]\. Expected "),
+        (({"x": random(1, 3, 20, 20)}, {"out": [1.0]}), "output 'out': is of type list"),
+    ],
+    ids=["none", "names", "array", "outputs", "unknown", "list"],
+)
+@pytest.mark.parametrize("is_partitioned", [False, True], ids=["whole", "parts"])
+def test_other_ways_to_call_are_explained(arguments: tuple, what: str, is_partitioned: bool) -> None:  # type: ignore[type-arg]
+    engine = engine_of(small_net())
+    if is_partitioned:
+        engine = in_parts(engine)  # type: ignore[assignment]
+    assert "f32[1,3,20,20]" in repr(engine) and "engine" in repr(engine)
+    first = engine.outputs[0].name
+    given = [{first if k == "out" else k: v for k, v in a.items()} if isinstance(a, dict) else a for a in arguments]
+    with pytest.raises(InputError, match=what.replace("'out'", f"'{first}'")):
+        engine.run(*given)
+
+
+def in_parts(engine: Engine) -> PartitionedEngine:
+    part = Part("native", engine.inputs, engine.outputs, engine.image)
+    program = Program((part,), engine.inputs, engine.outputs, [], {})
+    return PartitionedEngine(program, [engine], 1, bytes)
 
 
 def test_any_strides_and_given_outputs() -> None:

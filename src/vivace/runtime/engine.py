@@ -111,14 +111,14 @@ class Engine:
         """One inference.
 
         `outputs` may give arrays to write results into (right dtype and shape, C-contiguous); the rest are allocated.
-        Raises: InputError for a missing, unknown or ill-fitting input.
+        Raises: InputError for a missing, unknown or ill-fitting input or output.
         """
-        if len(inputs) != len(self._names):
-            self._refuse_names(inputs)
         try:
+            if len(inputs) != len(self._names):
+                refuse_inputs(inputs, self.inputs)
             given = list(map(inputs.__getitem__, self._names))
-        except KeyError:
-            self._refuse_names(inputs)
+        except (LookupError, TypeError, AttributeError):
+            refuse_inputs(inputs, self.inputs)
         return dict(zip(self._output_names, self._run(given, outputs)))
 
     def __call__(self, *arrays: np.ndarray) -> tuple[np.ndarray, ...] | np.ndarray:
@@ -139,6 +139,7 @@ class Engine:
         if outputs is None:
             results = list(map(empty, call.shapes, call.dtypes))
         else:
+            check_outputs(outputs, self.outputs)
             results = [
                 _result(s.name, shape, dtype, outputs)
                 for s, shape, dtype in zip(self.outputs, call.shapes, call.dtypes, strict=True)
@@ -174,13 +175,8 @@ class Engine:
         work_ns = sum(estimate_ns(_value(line.flops, dims), _value(line.n_bytes, dims)) for line in self.image.lines)
         context.bind({**dims, **offsets}, n_threads=1 if work_ns < SHARED_NS else self.threads)
 
-    def _refuse_names(self, inputs: Mapping[str, np.ndarray]) -> NoReturn:
-        missing = [n for n in self._names if n not in inputs]
-        unknown = [n for n in inputs if n not in self._names]
-        what = " and ".join(
-            ([f"missing inputs {missing}"] if missing else []) + ([f"unknown inputs {unknown}"] if unknown else [])
-        )
-        raise InputError(what, where="engine.run", expected=", ".join(map(str, self.inputs)))
+    def __repr__(self) -> str:
+        return describe(self.inputs, self.outputs, f"{self.image.isa}, {self.threads} threads")
 
     def save(self, path: str | Path) -> int:
         """Write the engine to one file (see `vivace.runtime.saved`), atomically; returns its size in bytes."""
@@ -340,6 +336,36 @@ class Engine:
                 return steps.Output(s.index, offset)
 
 
+def refuse_inputs(inputs: object, specs: Sequence[TensorSpec]) -> NoReturn:
+    """Raises: InputError that says which names are missing or unknown, or that names are wanted at all."""
+    wanted = ", ".join(map(str, specs))
+    if not isinstance(inputs, Mapping):
+        raise InputError(
+            f"the inputs are of type {type(inputs).__name__}", where="engine.run",
+            expected=f"a dict of arrays by name, with {wanted}",
+            hint='engine.run({"name": array}), or engine(array, ...)',
+        )  # fmt: skip
+    names = [s.name for s in specs]
+    missing, unknown = [n for n in names if n not in inputs], [n for n in inputs if n not in names]
+    what = [f"{kind} inputs {found}" for kind, found in (("missing", missing), ("unknown", unknown)) if found]
+    raise InputError(" and ".join(what), where="engine.run", expected=wanted)
+
+
+def check_outputs(outputs: object, specs: Sequence[TensorSpec]) -> None:
+    """Raises: InputError for an array that belongs to no output."""
+    wanted = ", ".join(map(str, specs))
+    if not isinstance(outputs, Mapping):
+        raise InputError(f"the outputs are of type {type(outputs).__name__}", where="engine.run",
+                         expected=f"a dict of arrays by name, out of {wanted}")  # fmt: skip
+    if unknown := [n for n in outputs if all(n != s.name for s in specs)]:
+        raise InputError(f"unknown outputs {unknown}", where="engine.run", expected=wanted)
+
+
+def describe(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], more: str) -> str:
+    """An engine in a line, for people."""
+    return f"<vivace engine ({', '.join(map(str, inputs))}) -> ({', '.join(map(str, outputs))}), {more}>"
+
+
 def checked(spec: TensorSpec, given: object) -> np.ndarray:
     """An input as kernels read it: of the right dtype and C-contiguous. Raises: InputError for another dtype."""
     array = np.asarray(given)
@@ -353,6 +379,8 @@ def checked(spec: TensorSpec, given: object) -> np.ndarray:
 
 def fitting(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """The caller's array for a result. Raises: InputError for one that cannot take it."""
+    if not isinstance(array, ndarray):
+        raise InputError(f"is of type {type(array).__name__}", where=f"output {name!r}", expected="an array")
     fits = array.dtype == dtype and array.shape == shape
     if not fits or not array.flags.c_contiguous or not array.flags.writeable:
         raise InputError(

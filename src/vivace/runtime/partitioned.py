@@ -25,7 +25,7 @@ from vivace.base.events import Event, warn
 from vivace.lower.image import Part
 from vivace.providers.provider import LoadOptions, Session, find
 from vivace.runtime.binding import ShapeSolver
-from vivace.runtime.engine import Arrays, Engine, Placement, checked, fitting
+from vivace.runtime.engine import Arrays, Engine, Placement, check_outputs, checked, describe, fitting, refuse_inputs
 from vivace.runtime.saved import Program, save
 
 _SUMMED = ("n_steps", "n_kernels", "n_foreign", "weights_bytes", "code_bytes")
@@ -59,9 +59,10 @@ class PartitionedEngine:
     def run(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray] | None = None) -> Arrays:
         """One inference; `outputs` may give arrays to write results into (right dtype and shape, C-contiguous).
 
-        Raises: InputError for a missing, unknown or ill-fitting input.
+        Raises: InputError for a missing, unknown or ill-fitting input or output.
         """
-        values, mine = self._given(inputs), dict(outputs or {})
+        values, mine = self._given(inputs), {} if outputs is None else outputs
+        check_outputs(mine, self.outputs)
         if mine:
             values = {
                 n: a.copy() if any(np.may_share_memory(a, r) for r in mine.values()) else a for n, a in values.items()
@@ -85,14 +86,12 @@ class PartitionedEngine:
         results = tuple(self.run(dict(zip((s.name for s in self.inputs), arrays))).values())
         return results[0] if len(results) == 1 else results
 
-    def _given(self, inputs: Mapping[str, np.ndarray]) -> Arrays:
-        unknown = sorted(set(inputs) ^ self._names)
-        if unknown:
-            raise InputError(
-                f"inputs {unknown} are missing or unknown",
-                where="engine.run",
-                expected=", ".join(map(str, self.inputs)),
-            )
+    def __repr__(self) -> str:
+        return describe(self.inputs, self.outputs, f"{len(self.parts)} parts, {self.threads} threads")
+
+    def _given(self, inputs: object) -> Arrays:
+        if not isinstance(inputs, Mapping) or set(inputs) != self._names:
+            refuse_inputs(inputs, self.inputs)
         given = {
             s.name: np.asarray(inputs[s.name]) if s.dtype is DType.string else checked(s, inputs[s.name])
             for s in self.inputs
