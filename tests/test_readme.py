@@ -1,4 +1,4 @@
-"""Every block of README.md runs: the Python as it stands, each command on a real model."""
+"""Every block of README.md and of docs/guide.md runs: the Python as it stands, each command on a real model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/guide.md")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -27,6 +28,21 @@ def test_the_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     w = names["model"].graph.initializer[0]  # type: ignore[attr-defined]
     want = np.maximum(x @ np.array(w.float_data, np.float32).reshape(8, 4), 0)
     np.testing.assert_array_equal(names["y"], want)
+
+
+def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its blocks one after the other."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in blocks("python", "docs/guide.md"):
+        exec(compile(block, "docs/guide.md", "exec"), names)
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md")))])
+def test_links_lead_somewhere(page: str) -> None:
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), f"{page} links to {target}"
 
 
 @pytest.fixture(scope="module")
@@ -47,10 +63,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_commands_run(folder: Path) -> None:
-    (block,) = blocks("console")
+@pytest.mark.parametrize("page", PAGES)
+def test_the_commands_run(folder: Path, page: str) -> None:
+    (block,) = blocks("console", page)
     lines = block.strip().splitlines()
-    assert len(lines) >= 6
+    assert len(lines) >= 2
     for line in lines:
         verb = shlex.split(line)
         assert verb[0] == "vivace"
