@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tests.lower.harness import BEST, HERE, Array, build, run_plan
 
+from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import ISAS, CacheLevel, Machine, host
 from vivace.compiler import choose_isa, make_plan
@@ -111,6 +112,16 @@ def test_any_pads(pads: tuple[tuple[int, int], tuple[int, int]]) -> None:
 @pytest.mark.parametrize("ends", ["e", "j"])
 def test_one_neighbour_alone(ends: str) -> None:
     check_bits(build(block(16, 40, ends=ends), Type(DType.f32, (1, 30, 15, 16))), image(1, 30, 15, 16))
+
+
+def test_any_number_of_images() -> None:
+    x = image(3, 23, 17, 8)
+    graph = build(block(8, 24, stride=2), Type(DType.f32, (symbol("N"), *x.shape[1:])))
+    apart, plan = joined(graph)
+    assert n_joined(plan) == 1
+    for n in (0, 1, 3):
+        want, got = (run_plan(p, [x[:n]], {"N": n}, BEST) for p in (apart, plan))
+        assert got[0].shape[0] == n and got[0].tobytes() == want[0].tobytes()
 
 
 def test_a_residual_that_the_first_one_reads_is_not_written_over() -> None:

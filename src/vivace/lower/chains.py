@@ -2,8 +2,8 @@
 
     before   p = pads of e(x)      q = depthwise(p)      y = j(q)
 
-`strips` joins them. Here are its rule ALONE and what it takes for granted: sizes that are known, images of rows and
-columns, a last convolution of single pixels.
+`strips` joins them. Here are its rule ALONE and what it takes for granted: images of rows and columns, of which
+only the number may be unknown, and a last convolution of single pixels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vivace.base.dims import Dim
+from vivace.base.dims import Dim, exact_div
 from vivace.loops.contraction import Contraction, Depthwise, contraction_params
 from vivace.loops.kernel import Buffer, Const, For, Kernel, Store
 from vivace.lower.plan import Instruction, Operand, Step
@@ -64,6 +64,22 @@ class Chain:
     @property
     def inner(self) -> set[Storage]:
         return ({self.p} if self.first else set()) | ({self.q} if self.last else set())
+
+    @property
+    def n_images(self) -> int:
+        """At least so many."""
+        n = self.d.rows[0].extent
+        return n if isinstance(n, int) else 1
+
+    @property
+    def inner_bytes(self) -> int:
+        """Of what the steps hand to each other."""
+        total = 0
+        for s in self.inner:
+            per_image = exact_div(s.bytes, self.d.rows[0].extent)
+            assert per_image is not None
+            total += known(per_image) * self.n_images
+        return total
 
     def rows_read(self, rows: int) -> int:
         """Rows of p for so many of q."""
@@ -124,11 +140,17 @@ def chain_at(body: Sequence[Instruction | None], touched: dict[Storage, list[int
 
 
 def _is_image(c: Contraction | Depthwise) -> bool:
-    """Whether its rows are images, rows and columns of known sizes."""
+    """Whether its rows are images, however many, of rows and columns of known sizes."""
     axes = (*c.rows, *c.taps)
-    known = all(isinstance(v, int) for x in axes for v in (x.extent, x.a, x.b, x.out))
+    sizes = [*(x.extent for x in axes[1:]), *(v for x in axes for v in (x.a, x.b, x.out))]
     width = c.n if isinstance(c, Contraction) else c.channels
-    return known and len(c.rows) == 3 and isinstance(width, int) and all(x.extent != 0 for x in axes)
+    is_known = all(isinstance(v, int) for v in (*sizes, width))
+    return is_known and len(c.rows) == 3 and all(x.extent != 0 for x in axes)
+
+
+def _has_images(s: Storage, d: Depthwise) -> bool:
+    """Whether a storage is as large as its images."""
+    return isinstance(exact_div(s.size, d.rows[0].extent), int)
 
 
 def _is_inner(touched: dict[Storage, list[int]], s: Storage, steps: Sequence[int]) -> bool:
@@ -145,7 +167,7 @@ def _after(
     if not isinstance(step, Step) or not isinstance(step.spec, Contraction):
         return None
     j = step.spec
-    if not _is_inner(touched, q.storage, (at, last)) or not isinstance(q.storage.size, int):
+    if not _is_inner(touched, q.storage, (at, last)) or not _has_images(q.storage, d):
         return None
     if not _is_image(j) or j.batch or operand_of(step, j.a) != q:
         return None
@@ -174,8 +196,8 @@ def _before(
         return None
     images, down, across = e.rows
     row, pixel, top = down.out, across.out, 0
-    assert isinstance(row, int) and isinstance(pixel, int) and isinstance(images.extent, int)
-    if e.n != pixel or d.channels != pixel or row % pixel or not isinstance(size, int):
+    assert isinstance(row, int) and isinstance(pixel, int)
+    if e.n != pixel or d.channels != pixel or row % pixel or not _has_images(p.storage, d):
         return None
     top, rest = divmod(out.offset, row)
     steps_of_d = [x.a for x in (d.rows[1], d.taps[0])]

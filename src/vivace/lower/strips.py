@@ -12,8 +12,8 @@ Rules:
 * PAYS: only where p and q together would not stay in the second-level cache, and the time to move them exceeds that of
   the rows computed twice.
 
-Not handled: sizes that only show when the model runs; other ranks than images. A site that is fused is made as its
-tiles are chosen by default: it is no site of tuning.
+Not handled: rows and columns whose number only shows when the model runs; other ranks than images. A site that is
+joined is made as its tiles are chosen by default: it is no site of tuning.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar
 
-from vivace.base.dims import Dim, maximum, minimum, symbol
+from vivace.base.dims import Dim, maximum, minimum, prod, symbol
 from vivace.base.machine import Machine, host
 from vivace.loops.blocked import BLOCK, PART, Blocked, Stage
 from vivace.loops.contraction import Contraction, Depthwise, contraction_params, substitute_expr
@@ -70,7 +70,7 @@ def _rows_per_strip(chain: Chain, machine: Machine) -> int:
     """Rows of the result in a strip; 0 where it does not pay."""
     height, l2 = chain.d.rows[1].extent, machine.cache_bytes(2)
     assert isinstance(height, int)
-    moved = sum(known(s.bytes) for s in chain.inner)
+    moved = chain.inner_bytes
     if moved <= l2:
         return 0
     rows = max((r for r in range(1, -(-height // _LEAST_STRIPS) + 1) if _strip_bytes(chain, r) <= l2 // 4), default=0)
@@ -80,9 +80,8 @@ def _rows_per_strip(chain: Chain, machine: Machine) -> int:
     e = chain.e
     if e is not None and chain.first is not None:
         fresh = rows * chain.rows_apart
-        again_ns = (
-            known(chain.first.flops) * (chain.rows_read(rows) - fresh) / fresh / _FLOPS_PER_NS[e.a.dtype.size_bytes]
-        )
+        flops = 2 * chain.n_images * known(prod([x.extent for x in (*e.rows[1:], *e.taps)]) * e.n)
+        again_ns = flops * (chain.rows_read(rows) - fresh) / fresh / _FLOPS_PER_NS[e.a.dtype.size_bytes]
         if again_ns > 2 * moved / _BYTES_PER_NS:
             return 0
     return rows
