@@ -8,7 +8,7 @@ from collections.abc import Callable
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError
 from vivace.graph.graph import Attrs, Node
-from vivace.graph.ops.quantized import RANGES
+from vivace.graph.ops.quantized import BYTES, RANGES
 from vivace.loops.kernel import Binary, Cast, Const, Expr, Lookup, Select, Unary, dtype_of
 from vivace.lower.requantize import quantize
 
@@ -99,15 +99,15 @@ def _gelu(x: Expr, attrs: Attrs) -> Expr:
     return Binary("mul", half_x, Binary("add", gate, _const(1.0, x)))
 
 
-def _for_bf16(e: Expr) -> Expr:
-    """The factors of what is rounded to bf16, no more exact than that asks for."""
+def _for_8_bits(e: Expr) -> Expr:
+    """The factors of what is rounded to the 8 bits of bf16 or bytes, no more exact than that asks for."""
     match e:
         case Binary(fn="mul", a=Binary(fn="mul", a=x), b=Binary(a=Unary(x=inner))) if e == _gelu(x, {}):
             return Unary("gelu_bf16", x)
         case Binary(fn="mul", a=Binary(fn="mul", a=x), b=Binary(a=Unary(x=inner))) if e == _gelu(x, _BY_TANH):
             return Binary("mul", x, Unary("sigmoid_bf16", Binary("add", inner, inner)))
         case Binary(fn="mul" | "div" as fn, a=a, b=b):
-            return Binary(fn, _for_bf16(a), _for_bf16(b))
+            return Binary(fn, _for_8_bits(a), _for_8_bits(b))
         case Unary(fn="exp", x=x):
             return Unary("exp2_bf16", Binary("mul", x, _const(math.log2(math.e), x)))
         case Unary(fn="sigmoid", x=x):
@@ -127,7 +127,7 @@ _COMPOSED: dict[str, Callable[[Expr, Attrs], Expr]] = {
         "mul", x, _clip(Binary("add", Binary("mul", x, _const(1 / 6, x)), _const(0.5, x)), 0.0, 1.0)
     ),
     "clip": lambda x, a: _clip(x, a.get("min"), a.get("max")),
-    "cast": lambda x, a: Cast(a["to"], _for_bf16(x) if (dtype_of(x), a["to"]) == (DType.f32, DType.bf16) else x),
+    "cast": lambda x, a: Cast(a["to"], _for_8_bits(x) if (dtype_of(x), a["to"]) == (DType.f32, DType.bf16) else x),
 }
 
 
@@ -135,6 +135,10 @@ def _quantize(args: list[Expr], to: DType) -> Expr:
     """A known zero point is added after rounding to an integer, another one in f32, where it is exact too."""
     x, scale, zero = args
     scaled = x if isinstance(scale, Const) and scale.value == 1 else Binary("div", x, scale)
+    if dtype_of(x) is DType.f32 and to in BYTES and (brief := _for_8_bits(x)) != x:
+        # No more exact than its function: a division would take as long as that.
+        inverse = _const(1 / scale.value, x) if isinstance(scale, Const) else Binary("div", _const(1, x), scale)
+        scaled = Binary("mul", brief, inverse)
     if isinstance(zero, Const):
         return quantize(scaled, int(zero.value), to)
     low, high = RANGES[to]
