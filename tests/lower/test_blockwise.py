@@ -209,6 +209,30 @@ def test_blocked_dequantize_linear_stays_packed(kind: int, axis: int, zeros: boo
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("k", [96, 256, 100])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("per_column", [False, True])
+@pytest.mark.parametrize("kind", [TensorProto.INT8, TensorProto.UINT8])
+def test_weights_with_a_scale_per_column_stay_packed(kind: int, per_column: bool, axis: int, k: int) -> None:
+    """Unless they are no whole blocks."""
+    random, n = np.random.default_rng(k), 40
+    q = random.integers(-127, 128, (k, n) if axis else (n, k)) + (128 if kind == TensorProto.UINT8 else 0)
+    zero = 130 if kind == TensorProto.UINT8 else 0
+    nodes = [helper.make_node("DequantizeLinear", ["q", "s", "z"], ["w"], **({"axis": axis} if per_column else {}))]
+    if not axis:
+        nodes.append(helper.make_node("Transpose", ["w"], ["t"], perm=[1, 0]))
+    nodes.append(helper.make_node("MatMul", ["x", "w" if axis else "t"], ["y"]))
+    size = (n,) if per_column else ()
+    m = model(nodes, {"s": random.uniform(0.01, 0.02, size).astype(np.float32)}, k, n)
+    tensors = (("q", q), ("z", np.full(size, zero)))
+    m.graph.initializer.extend(helper.make_tensor(name, kind, v.shape, v.reshape(-1)) for name, v in tensors)
+    assert steps(m) == (["matmul_blocks"] if k % 32 == 0 else ["matmul"])
+    for rows in (1, 2, 7):
+        x = random.standard_normal((rows, k), np.float32)
+        got = vivace.compile(m, providers=("native",), cache=False).run({"x": x})["y"]
+        np.testing.assert_allclose(got, in_onnxruntime(m, x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("zeros", ["", "packed", "real"])
 @pytest.mark.parametrize("k, bits", [(96, 4), (100, 4), (96, 8)])
 def test_export_is_portable_and_comes_back(k: int, bits: int, zeros: str) -> None:

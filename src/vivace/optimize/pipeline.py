@@ -85,7 +85,7 @@ PIPELINE: tuple[Pass, ...] = (
         requires=frozenset({"simple"}), ensures=frozenset({"simple"}),
     ),
     Pass(
-        "pack_weights", "weights with scales per block, which no integer product reads; before they are folded to f32",
+        "pack_weights", "weights of few bits, which no integer product reads; before they are folded to f32",
         Level.LAYOUT, rules=(quantized_blocks.keep_blocks_packed,), requires=frozenset({"simple"}),
         ensures=frozenset({"simple"}),
     ),
