@@ -24,6 +24,7 @@ from vivace.base.errors import UnknownSizeError
 from vivace.base.machine import Isa
 from vivace.graph.graph import Graph, Node, Value, substitute_dims
 from vivace.loops.kernel import Cast
+from vivace.lower.byte_products import multiply_bytes_in_halves
 from vivace.lower.choices import NO_CHOICES, Choices, Site
 from vivace.lower.group import VIEWS, Group, group
 from vivace.lower.halves import holds, is_converted, is_widening
@@ -304,7 +305,7 @@ def lower(
     identity, so that only what is prepared already (`prepare`) is packed once."""
     from vivace.lower.prepare import prepare
 
-    graph = prepare(_without_loop_names(graph))
+    graph = prepare(multiply_bytes_in_halves(_without_loop_names(graph), isa))
     state = Lowering(graph, isa, without=without, choices=choices or NO_CHOICES, packed=packed)
     for i, v in enumerate(graph.inputs):
         s = Storage(v.name, v.dtype, v.type.size, "input", None, i)
