@@ -77,6 +77,33 @@ def test_gather_from_a_symbolic_axis_and_from_constants() -> None:
     )
 
 
+@pytest.mark.parametrize("isa", [None, BEST])
+@pytest.mark.parametrize("length", [0, symbol("N")], ids=["known", "symbolic"])
+@pytest.mark.parametrize("name", ["gather", "narrow", "gather_elements", "gather_nd", "scatter_elements", "scatter_nd"])
+def test_positions_in_an_empty_axis_touch_nothing(name: str, length: object, isa: str | None) -> None:
+    """No end is near to such positions: the result stays as it was, and so does what lies around the operand."""
+    width = 3 if name == "narrow" else 40
+    operand, index = Type(f32, (length, width)), Type(i64, (2, width if "elements" in name else 1))  # type: ignore[arg-type]
+
+    def make(b: Builder, x: Value, i: Value, *updates: Value) -> object:
+        match name:
+            case "gather_elements":
+                return b.gather_elements(x, i, axis=0)
+            case "gather_nd":
+                return b.gather_nd(x, i, batch_dims=0)
+            case "scatter_elements":
+                return b.scatter_elements(x, i, *updates, axis=0, reduction="none")
+            case "scatter_nd":
+                return b.scatter_nd(x, i, *updates, reduction="none")
+        return b.gather(x, i, axis=0)
+
+    more = [np.ones((2, width), np.float32)] if "scatter" in name else []
+    graph = build(make, operand, index, *(Type(f32, (2, width)) for _ in more))
+    at = np.resize(np.array([0, 7, -1, -7], np.int64), [int(d) for d in index.shape])  # type: ignore[call-overload]
+    (result,) = run_plan(lower(graph, ISAS[BEST]), [data((0, width)), at, *more], {"N": 0}, isa)
+    assert np.all(result.view(np.uint8) == 0xC5)
+
+
 def test_gather_of_views_into_a_concatenation() -> None:
     def make(b: Builder, x: Value, i: Value) -> Value:
         turned = b.transpose(x, perm=(1, 0))

@@ -1,7 +1,8 @@
 """gather and scatter families: data read or written at computed positions.
 
 Negative positions count from the end. Positions outside the operand would be an error of the caller; they are moved
-to the nearest end, so that memory outside is never touched.
+to the nearest end, so that memory outside is never touched; where an axis is empty, so that it has no end, nothing is
+read or written.
 
 A scatter copies its data into the result, then changes it in place. Updates are applied in order, so that the last of
 equal positions wins; what cannot meet (other axes, the rest of a slice) runs in parallel or in vectors.
@@ -111,7 +112,7 @@ def lower_gather(ctx: Lowering, g: Group) -> None:
         by_leaf = dict(zip(leaves, joined[1:], strict=True))
         value = tree.expr(lambda v: params.load(by_leaf[v], at), {y: value})
     store = Store(params.buffer(joined[0], writable=True), at, value)
-    _gather_loops(ctx, g, params, let, store, shapes)
+    _gather_loops(ctx, g, params, let, store, shapes, data_value.shape[axis])
 
 
 def _even(indices: Value, size: Dim) -> tuple[Dim, int] | None:
@@ -144,7 +145,7 @@ def _section(v: View, part: slice) -> View:
 
 
 def _gather_loops(
-    ctx: Lowering, g: Group, params: Params, let: Let, store: Store, shapes: list[tuple[Dim, ...]]
+    ctx: Lowering, g: Group, params: Params, let: Let, store: Store, shapes: list[tuple[Dim, ...]], size: Dim
 ) -> None:
     """Positions are loaded per slice where slices are wide, per element of a vector of positions otherwise."""
     outer, middle, inner = shapes
@@ -160,7 +161,7 @@ def _gather_loops(
         for i in reversed(range(len(inner))):
             body = (For(f"i{i}", inner[i], body, "vector" if i == len(inner) - 1 else "serial"),)
         body = (let, *body)
-    _emit(ctx, g.anchor.op.name, params, loops, body, g.nodes, tail_flops(g))
+    _emit(ctx, g.anchor.op.name, params, loops, body, g.nodes, tail_flops(g), (size,))
 
 
 def _emit(
@@ -171,13 +172,16 @@ def _emit(
     body: tuple[Stmt, ...],
     nodes: Sequence[Node],
     flops: Dim,
+    within: Sequence[Dim],
     updates: bool = False,
 ) -> None:
-    """Parallel loops around a body, and the step."""
-    for name, n in reversed(loops):
+    """Parallel loops around a body, and the step. `within` are the sizes that positions are taken from: where one is 0
+    the loops do not turn."""
+    (first, n_first), *others = loops or [("only", 1)]
+    for size in within:
+        n_first = n_first * minimum(1, size)
+    for name, n in reversed([(first, n_first), *others]):
         body = (For(name, n, body, "parallel"),)
-    if not loops:
-        body = (For("only", 1, body, "parallel"),)
     spec = Kernel("k", tuple(params.buffers), body)
     ctx.emit(label, spec, params.views, len(params.views) - 1, nodes, flops, updates=updates)
 
@@ -199,7 +203,7 @@ def lower_gather_elements(ctx: Lowering, g: Group) -> None:
     inner: tuple[Stmt, ...] = (let, store)
     if y.rank:
         inner = (For(f"i{y.rank - 1}", y.shape[-1], inner, "vector"),)
-    _emit(ctx, node.op.name, params, [(f"i{i}", n) for i, n in enumerate(y.shape[:-1])], inner, (node,), 0)
+    _emit(ctx, node.op.name, params, [(f"i{i}", n) for i, n in enumerate(y.shape[:-1])], inner, (node,), 0, (size,))
 
 
 def _stored(ctx: Lowering, value: Value) -> View:
@@ -246,7 +250,7 @@ def lower_gather_nd(ctx: Lowering, g: Group) -> None:
         body = (For(name, n, (*lets, *body), "vector"),)
     else:
         body = (*lets, *body)
-    _emit(ctx, node.op.name, params, loops, body, (node,), 0)
+    _emit(ctx, node.op.name, params, loops, body, (node,), 0, data_value.shape[n_batch : n_batch + depth])
 
 
 # ---- scatter ---------------------------------------------------------------------------------------------------------
@@ -297,7 +301,7 @@ def lower_scatter_elements(ctx: Lowering, g: Group) -> None:
         body = (For(f"i{last}", minimum(LANES, shape[last] - symbol("b", 0) * LANES), body, "vector"),)
         loops.append(("b", ceildiv(shape[last], LANES)))
     body = (For(f"i{axis}", shape[axis], body),)
-    _emit(ctx, node.op.name, params, loops, body, (node,), node.cost.flops, updates=True)
+    _emit(ctx, node.op.name, params, loops, body, (node,), node.cost.flops, (out.shape[axis],), updates=True)
 
 
 def lower_scatter_nd(ctx: Lowering, g: Group) -> None:
@@ -327,4 +331,4 @@ def lower_scatter_nd(ctx: Lowering, g: Group) -> None:
     body = (*lets, *body)
     for i in reversed(range(n_lead)):
         body = (For(f"i{i}", update_value.shape[i], body),)
-    _emit(ctx, node.op.name, params, loops, body, (node,), node.cost.flops, updates=True)
+    _emit(ctx, node.op.name, params, loops, body, (node,), node.cost.flops, out.shape[:depth], updates=True)
