@@ -30,6 +30,12 @@ def test_help_has_an_example(cli, verb: str) -> None:  # type: ignore[no-untyped
     assert f"Example: vivace {verb}" in " ".join(result.out.split())
 
 
+def test_no_verb_shows_the_help(cli) -> None:  # type: ignore[no-untyped-def]
+    result = cli()
+    assert (result.code, result.err) == (0, "")
+    assert result.out == cli("--help").out and "Example: vivace" in result.out
+
+
 def test_version(cli) -> None:  # type: ignore[no-untyped-def]
     result = cli("--version")
     assert (result.code, result.out) == (0, f"vivace {__version__}\n")
@@ -46,7 +52,9 @@ def test_version(cli) -> None:  # type: ignore[no-untyped-def]
         ["compile", "nowhere.onnx"],
         ["bench", "nowhere.onnx"],
         ["bench", "nowhere.vivace"],
+        ["run", "nowhere.onnx", "--seed", "-1"],
         ["sys", "--threads", "-1"],
+        ["bench", "nowhere.onnx", "--threads", "5000"],
         ["demo", "--image", "nowhere.png"],
         ["run", "nowhere.onnx", "--level", "quick"],
         ["run", "nowhere.onnx", "--shapes", "x=3"],

@@ -52,3 +52,18 @@ def test_bad_input_of_tuning(cli, model: Path, tmp_path: Path) -> None:  # type:
     ):
         result = cli(*arguments)
         assert result.code == 2 and result.err.startswith("error: ") and result.err.count("\n") == 1
+
+
+def test_only_timing_caches_grow(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    other = tmp_path / "other.onnx"
+    other.write_bytes(model.read_bytes())
+    tuning = ("--tune", "fast", "--timing-cache", other)
+    for arguments in (
+        ("compile", model, *tuning),
+        ("run", model, *tuning),
+        ("bench", model, *tuning),
+        ("timings", other),
+    ):
+        result = cli(*arguments)
+        assert result.code == 2 and "other.onnx: is no timing cache" in result.err, arguments
+    assert other.read_bytes() == model.read_bytes()

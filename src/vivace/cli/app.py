@@ -35,8 +35,6 @@ _TO_TRY = {
 
 app = typer.Typer(
     name="vivace",
-    help="Compiles ONNX models to native code, runs them, and shows how near to the machine's limit they are.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -62,8 +60,9 @@ def _print_version(is_wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def top(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
@@ -72,6 +71,8 @@ def top(
 
     Example: vivace bench model.onnx --against onnxruntime,openvino
     """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def run(arguments: Sequence[str]) -> int:

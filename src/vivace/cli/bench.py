@@ -65,6 +65,7 @@ def bench_model(
     from vivace.measure.inputs import parse_shapes
 
     options.check_output(html)
+    options.check_timings(timing_cache)
     given = parse_shapes(shapes)
     job = Job(model, options.threads_of(threads), precision, given, level=options.level_of(level), target=target,
               tune=tune, tune_budget=tune_budget, timing_cache=str(timing_cache or ""))  # fmt: skip

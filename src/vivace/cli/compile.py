@@ -50,7 +50,7 @@ def compile_model(
     options.check_model(model)
     path = output or model.with_suffix(".vivace")
     options.check_output(path)
-    options.check_output(timing_cache)
+    options.check_timings(timing_cache)
     start = time.perf_counter()
     with progress() as show:
         engine = vivace.compile(

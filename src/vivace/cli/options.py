@@ -24,7 +24,7 @@ Inputs = Annotated[
     list[str],
     typer.Option("--input", "-i", metavar="NAME=FILE.npy | FILE.npz", help="Arrays for inputs; others are generated."),
 ]
-Seed = Annotated[int, typer.Option(help="Seed of generated arrays.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of generated arrays.")]
 Threads = Annotated[int, typer.Option("--threads", "-t", help="Threads; 0 is all that this process may use.")]
 
 
@@ -86,12 +86,13 @@ def level_of(text: str) -> int:
 
 
 def threads_of(count: int) -> int:
-    """0 stands for every core that arithmetic profits from. Raises: InputError below 0."""
+    """0 stands for every core that arithmetic profits from. Raises: InputError below 0, and above what a team takes."""
     from vivace.base.knobs import knobs
     from vivace.base.machine import host
+    from vivace.targets.cpu.team import MAX_THREADS
 
-    if count < 0:
-        raise InputError(f"{count} threads", where="--threads", expected="0 or more")
+    if not 0 <= count <= MAX_THREADS:
+        raise InputError(f"{count} threads", where="--threads", expected=f"0 to {MAX_THREADS}")
     return count or knobs.threads or host().n_compute_threads
 
 
@@ -121,6 +122,15 @@ def check_output(path: Path | None) -> None:
         raise InputError("is no regular file", where=str(path), expected="a file, or a name that is free")
     if not path.parent.is_dir():
         raise InputError("the folder does not exist", where=str(path.parent), hint=f"mkdir -p {path.parent}")
+
+
+def check_timings(path: Path | None) -> None:
+    """Raises: InputError for a file that holds something else: lines would be added to it."""
+    check_output(path)
+    if path is not None and path.is_file():
+        with path.open("rb") as file:
+            if file.read(1) not in (b"", b"{"):
+                raise InputError("is no timing cache", where=str(path), expected="a file of JSON lines, or a free name")
 
 
 def is_native(provider: str) -> bool:

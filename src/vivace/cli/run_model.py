@@ -49,6 +49,7 @@ def run_model(
     from vivace.measure.inputs import parse_shapes
 
     _check_archive(save)
+    options.check_timings(timing_cache)
     given = parse_shapes(shapes)
     job = Job(model, options.threads_of(threads), precision, given, level=options.level_of(level), target=target,
               tune=tune, tune_budget=tune_budget, timing_cache=str(timing_cache or ""))  # fmt: skip

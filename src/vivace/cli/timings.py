@@ -33,6 +33,7 @@ def show_timings(
     for path in files or []:
         if not path.is_file():
             raise InputError("no such file", where=str(path), expected="a timing cache")
+        options.check_timings(path)
     timings = merge(t for path in given for t in read(path))
     found = summary(timings)
     if output is not None:
