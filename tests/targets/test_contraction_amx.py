@@ -206,6 +206,15 @@ def test_few_rows_known_at_run_time(rows: int, left: type, right: type, out: typ
     assert re.search(r"@llvm\.x86\..*dp(bf16ps|busd)", small) and "call void @llvm.x86.tileload" not in small
 
 
+@pytest.mark.parametrize("left, right, out", [(bf16, bf16, np.float32), (np.uint8, np.int8, np.int32)])
+def test_rows_left_over_of_many_stay_in_tile_registers(left: type, right: type, out: type) -> None:
+    """7 rows of 49, three tiles being of two steps of the image."""
+    image, weights = np.zeros((1, 16, 16, 64), left), np.zeros((3, 3, 64, 32), right)
+    text = convolution(image, weights, 2, out, WITH_DOTS).code(WITH_DOTS).llvm_text
+    kernels = [x for x in text.split("define ")[1:] if re.match(r"internal void @conv\.tile", x)]
+    assert len(kernels) == 2 and all("call void @llvm.x86.tileload" in x for x in kernels)
+
+
 @each_case
 def test_fetches_stand_evenly_between_products(case: Case) -> None:
     """They share what carries lines to the core with the loads of tiles."""

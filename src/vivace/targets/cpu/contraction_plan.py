@@ -186,10 +186,11 @@ class Plan:
 
 def plan_of_rows(p: Plan, n_rows: int) -> Plan:
     """The plan by which a tile of so many rows is multiplied: few rows in vector registers, where an arithmetic reads
-    panels of the same layout. They wait for B only, which vectors load as fast as memory gives it: the products of a
-    decoder in bf16 take 9 % less time.
+    panels of the same layout and they may be all there are, which only shows at run time. They wait for B only, which
+    vectors load as fast as memory gives it: the products of a decoder in bf16 take 9 % less time. What is left of many
+    rows meets B in the caches: 7 of the 49 rows of ResNet-50's 7 x 7 x 1024 -> 512 took as long in vectors as the rest.
     """
-    if not p.ar.is_tile or n_rows >= LEAST_TILE_ROWS or p.tile.pitch:
+    if not p.ar.is_tile or n_rows >= LEAST_TILE_ROWS or p.tile.pitch or isinstance(p.n_tiles, int):
         return p
     other = choose_arithmetic(p.c.a.dtype, p.c.b.dtype, without_amx(p.isa), p.c.a_offset)
     return replace(p, ar=other) if other.group == p.ar.group and not other.n_spare else p
