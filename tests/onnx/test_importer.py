@@ -147,6 +147,14 @@ class TestAssumptions:
         assert bounds(g.inputs[0].shape[2]) == (4, 7)
         assert shapes(g) == ["f32[1,n,2]"]
 
+    @pytest.mark.parametrize(("at", "least"), [(0, 1), (2, 3), (-1, 1), (-3, 3)])
+    def test_a_position_bounds_the_axis(self, at: int, least: int) -> None:
+        """Behind the end of an axis lies the memory of others."""
+        g = imported(
+            [node("Gather", "x i", "y", axis=1)], [value("x", [2, "t"])], [value("y", None)], {"i": np.array(at)}
+        )
+        assert bounds(g.inputs[0].shape[1]) == (least, None)
+
     def test_contradictions_are_errors(self) -> None:
         inputs = [value("x", [3, "a"]), value("k", [4, "a"])]
         with pytest.raises(ModelError, match="3 and 4 must be equal"):

@@ -157,7 +157,7 @@ class Scope:
         outs = self.builder.emit(op, [None if v is None else self.materialise(v) for v in inputs], attrs)
         if op.name in _WINDOWED:
             for d in outs[0].shape:
-                _at_least_zero(d, op.name)
+                at_least_zero(d, op.name)
         for v in outs:
             if v.type.is_static and int(v.type.bytes) > MAX_BYTES:  # type: ignore[arg-type]
                 raise ModelError(f"a tensor {v.type} has {v.type.bytes} bytes", expected=f"at most {MAX_BYTES} bytes")
@@ -242,8 +242,9 @@ def rename(graph: Graph, names: Mapping[Value, str]) -> Graph:
     return Graph(graph.inputs, tuple(nodes), tuple(new.get(v, v) for v in graph.outputs), graph.name)
 
 
-def _at_least_zero(d: Dim, where: str) -> None:
-    """A window that is larger than its input is an error at run time, so inputs are assumed large enough.
+def at_least_zero(d: Dim, where: str) -> None:
+    """A window that is larger than its input, or a position behind its end, is an error at run time, so inputs are
+    assumed large enough.
 
     Raises: DimMismatch, from which the importer learns a lower bound.
     """

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from vivace.base.dims import Dim, bounds, ceildiv, floordiv, maximum, minimum, symbols
+from vivace.base.dims import Dim, as_symbol, bounds, ceildiv, floordiv, maximum, minimum, symbols
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Value
 from vivace.graph.ops.shapes import DimMismatch
 from vivace.onnx.call import Call, Result, onnx_op
-from vivace.onnx.scope import Fallback
+from vivace.onnx.scope import Fallback, at_least_zero
 
 
 @onnx_op("Transpose")
@@ -169,6 +169,8 @@ def gather(c: Call, x: Value, indices: Value) -> Value:
         size = x.shape[axis]
         if isinstance(size, int) and not -size <= i < size:
             raise c.error(f"index {i} is out of range", f"-{size} to {size - 1}")
+        if as_symbol(size) is not None:  # what lies outside would be an error at run time, and is memory of others
+            at_least_zero(size - 1 - i if i >= 0 else size + i, "Gather")
         part = c.sliced(x, axis, i if i >= 0 else size + i, 1)
         return c.reshaped(part, (*x.shape[:axis], *x.shape[axis + 1 :]))
     return c.gather(x, indices, axis=axis)
