@@ -11,6 +11,8 @@ Rules:
 * TURNS: the contestants of a row take turns; each turn is a few calls after one that does not count; the median of the
   turns' medians counts. Measuring in a child process works the same.
 * BITS: a row holds engines whose weights have the same bits. bf16: vivace and OpenVINO round values too.
+* KEPT: what was measured replaces the rows of its format and number of threads in `benchmarks/results/decode.json`, and
+  `decode.md` is written from all of them. A row says so where other processes took a tenth of a core or more meanwhile.
 """
 
 from __future__ import annotations
@@ -24,15 +26,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from benchmarks.models import inputs, materialise, passages
 from benchmarks.models.blockwise import BASE, gguf_file, materialise_blockwise
 from benchmarks.models.fetch import cache_dir
+from benchmarks.times import RESULTS, ROOT, versions
 
-ROOT = Path(__file__).resolve().parents[1]
 CONTEXT, PREFILL = 128, 512
 FORMATS = ("int4", "int8", "bf16", "f32")
+LLAMA = "llama.cpp"
 ROUNDS = 5
 TURN_SECONDS = 0.25
 # Of llama.h, `llama_ftype`.
@@ -165,7 +169,7 @@ def engines(form: str, threads: int, given: dict[str, Inputs], llama_python: str
         if form == "f32":
             made.append(lambda: onnxruntime_engine(materialise(BASE), "onnxruntime", threads, given))
     if llama_python:
-        made.append(lambda: Engine("llama.cpp", Llama(llama_python, form, threads).call))
+        made.append(lambda: Engine(LLAMA, Llama(llama_python, form, threads).call))
     found = []
     for make in made:
         try:
@@ -177,10 +181,12 @@ def engines(form: str, threads: int, given: dict[str, Inputs], llama_python: str
 
 def measure(form: str, threads: int, llama_python: str) -> list[dict[str, object]]:
     """The rows of one format and number of threads."""
+    from vivace.measure.noise import noise_since, snapshot
     from vivace.measure.peaks import machine_peaks
 
     given = feeds()
     contestants = engines(form, threads, given, llama_python)
+    foreign: list[float] = []
     bandwidth = machine_peaks().read_bandwidth("memory", threads)
     cache_bytes = sum(v.nbytes for k, v in given["decode"].items() if k.startswith("past"))
     seconds: dict[tuple[str, str], list[float]] = {}
@@ -188,12 +194,14 @@ def measure(form: str, threads: int, llama_python: str) -> list[dict[str, object
         for e in contestants if turn % 2 else contestants[::-1]:
             for phase in ("decode", "prefill"):
                 if phase == "decode" or turn < 3:
+                    start = snapshot()
                     seconds.setdefault((e.name, phase), []).append(e.call(phase))
+                    foreign += [noise_since(start).foreign_cores] * (e.name != LLAMA)
     rows: list[dict[str, object]] = []
     for e in contestants:
         decode, prefill = (statistics.median(seconds[e.name, phase]) for phase in ("decode", "prefill"))
         row: dict[str, object] = {"format": form, "threads": threads, "engine": e.name, "decode_tokens": 1 / decode}
-        row |= {"prefill_tokens": PREFILL / prefill}
+        row |= {"prefill_tokens": PREFILL / prefill, "is_quiet": statistics.fmean(foreign) < 0.1}
         if e.weight_bytes:
             n_bytes = e.weight_bytes + cache_bytes
             row |= {"bytes": n_bytes, "bandwidth": n_bytes / decode, "share": n_bytes / decode / bandwidth}
@@ -216,18 +224,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--llama-python", default=sys.executable, help="a Python that has llama-cpp-python; '' for none"
     )
-    parser.add_argument("--json", type=Path, default=None, help="write the rows to a file")
     options = parser.parse_args(arguments)
     print(f"tokens per second at {CONTEXT} tokens of context, and of a prefill of {PREFILL}")
-    rows = []
     for form in options.formats:
         for threads in options.threads:
-            for row in measure(form, threads, options.llama_python):
-                rows.append(row)
-                print(describe(row), flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+            rows = measure(form, threads, options.llama_python)
+            print("\n".join(map(describe, rows)), flush=True)
+            keep(form, threads, rows)
     return 0
+
+
+def keep(form: str, threads: int, rows: list[dict[str, object]]) -> None:
+    """Puts the rows of a format and number of threads among the results (rule KEPT)."""
+    from vivace.base.machine import host
+    from vivace.cli.system import machine_facts
+
+    path = RESULTS / "decode.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [r for r in before if (r["format"], r["threads"]) != (form, threads)] + rows
+    rows.sort(key=lambda r: (FORMATS.index(str(r["format"])), r["threads"]))
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    found = {"machine": machine_facts(host()), "versions": versions(), "measured_at": now, "rows": rows}
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table for people. Ratios are of a row's tokens to those of the best other engine of its format."""
+    rows = found["rows"]
+    heads = ["weights", "threads", "engine", "decode tokens/s", "of bandwidth", "over best other"]
+    heads += ["prefill tokens/s", "over best other", "notes"]
+    lines = ["# Decoder", "",
+             f"SmolLM2-135M: one token at a context of {CONTEXT} (decode), {PREFILL} tokens at once (prefill). "
+             "`python -m benchmarks.decode`; engines take turns. Above 1, vivace is faster.", "",
+             f"{found['machine'].get('cpu', '?')}, {found['machine'].get('used_instruction_set', '?')}; "
+             + ", ".join(f"{k} {v}" for k, v in found["versions"].items()) + f"; {found['measured_at']}.", "",
+             f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]  # fmt: skip
+    for r in rows:
+        others = [o for o in rows if (o["format"], o["threads"]) == (r["format"], r["threads"]) and not _is_ours(o)]
+        cells = [r["format"], str(r["threads"]), r["engine"]]
+        for phase in ("decode_tokens", "prefill_tokens"):
+            best = max((o[phase] for o in others), default=None)
+            cells.append(f"{r[phase]:.1f}" if phase == "decode_tokens" else f"{r[phase]:.0f}")
+            if phase == "decode_tokens":
+                cells.append(f"{r['share']:.0%}" if "share" in r else "")
+            cells.append(f"{r[phase] / best:.2f}" if best and _is_ours(r) else "")
+        lines.append(f"| {' | '.join([*cells, '' if r['is_quiet'] else 'not quiet'])} |")
+    return "\n".join([*lines, ""])
+
+
+def _is_ours(row: dict[str, Any]) -> bool:
+    return str(row["engine"]).startswith("vivace")
 
 
 if __name__ == "__main__":
