@@ -16,7 +16,7 @@ from vivace.options import Options, Progress
 if TYPE_CHECKING:
     from vivace.graph.graph import Graph, Node
     from vivace.lower.choices import Choices
-    from vivace.lower.image import ForeignEntry, Image
+    from vivace.lower.image import Batch, ForeignEntry, Image
     from vivace.lower.lowering import Packed
     from vivace.lower.plan import Plan
     from vivace.runtime.engine import Engine, ForeignRunner, MakeForeign, Placement
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from vivace.tuning import Tune
 
 
-def build(graph: Graph, options: Options) -> tuple[Plan, Image, Graph]:
-    """Optimize, choose a precision, lower, generate and link; the graph is what was lowered."""
+def build(graph: Graph, options: Options, batch: Batch | None = None) -> tuple[Plan, Image, Graph]:
+    """Optimize, choose a precision, lower, generate and link; the graph is what was lowered, a slice of `batch` where
+    that is given."""
+    from vivace.lower.image import Batch
+
     graph = optimize_for_native(graph, options.level, options.kept)
     graph, facts = apply_precision(graph, options.precision, options.target)
     if options.tune is None:
@@ -34,7 +37,35 @@ def build(graph: Graph, options: Options) -> tuple[Plan, Image, Graph]:
     else:
         plan, image = _tuned(graph, options, options.tune)
     image.facts.update(facts, **options.facts)
-    return plan, image, graph
+    if batch is None and may_slice(options) and is_by_rows(graph):
+        batch = Batch(image.inputs[0].shape[0])
+    return plan, replace(image, batch=batch), graph
+
+
+def arena_bytes(graph: Graph, options: Options) -> int:
+    """What the values of a graph of fixed sizes will take, in bytes, without generating any code."""
+    from vivace.lower.memory import Lifetime, plan_memory
+    from vivace.lower.schedule import schedule
+
+    graph = optimize_for_native(graph, options.level, options.kept)
+    graph, _ = apply_precision(graph, options.precision, options.target)
+    lifetimes = schedule(make_plan(graph, options.target, options.providers, options.without)).lifetimes
+    lives = [
+        Lifetime(s.bytes, *life) for s, life in lifetimes.items() if s.kind == "arena" and isinstance(s.bytes, int)
+    ]
+    return plan_memory(lives).arena_bytes
+
+
+def may_slice(options: Options) -> bool:
+    return not knobs.check and "slices" not in options.without
+
+
+def is_by_rows(graph: Graph) -> bool:
+    """Whether a graph takes a batch of any size, and each of its rows stands for itself."""
+    from vivace.graph.batch import rows_of, why_not_by_rows
+
+    rows = rows_of(graph)
+    return rows is not None and not why_not_by_rows(graph, rows.name)
 
 
 def _tuned(graph: Graph, options: Options, wanted: Tune) -> tuple[Plan, Image]:

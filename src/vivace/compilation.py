@@ -12,11 +12,21 @@ from vivace.base.errors import ModelError, ProviderError, UnsupportedError, Viva
 from vivace.base.events import warn
 from vivace.base.specs import TensorSpec
 from vivace.base.version import __version__
-from vivace.building import build, make_engine, onnx_names, optimize_for_native, placements
+from vivace.building import (
+    arena_bytes,
+    build,
+    is_by_rows,
+    make_engine,
+    may_slice,
+    onnx_names,
+    optimize_for_native,
+    placements,
+)
 from vivace.options import Options
 
 if TYPE_CHECKING:
     from vivace.graph.graph import Graph, Node, Value
+    from vivace.lower.image import Batch
     from vivace.measure.compare import Tolerance
     from vivace.runtime.engine import Engine
     from vivace.runtime.partitioned import PartitionedEngine
@@ -62,9 +72,41 @@ class Compilation:
             except (UnsupportedError, ProviderError) as e:  # such as an operator of an opset that is not exported
                 return self._in_f32(self.whole("onnxruntime", str(e)))
         tell("optimize", 0, 1)
-        plan, image, graph = build(graph, options)
+        graph, batch = self._slice(graph)
+        plan, image, graph = build(graph, options, batch)
         image.facts["compile_seconds"] = time.perf_counter() - started
         return make_engine(plan, image, options, placements(image, float_islands(graph)), self.portable)
+
+    def _slice(self, graph: Graph) -> tuple[Graph, Batch | None]:
+        """The graph for a few rows of its batch, where the size of the batch is fixed and its values would not stay
+        near.
+
+        What is fixed says nothing of which rows depend on which: that is read off the model with its sizes left open.
+        """
+        from vivace.base.machine import host
+        from vivace.graph.sizes import graph_symbols
+        from vivace.lower.image import Batch, rows_that_stay_near
+        from vivace.onnx.importer import import_model
+
+        shapes, sizes = self.shapes or {}, {v.shape[0] if v.rank else 1 for v in graph.inputs}
+        total = sizes.pop() if len(sizes) == 1 else 1
+        is_fixed = shapes.keys() == {v.name for v in graph.inputs} and not any(True for _ in graph_symbols(graph))
+        if not (is_fixed and may_slice(self.options)) or not isinstance(total, int) or total < 2:
+            return graph, None
+
+        def rows(n: int) -> Graph:
+            few = {name: (n, *shape[1:]) for name, shape in shapes.items()}
+            return import_model(self.source, overrides=few)  # type: ignore[arg-type]
+
+        try:
+            free = import_model(self.source)  # type: ignore[arg-type]
+            if is_by_rows(free) or is_by_rows(optimize_for_native(free, self.options.level, self.options.kept)):
+                most = rows_that_stay_near(arena_bytes(rows(1), self.options), host().cache_bytes(2))
+                each = next(k for k in range(min(most, total), 0, -1) if total % k == 0)
+                return (graph, None) if each == total else (rows(each), Batch(total, each))
+        except VivaceError:  # sizes that cannot be left open, or cannot be others
+            pass
+        return graph, None
 
     def _in_f32(self, engine: PartitionedEngine) -> PartitionedEngine:
         """The engine of another provider in the place of ours, which says so where a precision was asked for."""

@@ -48,6 +48,7 @@ def test_every_option_has_a_test() -> None:
         "placement",
         "strips",
         "in_place",
-    }  # `test_strips.py` and `test_in_place.py` have the last two
+        "slices",
+    }  # `test_strips.py`, `test_in_place.py` and `test_slices.py` have the last three
     labels = [s.label for s in steps_of(lower(a_bit_of_everything(), ISAS[BEST], frozenset({"winograd"})).body)]
     assert not any("winograd" in label for label in labels)

@@ -34,6 +34,7 @@ from vivace.runtime.buffer import Buffer
 from vivace.runtime.executable import Chunk, Context, Executable
 from vivace.runtime.pages import collapse
 from vivace.runtime.saved import Program, save
+from vivace.runtime.slices import Dims, Slice, slices_of, whole_specs
 from vivace.targets.cpu import jit, steps
 from vivace.targets.cpu.amx import missing_here
 
@@ -51,11 +52,13 @@ MAX_CALLS = 256  # sets of input shapes whose dims are remembered
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """What follows from the input shapes of a call: the dims, and shape and dtype of each output."""
+    """What follows from the input shapes of a call: the dims, shape and dtype of each output, and the slices of a batch
+    that is not computed at once."""
 
     dims: dict[str, int]
     shapes: list[tuple[int, ...]]
     dtypes: list[np.dtype]
+    slices: Sequence[Slice] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +89,7 @@ class Engine:
             raise EngineError(f"this process cannot use {', '.join(missing)}", where="engine", hint="compiling it here")
         self.image = image
         self.threads = threads
-        self.inputs: tuple[TensorSpec, ...] = image.inputs
-        self.outputs: tuple[TensorSpec, ...] = image.outputs
+        self.inputs, self.outputs = whole_specs(image)
         self.placement = tuple(placement)
         self._portable: bytes | Callable[[], bytes] = b"" if portable is None else portable
         self._names = tuple(s.name for s in self.inputs)
@@ -100,7 +102,7 @@ class Engine:
         runners = [make_foreign(f) if make_foreign else None for f in image.foreign]
         self._symbols = _symbols_of(image)
         self._executable = self._link(runners)
-        self._idle: list[tuple[Context, Call | None]] = []
+        self._idle: list[tuple[Context, Call | Dims | None]] = []
         self._calls: dict[tuple[tuple[int, ...], ...], Call] = {}
         self._dtypes = [s.dtype.numpy for s in self.inputs]
         self.ready_seconds = time.perf_counter() - started
@@ -151,11 +153,15 @@ class Engine:
         except IndexError:
             context, bound = self._executable.context(), None
         try:
-            if bound is not call:
-                bound = None
-                self._bind(context, call.dims)
-                bound = call
-            context.run_arrays([*given, *results])
+            if call.slices:
+                was, bound = bound, None
+                bound = self._run_slices(context, was, call.slices, [*given, *results])
+            else:
+                if bound is not call:
+                    bound = None
+                    self._bind(context, call.dims)
+                    bound = call
+                context.run_arrays([*given, *results])
         finally:
             self._idle.append((context, bound))
         return results
@@ -167,8 +173,23 @@ class Engine:
         shapes_out = [tuple(evaluate(d, dims) for d in s.shape) for s in self.outputs]
         if len(self._calls) >= MAX_CALLS:
             self._calls.clear()
-        call = self._calls[shapes] = Call(dims, shapes_out, [s.dtype.numpy for s in self.outputs])
+        slices = slices_of(self.image.batch, dims, [*shapes, *shapes_out], self._arena_bytes)
+        call = self._calls[shapes] = Call(dims, shapes_out, [s.dtype.numpy for s in self.outputs], slices)
         return call
+
+    def _run_slices(
+        self, context: Context, bound: Call | Dims | None, slices: Sequence[Slice], arrays: Sequence[np.ndarray]
+    ) -> Dims:
+        """One run for each slice; returns what the context is bound to at the end."""
+        for s in slices:
+            if bound is not s.dims:
+                self._bind(context, s.dims.values)
+            bound = s.dims
+            context.run_arrays([a[rows] for a, rows in zip(arrays, s.rows, strict=True)])
+        return slices[-1].dims
+
+    def _arena_bytes(self, dims: Mapping[str, int]) -> int:
+        return self._planner.plan(dims)[1].arena_bytes
 
     def _bind(self, context: Context, dims: dict[str, int]) -> None:
         offsets, _ = self._planner.plan(dims)
@@ -210,8 +231,9 @@ class Engine:
         return {**facts, **self.image.facts}
 
     def memory(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """Arena size and its lower bound, in bytes, for inputs of these shapes."""
-        _, plan = self._planner.plan(self._solver.solve([tuple(shapes[n]) for n in self._names]))
+        """Arena size and its lower bound, in bytes, for inputs of these shapes: of a slice where there are several."""
+        call = self._new_call(tuple(tuple(shapes[n]) for n in self._names))
+        _, plan = self._planner.plan(call.slices[0].dims.values if call.slices else call.dims)
         return {"arena_bytes": plan.arena_bytes, "arena_lower_bound_bytes": plan.lower_bound_bytes}
 
     def dims_of(self, inputs: Mapping[str, np.ndarray]) -> dict[str, int]:
@@ -228,6 +250,8 @@ class Engine:
     def profile(self, inputs: Mapping[str, np.ndarray]) -> list[Event]:
         """One inference with the time of each kernel: one event per kernel and thread that worked on it."""
         dims = self.dims_of(inputs)
+        slices = self._new_call(tuple(inputs[n].shape for n in self._names)).slices
+        runs = [s.dims.values for s in slices] or [dims]
         merged: dict[tuple[int, int], list[int]] = {}
         for chunk in self.traces(inputs)[0]:
             slot = merged.setdefault((chunk.step, chunk.thread), [chunk.start_ns, 0])
@@ -238,7 +262,8 @@ class Engine:
             events.append(
                 Event(
                     kernel=f"{step}:{line.label}", start_ns=start, duration_ns=duration,
-                    bytes=_value(line.n_bytes, dims), flops=_value(line.flops, dims), thread=thread,
+                    bytes=sum(_value(line.n_bytes, d) for d in runs),
+                    flops=sum(_value(line.flops, d) for d in runs), thread=thread,
                 )
             )  # fmt: skip
         return events
@@ -250,16 +275,14 @@ class Engine:
         call = self._new_call(tuple(a.shape for a in given))
         results = list(map(empty, call.shapes, call.dtypes))
         context = self._executable.context(arena)
-        self._bind(context, call.dims)
+        slices = call.slices or (Slice(Dims(call.dims), (slice(None),) * len(self.inputs + self.outputs)),)
         context.record(1 << 16)
-        context.run_arrays([*given, *results])  # pays for the page faults of the context and of the record
-        for _ in context.chunks():
-            pass
 
         def run() -> list[Chunk]:
-            context.run_arrays([*given, *results])
+            self._run_slices(context, None, slices, [*given, *results])
             return sorted(context.chunks(), key=lambda chunk: chunk.start_ns)
 
+        run()  # pays for the page faults of the context and of the record
         return run
 
     # ---- linking ----------------------------------------------------------------------------------------------------

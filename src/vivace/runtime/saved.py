@@ -36,9 +36,9 @@ from vivace.base.errors import EngineError, ModelError
 from vivace.base.machine import isa
 from vivace.base.specs import TensorSpec
 from vivace.base.version import ENGINE_MAGIC
-from vivace.lower.image import ForeignEntry, Image, KernelEntry, LineEntry, Part, StorageEntry
+from vivace.lower.image import Batch, ForeignEntry, Image, KernelEntry, LineEntry, Part, StorageEntry
 
-FORMAT = 2
+FORMAT = 3
 _HEAD = struct.Struct("<8sIQ32s")
 _BLOCK = 1 << 22  # bytes per block sum
 _MAX_HEADER = 1 << 28
@@ -237,6 +237,7 @@ class SavedEngine:
             tuple(self.checked_bytes(f"{part}/code/{i}") for i in range(data["n_objects"])),
             tuple(constants),
             data["facts"],
+            Batch(from_data(data["batch"][0]), data["batch"][1]) if data["batch"] else None,
         )
 
 
@@ -254,6 +255,7 @@ def _image_data(image: Image) -> dict[str, Any]:
         return [[s, to_data(o), t, [to_data(d) for d in shape]] for s, o, t, shape in items]
 
     return {
+        "batch": [to_data(image.batch.rows), image.batch.each] if image.batch else None,
         "isa": image.isa,
         "inputs": list(map(_spec_data, image.inputs)),
         "outputs": list(map(_spec_data, image.outputs)),
