@@ -99,7 +99,14 @@ def test_sizes_that_the_model_cannot_take() -> None:
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"threads": 0}, "threads is 0. Expected at least 1"),
+        ({"threads": 0}, "threads is 0. Expected 1 to 64"),
+        ({"threads": 5000}, "threads is 5000. Expected 1 to 64"),
+        ({"threads": "2"}, "threads is '2'. Expected 1 to 64"),
+        ({"providers": ()}, "providers: unknown provider ''. Expected native, onnxruntime"),
+        ({"disable": "winograde"}, "winograde"),
+        ({"shapes": {"x": 8}}, r"shapes\['x'\]: the shape 8. Expected sizes, as in"),
+        ({"shapes": {"x": (-1, 8)}}, r"shapes\['x'\]: the shape \(-1, 8\). Expected sizes, as in"),
+        ({"timing_cache": __file__, "tune": "fast"}, "is no timing cache. Expected a file of JSON lines"),
         ({"target": "z80"}, "unknown target 'z80'. Expected host, sse, avx2, avx512"),
         ({"providers": ("abacus",)}, "providers: unknown provider 'abacus'. Expected native, onnxruntime"),
         ({"precision": "f7"}, "precision 'f7' is not available"),

@@ -20,7 +20,7 @@ from vivace.building import (
     placements,
 )
 from vivace.compilation import Compilation, load_graph
-from vivace.options import Options, Progress, choose_isa, threads_for
+from vivace.options import Options, Progress, checked_shapes, choose_isa, threads_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,15 +78,17 @@ def compile(
     from vivace.tuning import tune_of
 
     names = tuple(providers.split(",")) if isinstance(providers, str) else tuple(providers)
-    for name in names:
+    for name in names or ("",):
         if name not in (*PROVIDERS, "auto"):
             raise InputError(f"unknown provider {name!r}", where="providers", expected=", ".join((*PROVIDERS, "auto")))
     options = Options(
-        threads_for(threads), choose_isa(target), names, precision, level, tuple(disable), cache, progress,
+        threads_for(threads), choose_isa(target), names, precision, level,
+        (disable,) if isinstance(disable, str) else tuple(disable), cache, progress,
         tune_of(tune, tune_budget, timing_cache, cache),
     )  # fmt: skip
     samples = [calibration] if isinstance(calibration, Mapping) else list(calibration)
     _refuse_unused(options, bool(samples))
+    shapes = checked_shapes(shapes)
     job = Compilation(source, shapes, options)
     if names == ("auto",):
         from vivace.choice import fastest

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from vivace.base.errors import InputError
 from vivace.base.knobs import knobs
@@ -63,10 +65,23 @@ def choose_isa(target: str) -> Isa:
     return isa(name)
 
 
-def threads_for(threads: int | None) -> int:
-    """As many threads as the affinity mask and the container's quota allow, unless told. Raises: InputError below 1."""
+def threads_for(threads: Any) -> int:
+    """As many threads as the affinity mask and the container's quota allow, unless told. Raises: InputError for what is
+    no number of threads that a team takes."""
+    from vivace.targets.cpu.team import MAX_THREADS
+
     if threads is None:
         return knobs.threads or host().n_compute_threads
-    if threads < 1:
-        raise InputError(f"threads is {threads}", expected="at least 1")
+    if not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
+        raise InputError(f"threads is {threads!r}", expected=f"1 to {MAX_THREADS}")
     return threads
+
+
+def checked_shapes(shapes: Mapping[str, Any] | None) -> dict[str, tuple[int, ...]] | None:
+    """Raises: InputError for what is no shape."""
+    for name, shape in (shapes or {}).items():
+        if isinstance(shape, (str, int)) or any(not isinstance(d, (int, np.integer)) or d < 0 for d in shape):
+            raise InputError(
+                f"the shape {shape!r}", where=f"shapes[{name!r}]", expected="sizes, as in (1, 3, 224, 224)"
+            )
+    return None if shapes is None else {name: tuple(map(int, shape)) for name, shape in shapes.items()}

@@ -31,7 +31,7 @@ from vivace.base.specs import TensorSpec
 from vivace.lower.choices import Choice, Choices, Site
 from vivace.lower.plan import steps_of
 from vivace.lower.schedule import schedule
-from vivace.lower.timings import EFFORTS, TimingCache, own_file
+from vivace.lower.timings import EFFORTS, TimingCache, own_file, refuse_other_file
 from vivace.lower.tune import WHOLE, Result, Run, Tuning
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def tune_of(effort: str, budget: float | None, file: str | Path | None, keeps: b
     if budget is not None and not budget >= 0:
         raise InputError(f"a budget of {budget} s", where="tune_budget", expected="0 or more")
     path = None if file is None else Path(file)
+    if path is not None:
+        refuse_other_file(path)
     if effort != "off":
         return Tune(effort, budget, path, keeps)
     if budget is not None:

@@ -126,11 +126,11 @@ def check_output(path: Path | None) -> None:
 
 def check_timings(path: Path | None) -> None:
     """Raises: InputError for a file that holds something else: lines would be added to it."""
+    from vivace.lower.timings import refuse_other_file
+
     check_output(path)
-    if path is not None and path.is_file():
-        with path.open("rb") as file:
-            if file.read(1) not in (b"", b"{"):
-                raise InputError("is no timing cache", where=str(path), expected="a file of JSON lines, or a free name")
+    if path is not None:
+        refuse_other_file(path)
 
 
 def is_native(provider: str) -> bool:

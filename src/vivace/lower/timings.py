@@ -173,3 +173,11 @@ def summary(timings: Sequence[Timing]) -> dict[tuple[str, str, int], dict[str, i
         counts["decided"] += bool(t.decided)
         counts["changed"] += bool(t.decided) and t.choice != Choice()
     return found
+
+
+def refuse_other_file(path: Path) -> None:
+    """Raises: InputError for a file that holds something else than timings: lines would be added to it."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(1) not in (b"", b"{"):
+                raise InputError("is no timing cache", where=str(path), expected="a file of JSON lines, or a free name")
