@@ -298,12 +298,13 @@ def test_weights_with_a_zero_point() -> None:
         assert ops in check(model, {"x": numbers(5, U8, 4, 32)}, "host")
 
 
-def test_weight_only_quantization_folds() -> None:
-    m = Model(np.float32, (4, 32))
-    y = m.emit("MatMul", "x", dequantized(m, m.const(numbers(3, S8, 32, 24)), 0.02, S8(0)))
+@pytest.mark.parametrize(("depth", "op"), [(32, "matmul_blocks"), (30, "matmul")])
+def test_weights_alone_stay_bytes_in_whole_blocks_and_else_fold(depth: int, op: str) -> None:
+    m = Model(np.float32, (4, depth))
+    y = m.emit("MatMul", "x", dequantized(m, m.const(numbers(3, S8, depth, 24)), 0.02, S8(0)))
     model = m.finish(y, np.float32)
-    feeds = {"x": np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)}
-    assert [n.op.name for n in optimize(import_model(model.SerializeToString())).nodes] == ["matmul"]
+    feeds = {"x": np.random.default_rng(0).standard_normal((4, depth)).astype(np.float32)}
+    assert [n.op.name for n in optimize(import_model(model.SerializeToString())).nodes] == [op]
     np.testing.assert_allclose(compiled(model, feeds, "host"), ran_by_ort(model, feeds), rtol=1e-4, atol=1e-4)
 
 
