@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vivace.base.dtypes import DType
 from vivace.base.errors import ModelError, ProviderError, UnsupportedError, VivaceError
 from vivace.base.events import warn
 from vivace.base.specs import TensorSpec
@@ -57,7 +58,8 @@ class Compilation:
         return portable_model(self.source, self.shapes)
 
     def native(self) -> Engine | PartitionedEngine:
-        """The engine of our own code, with parts in ONNX Runtime where sizes only show when the model runs."""
+        """The engine of our own code, with parts in ONNX Runtime where sizes only show when the model runs, and for
+        strings, which our memory does not hold."""
         from vivace.graph.sizes import late_nodes
         from vivace.optimize.islands import float_islands
 
@@ -66,9 +68,11 @@ class Compilation:
         tell = options.progress or (lambda stage, done, total: None)
         tell("import", 0, 1)
         graph = load_graph(self.source, self.shapes)
-        if "onnxruntime" in options.providers and late_nodes(graph):
+        if "onnxruntime" in options.providers and (late_nodes(graph) or _textual(graph)):
             try:
-                return self.pieces(self.portable_graph(graph), {}, {})
+                whole = self.portable_graph(graph)
+                texts = _textual(whole)
+                return self.pieces(whole, dict.fromkeys(texts, "onnxruntime"), dict.fromkeys(texts, "it works on text"))
             except (UnsupportedError, ProviderError) as e:  # such as an operator of an opset that is not exported
                 return self._in_f32(self.whole("onnxruntime", str(e)))
         tell("optimize", 0, 1)
@@ -180,6 +184,11 @@ class Compilation:
         facts: dict[str, Any] = {"provider": provider, "reason": reason}
         program = Program((part,), part.inputs, part.outputs, [["*", "*", "the whole model", provider, reason]], facts)
         return PartitionedEngine(program, [session], self.options.threads, self.portable)
+
+
+def _textual(graph: Graph) -> list[Node]:
+    """The nodes that read or write strings."""
+    return [n for n in graph.nodes if any(v is not None and v.dtype is DType.string for v in (*n.inputs, *n.outputs))]
 
 
 def _specs(values: Sequence[Value]) -> tuple[TensorSpec, ...]:

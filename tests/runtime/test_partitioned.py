@@ -243,3 +243,16 @@ def test_a_type_that_numpy_lacks_does_not_cross_a_border() -> None:
     assert {p.provider for p in engine.placement} == {"onnxruntime"}
     x = np.arange(6, dtype=np.float32)
     np.testing.assert_array_equal(engine(x, np.array([2, 3])), x.reshape(2, 3))
+
+
+def test_text_is_worked_on_elsewhere(tmp_path: Path) -> None:
+    text = """<ir_version: 9, opset_import: ["" : 20]>
+        m (string[N] a, float[N, 4] x) => (string[N] b, float[N, 4] y) { b = StringConcat(a, a)  y = Relu(x) }"""
+    engine = vivace.compile(onnx.parser.parse_model(text))
+    fed = {"a": np.array(["u", "vw"], object), "x": np.array([[-1, 0, 1, 2]] * 2, np.float32)}
+    assert {p.op: p.provider for p in engine.placement} == {"onnx": "onnxruntime", "relu": "native"}
+    engine.save(tmp_path / "m.vivace")
+    for e in (engine, vivace.load(tmp_path / "m.vivace")):
+        got = e.run(fed)
+        assert got["b"].tolist() == ["uu", "vwvw"]
+        np.testing.assert_array_equal(got["y"], np.maximum(fed["x"], 0))

@@ -275,7 +275,7 @@ class Engine:
         call = self._new_call(tuple(a.shape for a in given))
         results = list(map(empty, call.shapes, call.dtypes))
         context = self._executable.context(arena)
-        slices = call.slices or (Slice(Dims(call.dims), (slice(None),) * len(self.inputs + self.outputs)),)
+        slices = call.slices or (Slice(Dims(call.dims), (...,) * len(self.inputs + self.outputs)),)
         context.record(1 << 16)
 
         def run() -> list[Chunk]:

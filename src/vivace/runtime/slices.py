@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 
 from vivace.base.dims import as_symbol, evaluate
 from vivace.base.machine import host
@@ -20,10 +21,10 @@ class Dims:
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """One run: its dims, and its rows of each input and output."""
+    """One run: its dims, and its rows of each input and output (`...`: all)."""
 
     dims: Dims
-    rows: tuple[slice, ...]
+    rows: tuple[slice | EllipsisType, ...]
 
 
 def whole_specs(image: Image) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
