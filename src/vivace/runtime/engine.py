@@ -47,6 +47,7 @@ MakeForeign = Callable[[ForeignEntry], ForeignRunner]
 
 
 _shape_of = attrgetter("shape")
+_COPIED_BYTES = 1 << 22  # at a time
 MAX_CALLS = 256  # sets of input shapes whose dims are remembered
 
 
@@ -431,8 +432,11 @@ def _aligned(array: np.ndarray) -> np.ndarray:
     raw = np.empty(array.nbytes + 64, np.uint8)
     skip = -raw.ctypes.data % 64
     out = raw[skip : skip + array.nbytes].view(array.dtype).reshape(array.shape)
-    out[...] = array
-    forget(array)
+    whole, source = out.reshape(-1), array.reshape(-1)
+    for i in range(0, source.size, step := max(1, _COPIED_BYTES // array.itemsize)):
+        part = source[i : i + step]
+        whole[i : i + step] = part
+        forget(part)  # of a mapped file, no more than a part stands beside its copy
     return out
 
 
