@@ -138,7 +138,8 @@ def _about(records: Sequence[Record]) -> str:
     machines = sorted({f"{r['machine']}, {r['isa']}" for r in records})
     return (
         f"{'; '.join(machines)}. Made by `python -m benchmarks.layers`. Operations are those of the kernel (Winograd's "
-        "are fewer than the direct way's), bytes come from the nearest caches that could hold them."
+        "are fewer than the direct way's), bytes come from the nearest caches that could hold them. "
+        "Trees count as read whole, of which each row reads a few paths: their share says nothing."
     )
 
 
