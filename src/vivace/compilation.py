@@ -87,6 +87,7 @@ class Compilation:
 
         What is fixed says nothing of which rows depend on which: that is read off the model with its sizes left open.
         """
+        from vivace.base.dims import evaluate
         from vivace.base.machine import host
         from vivace.graph.sizes import graph_symbols
         from vivace.lower.image import Batch, rows_that_stay_near
@@ -95,8 +96,12 @@ class Compilation:
         shapes, sizes = self.shapes or {}, {v.shape[0] if v.rank else 1 for v in graph.inputs}
         total = sizes.pop() if len(sizes) == 1 else 1
         is_fixed = shapes.keys() == {v.name for v in graph.inputs} and not any(True for _ in graph_symbols(graph))
-        if not (is_fixed and may_slice(self.options)) or not isinstance(total, int) or total < 2:
+        is_open = graph is not self.source and may_slice(self.options)
+        if not (is_fixed and is_open) or not isinstance(total, int) or total < 2:
             return graph, None
+        near, values = host().cache_bytes(2), [v for n in graph.nodes for v in n.outputs]
+        if rows_that_stay_near(sum(evaluate(v.type.bytes, {}) for v in values) // total, near) >= total:
+            return graph, None  # even if all of them were alive at once
 
         def rows(n: int) -> Graph:
             few = {name: (n, *shape[1:]) for name, shape in shapes.items()}
@@ -105,7 +110,7 @@ class Compilation:
         try:
             free = import_model(self.source)  # type: ignore[arg-type]
             if is_by_rows(free) or is_by_rows(optimize_for_native(free, self.options.level, self.options.kept)):
-                most = rows_that_stay_near(arena_bytes(rows(1), self.options), host().cache_bytes(2))
+                most = rows_that_stay_near(arena_bytes(rows(1), self.options), near)
                 each = next(k for k in range(min(most, total), 0, -1) if total % k == 0)
                 return (graph, None) if each == total else (rows(each), Batch(total, each))
         except VivaceError:  # sizes that cannot be left open, or cannot be others

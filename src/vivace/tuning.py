@@ -161,10 +161,10 @@ def _search(
     from vivace.lower.candidates import neighbours
     from vivace.measure.inputs import generate
 
+    rates = _rates(shop.threads)  # of a machine that nobody measured yet they take longer than a budget, once
     started = time.perf_counter()
     shapes, _ = sizes_text(shop.graph)
     inputs = generate([TensorSpec(v.name, v.dtype, v.shape) for v in shop.graph.inputs], shapes)
-    rates = _rates(shop.threads)
     bench = _Bench(shop, kept, at, inputs)
     budget = BUDGETS[wanted.effort] if wanted.budget_seconds is None else wanted.budget_seconds
     left_ns = 1e9 * max(0.0, budget - (time.perf_counter() - started))

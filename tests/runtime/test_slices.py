@@ -99,6 +99,16 @@ def test_a_batch_of_fixed_size_is_compiled_for_a_slice(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("near")
+def test_a_graph_of_fixed_sizes_is_taken_as_it_is() -> None:
+    shape = (14, 3, 16, 16)
+    engine = vivace.compile(import_model(images(), overrides={"x": shape}), threads=1, shapes={"x": shape})
+    assert isinstance(engine, Engine)
+    assert engine.image.batch is None
+    x = weight(*shape)
+    np.testing.assert_allclose(engine.run({"x": x})["y"], plain(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("near")
 def test_a_profile_counts_every_slice() -> None:
     x = weight(8, 3, 16, 16)
     sliced, whole = (vivace.compile(images(), threads=1, disable=names) for names in ((), ("slices",)))

@@ -14,9 +14,9 @@ flow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from vivace.base.dims import Dim, Symbol, as_symbol, linear, symbols
+from vivace.base.dims import Symbol, as_symbol, linear
 from vivace.graph.graph import Graph, Node, Value
 from vivace.graph.sizes import attr_symbols, node_sizes, value_sizes
 
@@ -43,13 +43,6 @@ def why_not_by_rows(graph: Graph, rows: str) -> str:
     return ""
 
 
-def per_row(d: Dim, rows: str) -> Dim:
-    """How many places of a first axis belong to one row (rule LEADING)."""
-    form = linear(d, rows)
-    assert form is not None
-    return form[0]
-
-
 def _has(v: Value | None, rows: str) -> bool:
     return v is not None and rows in value_sizes(v)
 
@@ -59,11 +52,7 @@ def _leads(v: Value, rows: str) -> bool:
     if not _has(v, rows):
         return True
     form = linear(v.shape[0], rows)
-    return form is not None and form[1] == 0 and not any(s.name == rows for d in v.shape[1:] for s in _symbols(d))
-
-
-def _symbols(d: Dim) -> Sequence[Symbol]:
-    return () if isinstance(d, int) else tuple(symbols(d))
+    return form is not None and form[1] == 0 and not any(s.name == rows for s in attr_symbols(v.shape[1:]))
 
 
 def _silent(n: Node, rows: str, *allowed: str) -> bool:
