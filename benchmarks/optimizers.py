@@ -3,9 +3,8 @@
     python -m benchmarks.optimizers [model ...]
 
 For each model: nodes and bytes moved that each tool leaves (both counted by us, on the file that the tool writes), and
-whether
-ONNX Runtime computes equal outputs from our file. Exit status 1 when we leave more nodes than the better of the two,
-or an output differs.
+whether ONNX Runtime computes equal outputs from our file. Exit status 1 when we leave more nodes than the better of the
+two, or an output differs.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Integers that may be symbolic: tensor dims, index arithmetic of the loop IR, sizes and offsets.
 
-A `Dim` is an `int` or an `Expr`. An `Expr` is a polynomial with integer coefficients over *atoms*:
-named symbols with bounds, and `floordiv`, `mod`, `min`, `max` of other dims. Polynomials are kept in one canonical
-form,
-so two equal polynomials compare equal and hash alike. Anything that becomes constant collapses to a plain `int`.
+A `Dim` is an `int` or an `Expr`. An `Expr` is a polynomial with integer coefficients over *atoms*: named symbols with
+bounds, and `floordiv`, `mod`, `min`, `max` of other dims. Polynomials are kept in one canonical form, so two equal
+polynomials compare equal and hash alike. Anything that becomes constant collapses to a plain `int`.
 
 Rules:
 * CANONICAL: build only through the operators and the functions here, never through the constructors of atoms.

@@ -99,13 +99,10 @@ class Cost:
 class Op:
     """Everything true of an operator whatever the target.
 
-    `infer` gives the output types from the input types (raising GraphError or DimMismatch); `evaluate` is the
-    meaning, in NumPy,
-    on arrays and integer attrs; `flops` counts arithmetic. `exact` says that a correct implementation gives the same
-    bits;
-    otherwise `tolerance` bounds |got - want| / (1 + |want|) for f32 and says how far correct implementations may
-    differ, per unit of
-    reduction depth where the op reduces.
+    `infer` gives the output types from the input types (raising GraphError or DimMismatch); `evaluate` is the meaning,
+    in NumPy, on arrays and integer attrs; `flops` counts arithmetic. `exact` says that a correct implementation gives
+    the same bits; otherwise `tolerance` bounds |got - want| / (1 + |want|) for f32 and says how far correct
+    implementations may differ, per unit of reduction depth where the op reduces.
     """
 
     name: str

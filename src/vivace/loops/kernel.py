@@ -23,16 +23,14 @@
 Rules:
 * FLAT: `index` of Load and Store is one dim per axis of the buffer; the address is their dot product with its strides.
 * PURE: expressions have no effects; a Reduce is evaluated where it stands.
-* VECTOR: a `vector` loop has independent iterations: no iteration reads what another writes. It is a permission
-  and a wish: the code generator computes several iterations at once. A Reduce inside a scalar context may itself be
-  vectorized,
-  and its sum is then re-associated (see `docs/architecture.md` on rounding).
+* VECTOR: a `vector` loop has independent iterations: no iteration reads what another writes. It is a permission and a
+  wish: the code generator computes several iterations at once. A Reduce inside a scalar context may itself be
+  vectorized, and its sum is then re-associated (see `docs/architecture.md` on rounding).
 * PARALLEL: the top `For` with kind `parallel` has independent iterations; the runtime hands out ranges of them to
-  threads.
-  Several perfectly nested parallel loops at the top form one flattened parallel space, the last varying fastest.
+  threads. Several perfectly nested parallel loops at the top form one flattened parallel space, the last varying
+  fastest.
 * GATHER: an index may contain loaded data through `Let` of an integer and `symbol(name)`: a Let whose expr is
-  integer-typed may be
-  used as a symbol in dims.
+  integer-typed may be used as a symbol in dims.
 * DIMS: a symbol that is neither a loop variable nor a Let is a dim of the kernel, passed at run time;
   `dims_of(kernel)` lists them in order.
 

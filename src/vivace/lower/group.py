@@ -7,9 +7,8 @@ A group has an *anchor* (the node that decides its loops) and element-wise nodes
   they are read.
 Movement nodes that strides can say (transpose, slice, expand, reshape) belong to no group: they become views.
 
-Rule ORDER: a group runs at the position of its anchor in the graph. An epilogue may use only values that exist by
-then, so that
-the order of the anchors is an order of execution and no cycle can arise.
+Rule ORDER: a group runs at the position of its anchor in the graph. An epilogue may use only values that exist by then,
+so that the order of the anchors is an order of execution and no cycle can arise.
 
 Rule NARROW: an epilogue that makes bytes and then only widens them ends with the bytes; whoever reads them widens them.
 """

@@ -1,13 +1,11 @@
 """Graph -> Plan: every group becomes kernel calls over views.
 
 `lower(graph, isa)` is the driver; the rules per family live in `lower/rules/`, each a function `(Lowering, Group) ->
-None` that
-reads operands through `view`, asks `target` where its result goes, and appends steps through `emit`.
+None` that reads operands through `view`, asks `target` where its result goes, and appends steps through `emit`.
 
-Placement: a value is written where its reader wants it. An operand of `concat` is written into its part of the
-result, the operand of
-`pad` into the interior, a graph output into the caller's array; each happens once per value, a second wish is served
-by a copy.
+Placement: a value is written where its reader wants it. An operand of `concat` is written into its part of the result,
+the operand of `pad` into the interior, a graph output into the caller's array; each happens once per value, a second
+wish is served by a copy.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The memory plan: an offset in one arena for every storage, by lifetimes.
 
 Source: greedy by size with best fit, Pisarchyk and Lee, "Efficient memory management for deep neural net inference"
-(2020);
-several orders are tried and the smallest arena kept. The lower bound is the largest sum of sizes alive at one moment.
+(2020); several orders are tried and the smallest arena kept. The lower bound is the largest sum of sizes alive at one
+moment.
 """
 
 from __future__ import annotations

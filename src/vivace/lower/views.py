@@ -1,10 +1,9 @@
 """Where values lie: storages, and views of them.
 
-A `Storage` is a run of memory: a planned piece of the arena, a constant, an input or an output of the call.
-A `View` says where the elements of a value lie in a storage: an offset and a stride per axis, in elements. Movement
-ops are
-views where strides can say them (transpose, slice, expand, most reshapes) and cost nothing.
-A view without a storage is an *iota*: its "address" is its value, so it moves through the same functions.
+A `Storage` is a run of memory: a planned piece of the arena, a constant, an input or an output of the call. A `View`
+says where the elements of a value lie in a storage: an offset and a stride per axis, in elements. Movement ops are
+views where strides can say them (transpose, slice, expand, most reshapes) and cost nothing. A view without a storage is
+an *iota*: its "address" is its value, so it moves through the same functions.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@ with.
         return c.where(c.lt(x, c.like(x, 0)), c.mul(c.expm1(x), c.like(x, c.attr("alpha", 1.0))), x)
 
 `c.<op>(...)` emits a core op, folding constants and shape arithmetic (see `scope`). A function raises
-`Fallback(reason)` when it cannot be
-written with core ops for these operands; what it emitted is then discarded.
+`Fallback(reason)` when it cannot be written with core ops for these operands; what it emitted is then discarded.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Graph -> ModelProto: standard operators only, so that any runtime can run the file.
 
 The layout must be NCHW. Ops that the opset lacks are written in their parts (attention before 23, gelu before 20). A
-matmul and the sum
-that follows are one Gemm, slices that divide a tensor are one Split, and `onnx` nodes are written as they were.
-Integers of 4 bits and weights with scales per block want opset 21 at least.
-Opsets 18 (reductions take their axes as an input) to `NEWEST`.
+matmul and the sum that follows are one Gemm, slices that divide a tensor are one Split, and `onnx` nodes are written as
+they were. Integers of 4 bits and weights with scales per block want opset 21 at least. Opsets 18 (reductions take their
+axes as an input) to `NEWEST`.
 """
 
 from __future__ import annotations

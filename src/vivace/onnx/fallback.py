@@ -1,10 +1,9 @@
 """`onnx` nodes: operators that run through a provider, with the types that shape inference of `onnx` gives.
 
 A node is kept as its serialized NodeProto. Its inputs are those of the ONNX node and the outer values that nested
-graphs read.
-Sequences, maps, optional values and tensors of unknown rank cannot be held by a graph: the nodes that make and use
-them are kept together
-(an `Opaque` collects them) until tensors come out, and then stand in one `If` whose condition is a constant.
+graphs read. Sequences, maps, optional values and tensors of unknown rank cannot be held by a graph: the nodes that make
+and use them are kept together (an `Opaque` collects them) until tensors come out, and then stand in one `If` whose
+condition is a constant.
 """
 
 from __future__ import annotations

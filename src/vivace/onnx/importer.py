@@ -3,11 +3,9 @@
 * Initializers and Constant nodes become constants; an initializer that is also an input is a constant (it cannot be
   fed any more).
 * Symbolic dims keep their names; unnamed ones (-1, "?", empty) get a symbol of their own, `<input>_<axis>`. A symbol
-  may be 0 unless the
-  model cannot be: bounds are learnt where a slice needs them (see `unify`).
-* Two symbolic dims that must be equal (operands of one Add, say) are taken to be one; the import then starts again.
-  A symbolic dim
-  is never taken for a broadcast 1.
+  may be 0 unless the model cannot be: bounds are learnt where a slice needs them (see `unify`).
+* Two symbolic dims that must be equal (operands of one Add, say) are taken to be one; the import then starts again. A
+  symbolic dim is never taken for a broadcast 1.
 * What cannot be written with core ops becomes an `onnx` node for a provider, with the reason; an operator unknown to
   `onnx` is an error.
 """

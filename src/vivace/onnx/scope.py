@@ -1,10 +1,8 @@
 """Where nodes are emitted during import: constants are folded at once, shape arithmetic stays symbolic.
 
 A `Scope` is one graph under construction; a nested one (a branch, a loop body) takes what it uses of its parents as
-captures.
-A value can be *virtual*: its contents are known dims (see `symbolic`), no node computes it, and it is materialised
-only when an operator
-needs it as data.
+captures. A value can be *virtual*: its contents are known dims (see `symbolic`), no node computes it, and it is
+materialised only when an operator needs it as data.
 """
 
 from __future__ import annotations

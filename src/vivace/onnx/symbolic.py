@@ -1,10 +1,9 @@
 """Shape arithmetic: run core ops on arrays of dims.
 
 The contents of a small tensor whose elements are known integer expressions are held as an object array of `Dim`
-(integers and bools)
-or `Ratio` (floats that are a dim over an integer, as `Cast(Shape) * 0.5` gives). `evaluate` runs a core op on such
-arrays; it
-returns None where the result cannot be stated, such as a comparison that depends on the value of a symbol.
+(integers and bools) or `Ratio` (floats that are a dim over an integer, as `Cast(Shape) * 0.5` gives). `evaluate` runs a
+core op on such arrays; it returns None where the result cannot be stated, such as a comparison that depends on the
+value of a symbol.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Tensors of ONNX files as NumPy arrays; data outside the model file is memory-mapped.
 
 External data is read only from inside the model's directory: a location that is absolute, climbs with `..`, or leads
-out through a
-symbolic link is refused. Sizes are compared before any memory is taken.
+out through a symbolic link is refused. Sizes are compared before any memory is taken.
 """
 
 from __future__ import annotations

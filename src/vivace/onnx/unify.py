@@ -1,14 +1,11 @@
 """What the importer assumes about symbolic dims so that the model makes sense, and how it learns it.
 
-Broadcasting and contraction assume that two symbolic dims that meet are equal; slicing a table up to a symbol
-assumes that the table is long
-enough. `Assumptions` holds what was learnt: replacements of symbols by dims, and tighter bounds. The importer starts
-again with every
-new assumption, so types never change after the fact.
+Broadcasting and contraction assume that two symbolic dims that meet are equal; slicing a table up to a symbol assumes
+that the table is long enough. `Assumptions` holds what was learnt: replacements of symbols by dims, and tighter bounds.
+The importer starts again with every new assumption, so types never change after the fact.
 
 What a branch of an `If` needs need not hold for the other branch, nor without either: bounds learnt inside a nested
-graph hold only
-there (`local`, by the path of the graph). Replacements hold everywhere.
+graph hold only there (`local`, by the path of the graph). Replacements hold everywhere.
 """
 
 from __future__ import annotations

@@ -1,16 +1,13 @@
 """Where to transpose: decided for the whole graph at once, as a minimum cut.
 
 Every value of rank r may be stored on side 0 (as the graph says) or on side 1 (transposed by one permutation); a
-transpose is paid, in
-bytes, for each value that is needed on the other side than it is made on. Ops that can run on either side choose;
-transposes that the
-graph already has are free where they lead from one side to the other. The cheapest choice is exact, so
-`sink_transposes` never adds work,
-and `channels_last` (convolutions pinned to NHWC) leaves as few transposes as there can be.
+transpose is paid, in bytes, for each value that is needed on the other side than it is made on. Ops that can run on
+either side choose; transposes that the graph already has are free where they lead from one side to the other. The
+cheapest choice is exact, so `sink_transposes` never adds work, and `channels_last` (convolutions pinned to NHWC) leaves
+as few transposes as there can be.
 
 For a permutation that is its own inverse, a transpose swaps the sides; counting sides modulo the swaps on the way
-(`parity`) keeps the
-problem a cut.
+(`parity`) keeps the problem a cut.
 """
 
 from __future__ import annotations

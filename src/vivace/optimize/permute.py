@@ -1,8 +1,7 @@
 """How each op computes on a transposed copy of its operands: the knowledge that the layout passes share.
 
 For a permutation `perm` of rank r, "side 1" of a value of rank r is `transpose(value, perm)`. An op is *flexible* when
-it can read and
-write side 1 instead of side 0 by changing its attributes alone; `flexible(node, perm)` says how.
+it can read and write side 1 instead of side 0 by changing its attributes alone; `flexible(node, perm)` says how.
 
     relu, add, where, ...     as they are; operands of lower rank get leading ones, then the same transpose
     reduce, softmax, concat, slice, pad, expand, resize, gather, cumsum, argmax, iota     their axes move

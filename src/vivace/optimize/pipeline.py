@@ -1,8 +1,7 @@
 """The optimizer's table of contents: every pass in its order, at its level, and why it stands there.
 
 Levels carry ONNX Runtime's names and numbers. Up to EXTENDED the graph stays portable: the exporter writes it as
-standard ONNX. LAYOUT
-is for our own code generator.
+standard ONNX. LAYOUT is for our own code generator.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """From the arrays of a call to the values of the dims, and from those to memory.
 
 Arena offsets are planned for dims rounded up (`ROUNDING`), so that a shape that grows by one each call (a decoder's
-cache) is planned once
-in many calls; a plan serves every smaller shape of its class.
+cache) is planned once in many calls; a plan serves every smaller shape of its class.
 """
 
 from __future__ import annotations

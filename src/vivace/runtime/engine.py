@@ -3,9 +3,8 @@
     engine.run({"x": x})      dict of name -> array
     engine(x)                 arrays in the model's order
 
-`run` may be called from several Python threads at once; the GIL is released while native code runs. Each concurrent
-run uses
-a context of its own (arena and tables); contexts are kept for reuse.
+`run` may be called from several Python threads at once; the GIL is released while native code runs. Each concurrent run
+uses a context of its own (arena and tables); contexts are kept for reuse.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@
 
 Rules:
 * CHECKED: nothing is mapped executable before header and code match their SHA-256. Weights carry block sums (see
-  `block_check`), which find
-  damage, not malice: weights cannot run code.
+  `block_check`), which find damage, not malice: weights cannot run code.
 * MAPPED: weights stay in the file, memory-mapped and shared between processes.
 * ELSEWHERE: on a CPU that lacks what the code needs the portable model is compiled again.
 """

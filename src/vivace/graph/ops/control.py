@@ -16,8 +16,7 @@ onnx{node: bytes, opset, domain, types, names, reason, late}(*inputs)
         `RUN_ONNX`.
 
 Rule NARROWER: a symbol may have tighter bounds inside a nested graph than outside: the graph is only meant for sizes
-within them
-(a branch that reads 512 samples, say). Types are compared with the outer bounds.
+within them (a branch that reads 512 samples, say). Types are compared with the outer bounds.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 the taps.
 
 Each result is a dot product of the window with the kernel. Windows whose rows are contiguous (channels-last, dilation
-1) merge
-their innermost taps into one run, which should fill a vector.
+1) merge their innermost taps into one run, which should fill a vector.
 """
 
 from __future__ import annotations

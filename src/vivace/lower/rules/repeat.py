@@ -2,9 +2,9 @@
 
 Before: out[.., y, x] = in[.., y // 2, x // 2]     After: out[.., y, r, x, s] = in[.., y, x], with r and s from 0 to 1
 
-Where the repeated axis is the contiguous one, `s` would be too short a vector. Then the copies of an element are
-stored as one wider
-integer, or, where other nodes follow, read by a gather; and an element is read once for all rows that it goes to.
+Where the repeated axis is the contiguous one, `s` would be too short a vector. Then the copies of an element are stored
+as one wider integer, or, where other nodes follow, read by a gather; and an element is read once for all rows that it
+goes to.
 """
 
 from __future__ import annotations

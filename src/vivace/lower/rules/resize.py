@@ -2,8 +2,8 @@
 
 * nearest by a whole factor repeats elements (`repeat.py`);
 * otherwise each result is a weighted sum over the taps of each resampled axis (`taps.py`). Where the vector runs along
-  a resampled
-  axis, the other axes are summed first, into a local row, so that the positions along the vector are gathered once.
+  a resampled axis, the other axes are summed first, into a local row, so that the positions along the vector are
+  gathered once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Attention (opset 23 and newer) and Microsoft's MultiHeadAttention.
 
-What the core op cannot say (sliding windows, lengths per batch, softcap after a mask, intermediate outputs) is left
-to the body by which
-ONNX defines the operator.
+What the core op cannot say (sliding windows, lengths per batch, softcap after a mask, intermediate outputs) is left to
+the body by which ONNX defines the operator.
 """
 
 from __future__ import annotations

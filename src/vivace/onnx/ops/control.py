@@ -1,8 +1,7 @@
 """Control flow: If, Loop, Scan.
 
-A condition that is known at import selects its branch. A nested graph becomes a closed Graph: what it uses of the
-outer graph (other than
-constants and known dims) comes in as captures.
+A condition that is known at import selects its branch. A nested graph becomes a closed Graph: what it uses of the outer
+graph (other than constants and known dims) comes in as captures.
 """
 
 from __future__ import annotations

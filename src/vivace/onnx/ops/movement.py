@@ -1,6 +1,5 @@
 """Moving data: Transpose, Concat, Slice, Split, Pad, Gather*, Scatter*, TopK, OneHot, DepthToSpace, SpaceToDepth,
-Compress,
-ReverseSequence."""
+Compress, ReverseSequence."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 Every kernel is one function `void name(ptr args, i64 begin, i64 end, ptr scratch)`:
 * `args` points to 64-bit words: the address of element 0 of each parameter buffer in the order of `params`, then the
-  value of each
-  run-time dim in the order of `dims`;
+  value of each run-time dim in the order of `dims`;
 * `[begin, end)` is the range of parallel units to compute; ranges of one step are independent and may run on any
   thread;
 * `scratch` is this thread's private memory, 64-byte aligned, at least `scratch_bytes` long.
@@ -31,11 +30,9 @@ Optimize = Literal["none", "light", "full"]
 class KernelCode:
     """A kernel as LLVM text for one instruction set, not yet compiled.
 
-    `units` is the extent of its parallel space (a dim, evaluated for each new set of shapes); `grain` the least
-    number of units worth
-    handing to a thread at once; `scratch_bytes` what it needs per thread. `name` is the symbol in `llvm_text`, which
-    is compiled with the
-    passes of `optimize`.
+    `units` is the extent of its parallel space (a dim, evaluated for each new set of shapes); `grain` the least number
+    of units worth handing to a thread at once; `scratch_bytes` what it needs per thread. `name` is the symbol in
+    `llvm_text`, which is compiled with the passes of `optimize`.
     """
 
     name: str

@@ -32,8 +32,8 @@ SPIN_NS = 30_000
 
 
 class Team(IntEnum):
-    """Byte offsets in the team's memory. Words that different threads write
-    at the same time are on different cache lines.
+    """Byte offsets in the team's memory. Words that different threads write at the same time are on different cache
+    lines.
     """
 
     CLAIM = 0
