@@ -107,7 +107,7 @@ def test_sizes_that_the_model_cannot_take() -> None:
         ({"shapes": {"x": 8}}, r"shapes\['x'\]: the shape 8. Expected sizes, as in"),
         ({"shapes": {"x": (-1, 8)}}, r"shapes\['x'\]: the shape \(-1, 8\). Expected sizes, as in"),
         ({"timing_cache": __file__, "tune": "fast"}, "is no timing cache. Expected a file of JSON lines"),
-        ({"target": "z80"}, "unknown target 'z80'. Expected host, sse, avx2, avx512"),
+        ({"target": "z80"}, "unknown target 'z80'. Expected host, sse, avx2, avx512, or one with extras"),
         ({"providers": ("abacus",)}, "providers: unknown provider 'abacus'. Expected native, onnxruntime"),
         ({"precision": "f7"}, "precision 'f7' is not available"),
         ({"shapes": {"q": (1, 2)}}, "no input is called 'q'"),

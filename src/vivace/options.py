@@ -10,7 +10,7 @@ import numpy as np
 
 from vivace.base.errors import InputError
 from vivace.base.knobs import knobs
-from vivace.base.machine import ISAS, Isa, host, isa, missing_flags
+from vivace.base.machine import ISAS, Isa, host, isa
 
 if TYPE_CHECKING:
     from vivace.tuning import Tune
@@ -52,17 +52,18 @@ class Options:
 
 def choose_isa(target: str) -> Isa:
     """The instruction set to generate for. Raises: InputError when this CPU lacks it or the name is unknown."""
+    from vivace.targets.cpu.amx import host_isa, missing_here
+
     name = knobs.isa or ("" if target == "host" else target)
     if not name:
-        from vivace.targets.cpu.amx import host_isa
-
         return host_isa()
-    if name not in ISAS:
-        raise InputError(f"unknown target {name!r}", expected="host, " + ", ".join(ISAS))
-    missing = missing_flags(host(), isa(name))
+    if name.partition("+")[0] not in ISAS:
+        raise InputError(f"unknown target {name!r}", expected=f"host, {', '.join(ISAS)}, or one with extras")
+    wanted = isa(name)
+    missing = missing_here(wanted.flags)
     if missing:
         raise InputError(f"this CPU cannot run {name}", where="target", expected=f"a CPU with {', '.join(missing)}")
-    return isa(name)
+    return wanted
 
 
 def threads_for(threads: Any) -> int:

@@ -34,6 +34,7 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cache_dir", "~/x", Path("~/x").expanduser()),
         ("explain", "fold, fuse,", ("fold", "fuse")),
         ("isa", "avx2", "avx2"),
+        ("isa", "avx512+avx512_vnni", "avx512+avx512_vnni"),
     ],
 )
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, name: str, text: str, value: object) -> None:

@@ -36,7 +36,7 @@ FUSED: dict[str, dict[str, int]] = {
     "smollm2-135m": {"attention": 30, "rms_norm": 61, "silu": 30, "transpose": 120, "softmax": 0},
     "silero-vad": {"transpose": 0},
     "basic-pitch": {"conv": 32, "transpose": 2},
-    "magika": {"gelu": 2, "softmax": 1, "transpose": 0},
+    "magika": {"gelu": 2, "softmax": 1, "transpose": 0, "gather": 1, "eq": 0},
 }
 PORTABLE = {
     "ppocr-cls": (None, 124),

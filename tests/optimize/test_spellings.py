@@ -247,3 +247,24 @@ def test_glu_keeps_its_halves_as_one_split_of_views() -> None:
 
     _, ops = optimized(make)
     assert ops == {"slice": 2, "silu": 1, "mul": 1}
+
+
+def hot_by_operator(e: Example, ids: Value, n: int) -> Value:
+    """OneHot, with values 0 and 1, as the importer writes it."""
+    line = e.reshape(e.iota(shape=(n,), axis=0, dtype=DType.i64), shape=(1, 1, n))
+    hot = e.eq(e.reshape(ids, shape=(*ids.shape, 1)), line)
+    return e.where(hot, *(e.expand(e.const(v, DType.f32), shape=()) for v in (1.0, 0.0)))
+
+
+def hot_by_comparison(e: Example, ids: Value, n: int) -> Value:
+    """jax.nn.one_hot."""
+    return e.cast(e.eq(e.const(np.arange(n)), e.reshape(ids, shape=(*ids.shape, 1))), to=DType.f32)
+
+
+@pytest.mark.parametrize("spelling", [hot_by_operator, hot_by_comparison])
+def test_product_of_one_hot_rows_is_a_gather(spelling: Callable[[Example, Value, int], Value]) -> None:
+    graph, ops = optimized(lambda e: e.matmul(spelling(e, e.x("i64[B,T]"), 4), e.w("f32[4,3]")), Level.ALL)
+    assert ops["gather"] == 1 and ops["matmul"] == 0
+    outside = np.array([[0, 3, 4, -1]])
+    rows = evaluate(graph, {"x0": outside})[0]
+    assert not rows[0, 2:].any() and rows[0, :2].all()

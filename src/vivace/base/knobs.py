@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar, cast, overload
 
 from vivace.base.errors import InputError
-from vivace.base.machine import ISAS
+from vivace.base.machine import ISAS, isa
 
 T = TypeVar("T")
 PREFIX = "VIVACE_"
@@ -98,7 +98,10 @@ def _read_count(text: str) -> int:
 
 
 def _read_isa(text: str) -> str:
-    return text if text in ISAS else _refuse(text)
+    try:
+        return isa(text).name
+    except InputError:
+        return str(_refuse(text))
 
 
 def _read_names(text: str) -> tuple[str, ...]:
@@ -147,8 +150,8 @@ class Knobs:
         "How many threads an engine uses where its `compile` or `load` was not told.",
     )  # fmt: skip
     isa: Knob[str | None] = Knob(
-        "isa", f"one of {', '.join(ISAS)}", _read_isa, lambda: None, "the widest that the CPU has",
-        "The instruction set that code is generated for.",
+        "isa", f"{', '.join(ISAS)}, or one with extras, as in avx512+avx512_vnni", _read_isa, lambda: None,
+        "the widest that the CPU has", "The instruction set that code is generated for.",
     )  # fmt: skip
 
     emulate = Knob(

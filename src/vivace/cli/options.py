@@ -58,7 +58,7 @@ Provider = Annotated[
 ]
 Level = Annotated[str, typer.Option(help="Optimization: 0, 1, 2, 3, 99 or disable, basic, extended, layout, all.")]
 Disable = Annotated[str, typer.Option(metavar="RULE,...", help="Rules to leave out.")]
-Target = Annotated[str, typer.Option(help="host, or an instruction set: sse, avx2, avx512.")]
+Target = Annotated[str, typer.Option(help="host, or an instruction set: sse, avx2, avx512, avx512+avx512_vnni, ...")]
 Tune = Annotated[str, typer.Option(help="How much to measure for choosing kernels: off, fast, full.")]
 TuneBudget = Annotated[float, typer.Option(metavar="SECONDS", help="Seconds of tuning; 0 is the effort's own.")]
 TimingCache = Annotated[

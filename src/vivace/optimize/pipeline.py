@@ -97,8 +97,12 @@ PIPELINE: tuple[Pass, ...] = (
         function=put_channels_last, requires=frozenset({"simple"}), ensures=frozenset({"channels_last"}),
     ),
     Pass(
-        "finish_layout", "join what remains; constant gathers become views, causal masks a flag", Level.LAYOUT,
-        rules=(*SIMPLIFY, *weights.RULES, *transposes.NATIVE_RULES, *movement.NATIVE_RULES, *causal.RULES),
+        "finish_layout", "join what remains; constant gathers become views, causal masks a flag, products of one-hot"
+        " rows gathers", Level.LAYOUT,
+        rules=(
+            *SIMPLIFY, *weights.RULES, *transposes.NATIVE_RULES, *movement.NATIVE_RULES, *indices.NATIVE_RULES,
+            *causal.RULES,
+        ),
         requires=frozenset({"channels_last"}),
     ),
     Pass(

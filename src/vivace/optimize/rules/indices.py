@@ -1,6 +1,9 @@
-"""Index arithmetic that exporters write out: ranges compared with zero, and gathers that take everything in order."""
+"""Index arithmetic that exporters write out: ranges compared with zero, gathers that take everything in order, and
+products of one-hot rows, which are gathers."""
 
 from __future__ import annotations
+
+import numpy as np
 
 from vivace.base.dims import Dim
 from vivace.base.dtypes import DType
@@ -127,4 +130,51 @@ def gather_all_rows(n: Node, at: At) -> Outcome:
     return x
 
 
+def _one_hot(v: Value | None, at: At) -> tuple[Value, Value] | None:
+    """The comparands of eq where `v` is 1 where they are equal and 0 elsewhere."""
+    n = at.by(v, "cast", "where")
+    if n is None or not n.output.dtype.is_float:
+        return None
+    if n.op.name == "where" and (scalar(n.inputs[1]), scalar(n.inputs[2])) != (1, 0):
+        return None
+    same = at.by(n.inputs[0], "eq")
+    a, b = same.inputs if same is not None else (None, None)
+    return None if a is None or b is None or n.output.shape != same.output.shape else (a, b)  # type: ignore[union-attr]
+
+
+def _is_line(v: Value, n: Dim, at: At) -> bool:
+    """Whether `v` holds 0, 1, ... n - 1 along its last axis."""
+    if v.data is not None and isinstance(n, int) and v.rank and v.shape[-1] == n:
+        return bool(np.all(v.data == np.arange(n)))
+    return line_of(v, at) == (v.rank - 1, n)
+
+
+def _hot_rows(e: Example) -> Value:
+    hot = e.eq(e.reshape(e.x("i32[2,5]"), shape=(2, 5, 1)), e.const(np.arange(4, dtype=np.int32)))
+    return e.matmul(e.cast(hot, to=DType.f32), e.w("f32[4,3]"))
+
+
+@rule("matmul", examples=(_hot_rows,))
+def gather_one_hot(n: Node, at: At) -> Outcome:
+    """cast(x == 0..n-1) @ w = rows of w at x, zeros where x is outside, for finite constants w"""
+    found, w = _one_hot(n.inputs[0], at), n.inputs[1]
+    if found is None or w is None or w.data is None or w.rank != 2:
+        return None
+    ids, line = found if _is_line(found[1], w.shape[0], at) else found[::-1]
+    if not _is_line(line, w.shape[0], at) or not ids.dtype.is_int or not ids.rank or ids.shape[-1] != 1:
+        return "what is compared is no range beside one number per row"
+    if ids.shape[:-1] != n.output.shape[:-1]:
+        return "the range varies along other axes"
+    if not np.all(np.isfinite(w.data)):
+        return "a weight is not finite"
+    op, size = at.op, w.data.shape[0]
+    flat = op.reshape(ids, shape=ids.shape[:-1])
+    flat = flat if flat.dtype in (DType.i32, DType.i64) else op.cast(flat, to=DType.i64)
+    inside = op.and_(op.ge(flat, 0), op.lt(flat, size))
+    rows = at.const(np.concatenate([w.data, np.zeros((1, w.data.shape[1]), w.data.dtype)]), "weight")
+    return op.gather(rows, op.where(inside, flat, op.expand(op.const(size, flat.dtype), shape=flat.shape)), axis=0)
+
+
+# For our own code, where choosing rows costs no step of its own; elsewhere it is more nodes than before.
+NATIVE_RULES: tuple[Rule, ...] = (gather_one_hot,)
 RULES: tuple[Rule, ...] = (drop_neutral_truth, compare_index_with_zero, gather_everything, gather_all_rows)
