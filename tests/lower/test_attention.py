@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 from tests.lower.harness import BEST, HERE, build, check, check_engine
 
-from vivace.base.dims import Dim, symbol
+from vivace.base.dims import Dim, substitute, symbol
 from vivace.base.dtypes import DType
+from vivace.base.machine import ISAS
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type, Value
 from vivace.loops.blocked import Blocked
+from vivace.loops.contraction import Contraction
 from vivace.loops.kernel import Kernel
 from vivace.loops.verify import verify_kernel
+from vivace.lower.lowering import lower
 from vivace.lower.plan import Plan, steps_of
 
 RNG = np.random.default_rng(5)
@@ -119,6 +122,19 @@ def test_heads_of_models(isa: str, s: int, t: int, depth: int) -> None:
 
     shapes = [(1, s, 4, depth), (1, t, 2, depth), (1, t, 2, depth)]
     run(build(make, *(Type(F32, shape) for shape in shapes)), *(random(*shape) for shape in shapes), isas=(isa,))
+
+
+def test_blocks_of_known_sizes_with_queries_turned_once() -> None:
+    """600 queries and keys: nine blocks of 64 and one of 24, five chunks of 120, and no size known only at run time."""
+    (step,) = steps_of(lower(attention((1, 2, 600, 32), (1, 2, 600, 32), 32), ISAS[BEST]).body)
+    assert isinstance(step.spec, Blocked) and step.spec.steps == 5
+    products = [s.spec for s in step.spec.each if isinstance(s.spec, Contraction)]
+    sizes = [(c.rows[0].extent, c.taps[0].extent, c.n) for c in products]
+    assert sizes == [(120, 32, 64), (64, 120, 32), (120, 32, 24), (24, 120, 32)]
+    turns = [
+        s for s in step.spec.each if isinstance(s.spec, Kernel) and [p.name for p in s.params] == ["q", "turned_q"]
+    ]
+    assert [substitute(s.when, {"part": 9, "step": n}) for s in turns for n in range(2)] == [0, 0, 1, 0]
 
 
 def test_more_queries_than_keys_when_causal() -> None:

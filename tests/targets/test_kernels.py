@@ -14,7 +14,7 @@ from vivace.base.errors import UnsupportedError
 from vivace.loops import reference
 from vivace.loops.kernel import (
     BINARY,
-    FOR_BF16,
+    OF_F32,
     UNARY,
     Alloc,
     Binary,
@@ -133,7 +133,7 @@ def check_elementwise(compile_kernel, isa, e_of, sources, target, ulps=0.0) -> N
 # --- functions ----------------------------------------------------------------------------------------------------
 
 EXACT_UNARY = ("neg", "abs", "sqrt", "floor", "ceil", "round", "recip", "sign")
-NOT_ROUNDED = ("not", "isnan", "isinf", "bitnot", *FOR_BF16)
+NOT_ROUNDED = ("not", "isnan", "isinf", "bitnot", *OF_F32)
 
 
 @pytest.mark.parametrize("fn", EXACT_UNARY)

@@ -8,6 +8,7 @@ import pytest
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.loops.kernel import Binary, Buffer, Cast, Const, For, Kernel, Let, Load, Read, Reduce, Stmt, Store, Unary
+from vivace.targets.cpu.llvm import emit_kernel
 
 f32 = DType.f32
 R, C = symbol("R"), symbol("C")
@@ -54,6 +55,27 @@ def test_what_a_row_rounds_is_reduced(each_isa, compile_kernel, columns) -> None
     code.run([xs, ys, zs], {"R": 3, "C": columns})
     np.testing.assert_allclose(zs, (xs * xs).sum(1), rtol=1e-5)
     np.testing.assert_array_equal(ys.astype(np.float32), (xs * xs).astype(DType.bf16.numpy).astype(np.float32))
+
+
+@pytest.mark.parametrize("rows", [3, 16, 70])
+def test_columns_are_summed_as_they_are_stored(each_isa, compile_kernel, rows) -> None:
+    """Down the columns, one per lane: the loop that stores is the one that sums."""
+    x, y = Buffer("x", f32, (C, R), (R, 1)), Buffer("y", f32, (C, R), (R, 1), True)
+    z = Buffer("z", f32, (R,), (1,), True)
+    at = (symbol("c"), symbol("r"))
+    body: tuple[Stmt, ...] = (
+        For("c", C, (Store(y, at, Binary("mul", Load(x, at), Load(x, at))),)),
+        Let("s", Reduce("add", "c", C, Load(y, at))),
+        Store(z, at[1:], Read("s", f32)),
+    )
+    kernel = Kernel("columns", (x, y, z), (For("r", rows, body, "vector"),))
+    loads = [line for line in emit_kernel(kernel, each_isa).llvm_text.splitlines() if " = load <" in line]
+    assert loads and all("!invariant" in line for line in loads), "vectors that were stored are loaded again"
+    xs = np.random.default_rng(3).standard_normal((9, rows), np.float32)
+    ys, zs = np.zeros_like(xs), np.zeros(rows, np.float32)
+    compile_kernel(kernel, each_isa).run([xs, ys, zs], {"R": rows, "C": 9})
+    np.testing.assert_allclose(zs, (xs * xs).sum(0), rtol=1e-5)
+    np.testing.assert_array_equal(ys, xs * xs)
 
 
 def test_softmax_takes_three_passes(each_isa, compile_kernel) -> None:

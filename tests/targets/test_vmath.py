@@ -164,16 +164,18 @@ def test_far_below_nothing_underflows(compile_kernel, each_isa, fn: str, least: 
     assert libm.fetestexcept(underflow), "the flag tells nothing here"
 
 
-def test_errors_of_powers_for_bf16(compile_kernel, each_isa) -> None:
+@pytest.mark.parametrize(("fn", "bound"), [("exp2", 2.0**-22.5), ("exp2_bf16", 2.0**-13.6)])
+def test_errors_of_powers(compile_kernel, each_isa, fn: str, bound: float) -> None:
     """Every fraction that a number has in f32, above 0 and below, and numbers of every size."""
     fractions = np.arange(1 << 23, dtype=np.uint32) + np.float32(1).view(np.uint32)
     unit = fractions.view(np.float32)
     for x in (unit, -unit, spread(-126, 127.99, np.dtype(np.float32), 100_000), np.arange(-126, 128, dtype=np.float32)):
-        y = evaluate(compile_kernel, each_isa, "exp2_bf16", DType.f32, x)
+        y = evaluate(compile_kernel, each_isa, fn, DType.f32, x)
         exact = np.exp2(x.astype(np.float64))
-        assert np.abs(y / exact - 1).max() <= 2.0**-13.6
-        rounded = errors(y.astype(DType.bf16.numpy).astype(np.float32), exact) / 2**16  # in units of bf16
-        assert rounded.max() <= 0.52
+        assert np.abs(y / exact - 1).max() <= bound
+        if fn == "exp2_bf16":
+            rounded = errors(y.astype(DType.bf16.numpy).astype(np.float32), exact) / 2**16  # in units of bf16
+            assert rounded.max() <= 0.52
 
 
 @pytest.mark.parametrize(
@@ -191,9 +193,10 @@ def test_errors_of_gates_for_bf16(compile_kernel, each_isa, fn: str, bound: floa
     np.testing.assert_allclose(y, want, rtol=bound)
 
 
-def test_limits_of_powers_for_bf16(compile_kernel, each_isa) -> None:
+@pytest.mark.parametrize("fn", ["exp2", "exp2_bf16"])
+def test_limits_of_powers(compile_kernel, each_isa, fn: str) -> None:
     x = np.array([-math.inf, -3e38, -127, -126.01, -126, -0.0, 0.0, -1e-30, 127.9, 129, 3e38, math.inf, math.nan] * 3)
-    y = evaluate(compile_kernel, each_isa, "exp2_bf16", DType.f32, x.astype(np.float32))[:13]
+    y = evaluate(compile_kernel, each_isa, fn, DType.f32, x.astype(np.float32))[:13]
     assert not y[:4].any() and y[4] > 0 and np.isposinf(y[9:12]).all() and np.isnan(y[12])
     np.testing.assert_allclose(y[4:9], np.exp2(x[4:9]), rtol=2.0**-13.6)
 

@@ -48,8 +48,9 @@ from vivace.base.dtypes import DType
 
 LoopKind = Literal["serial", "parallel", "vector", "unroll"]
 
-# Functions of f32 as exact as matters where the result is rounded to bf16 next.
-FOR_BF16 = ("exp2_bf16", "sigmoid_bf16", "gelu_bf16")
+# Functions of f32 only: a weight of a softmax over the largest one, and three as exact as matters where the result is
+# rounded to bf16 next.
+OF_F32 = ("exp2", "exp2_bf16", "sigmoid_bf16", "gelu_bf16")
 # Functions of Unary: rounding is IEEE for neg abs sqrt floor ceil round(half to even) not isnan isinf; the rest have
 # stated ulp errors.
 UNARY = (
@@ -83,7 +84,7 @@ UNARY = (
     "log1p",
     "expm1",
     "sign",
-    *FOR_BF16,
+    *OF_F32,
 )
 # Functions of Binary. Integer div truncates as C does; mod has the sign of the divisor (Python), fmod of the dividend
 # (C).

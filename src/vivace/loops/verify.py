@@ -19,7 +19,7 @@ from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError
 from vivace.loops.kernel import (
     BINARY,
-    FOR_BF16,
+    OF_F32,
     REDUCE,
     UNARY,
     Alloc,
@@ -221,7 +221,7 @@ def _expr(scope: _Scope, e: Expr) -> DType:
                 scope.fail(f"unknown function {fn}", expected=", ".join(UNARY))
             if not t.is_float and (fn not in _ANY_UNARY and not (fn == "bitnot" and t.is_int)):
                 scope.fail(f"{fn} of {t} {expr_text(x)}", expected="a floating-point operand")
-            if fn in FOR_BF16 and t is not DType.f32:
+            if fn in OF_F32 and t is not DType.f32:
                 scope.fail(f"{fn} of {t} {expr_text(x)}", expected="an operand of f32")
             if t is DType.bool and fn != "not":
                 scope.fail(f"{fn} of bool {expr_text(x)}", expected="a number")

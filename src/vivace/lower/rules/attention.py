@@ -16,7 +16,7 @@ from vivace.graph.graph import Graph, Node
 from vivace.loops.blocked import BLOCK, PART, Blocked
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
-from vivace.lower.rules.attention_halves import HalfAttention, block_sizes
+from vivace.lower.rules.attention_halves import HalfAttention, sizes_of
 from vivace.lower.rules.attention_stages import F32, QUERIES, Attention, Blocks, Operand, operand
 
 
@@ -54,7 +54,7 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
         v = ctx.contiguous(v, f"{v_value.name}_rows")
     share = heads // groups
     block, part = symbol(BLOCK, 0), symbol(PART, 0)
-    n_parts = ceildiv(n_queries, block_sizes(node)[0] if half else QUERIES)
+    n_parts = ceildiv(n_queries, sizes_of(node)[0] if half else QUERIES)
     here, shared = (block // heads, block % heads), (block // heads, block % heads // share)
     if half:  # the heads that share keys follow each other, so that these are packed once
         of_group = part // n_parts if share > 1 else 0

@@ -19,7 +19,6 @@ Where the number of queries is known, the last block has stages of its own for i
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from vivace.base.dims import Dim, ceildiv, maximum, minimum, symbol
@@ -49,9 +48,11 @@ from vivace.loops.pack import Pack
 from vivace.lower.arithmetic import choose_arithmetic
 from vivace.lower.rules.attention_stages import (
     F32,
+    LOG2E,
     LOWEST,
     Attention,
     Blocks,
+    block_sizes,
     exp_below,
     mul,
     number,
@@ -67,7 +68,6 @@ ROWS = 32  # queries of two tile registers
 WHOLE = 16  # keys of a vector: scores beyond the last key are not read
 RUN = 32  # keys that a row of a tile register holds
 _STATISTICS = ("inverse", "top", "largest", "total", "rescale")
-_LOG2E = math.log2(math.e)
 
 
 def room() -> int:
@@ -75,7 +75,7 @@ def room() -> int:
     return host().cache_bytes(2) // 8 // F32.size_bytes
 
 
-def block_sizes(node: Node) -> tuple[int, int]:
+def sizes_of(node: Node) -> tuple[int, int]:
     """Queries of a block and keys of a chunk, at most.
 
     The fewer the chunks, the less is rescaled, as long as the scores of a block fill no more than an eighth of the
@@ -115,7 +115,7 @@ class HalfAttention:
     def blocks(self) -> Blocks:
         a = self.a
         n_queries, n_keys = a.n_queries, a.n_keys
-        block, most = block_sizes(a.node)
+        block, most = sizes_of(a.node)
         n_parts = ceildiv(n_queries, block)
         first = self.part * block
         causal = bool(a.node.attrs["causal"]) and n_queries != 1
@@ -128,7 +128,7 @@ class HalfAttention:
         state = _State.of(block, chunk, a.v.view.shape[3])
         steps: Dim = 1 if alone else ceildiv(seen, chunk)
         each, last = [], []
-        for rows, when in _sizes(n_queries, block, n_parts, self.part):
+        for rows, when in block_sizes(n_queries, block, n_parts, self.part):
             some = _Rows(self, rows, first, chunk, causal, alone, packs, state)
             for chunk_of, here in self._chunks(chunk, seen, alone):
                 each += [replace(s, when=when * here) for s in some.of_chunk(chunk_of)]
@@ -172,18 +172,6 @@ def _pack(
         k_stride = 1
     pack = Pack("k", (), k, n, k_stride, n_stride, b, b, lanes, multiple, block)
     return replace(pack, out=Buffer(f"{b.name}_panels", BF16, (pack.size,), (1,), True))
-
-
-def _sizes(n_queries: Dim, block: int, n_parts: Dim, part: Dim) -> list[tuple[Dim, Dim]]:
-    """Numbers of queries that a block may have, and when (1 or 0) it has them."""
-    if not isinstance(n_queries, int):
-        return [(minimum(block, n_queries - part * block), 1)]
-    assert isinstance(n_parts, int)
-    left = n_queries - (n_parts - 1) * block
-    if left == block:
-        return [(block, 1)]
-    is_last = maximum(0, part - (n_parts - 2))
-    return [(block, 1 - is_last), (left, is_last)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +256,7 @@ class _Rows:
         a, k, start = self.half.a, self.packs[0], chunk.start
         s, n = symbol("s", 0), symbol("n", 0, self.chunk - 1)
         ahead = s + self.first + a.n_keys - a.n_queries - n - start if self.causal else None
-        epilogue = a.score(ACC, a.mask, s, n, ahead, a.node.attrs["scale"] / self.half.factor)
+        epilogue = a.score(ACC, a.mask, s, n, ahead, self.half.factor)
         keys = chunk.keys if epilogue is not ACC else ceildiv(chunk.keys, WHOLE) * WHOLE
         scores = Contraction(
             "k", (), (Axis("s", self.rows, a.q.row, 0, self.state.p.strides[0]),), (Axis("d", k.k, 1),), keys,
@@ -296,7 +284,7 @@ def _weights(state: _State, chunk: _Chunk, factor: float) -> tuple[Stmt, ...]:
     """w = exp(factor * (p - top)), and zeros up to the end of the run; the sum of the exponentials as `chunk_total`."""
     s, t, z, keys = symbol("s", 0), symbol("t", 0), symbol("z", 0), chunk.keys
     below = Binary("sub", Load(state.p, (s, t)), Read("here", F32))
-    power = Unary("exp2_bf16", mul(below, number(factor * _LOG2E)))
+    power = Unary("exp2_bf16", mul(below, number(factor * LOG2E)))
     found: list[Stmt] = [
         Let("here", Load(state.top, (s,))),
         For("t", keys, (Store(state.w, (s, t), Cast(BF16, power)),), "vector"),
@@ -318,7 +306,7 @@ def _online_softmax(state: _State, queries: Dim, chunk: _Chunk, factor: float) -
     """The weights for the maximum so far, their sum so far, and what earlier sums are to be multiplied with."""
     s = symbol("s", 0)
     largest = Binary("max", Read("old", F32), Load(state.top, (s,)))
-    rescale = exp_below(mul(Read("old", F32), number(factor)), mul(Read("new", F32), number(factor)))
+    rescale = exp_below(Read("old", F32), Read("new", F32), factor * LOG2E)
     before = mul(Load(state.total, (s,)), Load(state.rescale, (s,)))
     steps = (
         Let("old", Select(_is_first(), number(LOWEST), Load(state.largest, (s,)))),

@@ -1,9 +1,10 @@
 """Attention without its scores in memory.
 
     for (batch, head) and each block of queries:
+        queries turned, so that they stand side by side
         for each chunk of keys:
             p[t, s] = score(k[t] . q[s])                scale, softcap, causal and mask in the epilogue
-            softmax over t, with the maximum and the sum so far
+            softmax over t, with the maximum and the sum so far, in powers of 2
             o[s] = o[s] * exp(old maximum - new) + sum over t of p[t, s] v[t]
         out[s] = o[s] / sum
 
@@ -22,6 +23,7 @@ Sources: Milakov and Gimelshein 2018, "Online normalizer calculation for softmax
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,7 +56,10 @@ from vivace.lower.views import View
 
 F32 = DType.f32
 QUERIES = 64  # of a block: four 512-bit vectors, which hide the latency of their sums
-KEYS = 256  # of a chunk, at most: scores of a block take 64 KiB; 128 to 512 and 128 queries were as fast (Zen 4)
+# Keys of a chunk, at most: scores of a block, keys and values of a chunk take 32 KiB each. 1500 keys take 0.94 of the
+# time that they take in chunks of 250; 197 keys take 0.92 of it as one chunk of that with two. 64 keys are slower.
+KEYS, ALONE = 128, 256
+LOG2E = math.log2(math.e)
 LOWEST = float(np.finfo(np.float32).min)
 
 
@@ -126,19 +131,16 @@ class Attention:
     def n_keys(self) -> Dim:
         return self.k.view.shape[2]
 
-    def score(
-        self, product: Expr, mask: Operand | None, s: Dim, t: Dim, ahead: Dim | None, scale: float | None = None
-    ) -> Expr:
-        """A score from q . k. `ahead`, where it matters: how many keys the query sees beyond this one. `scale`, where
-        another than the node's is wanted.
+    def score(self, product: Expr, mask: Operand | None, s: Dim, t: Dim, ahead: Dim | None, over: float = 1.0) -> Expr:
+        """A score from q . k, divided by `over` where no mask is added to it. `ahead`, where it matters: how many keys
+        the query sees beyond this one.
         """
         attrs = self.node.attrs
-        e = product
-        scale = attrs["scale"] if scale is None else scale
-        if scale != 1.0:
-            e = mul(e, number(scale))
+        e, factor = product, attrs["scale"]
         if cap := attrs.get("softcap", 0.0):
-            e = mul(Unary("tanh", mul(e, number(1.0 / cap))), number(cap))
+            e, factor = Unary("tanh", mul(e, number(factor / cap))), cap
+        if factor != over:
+            e = mul(e, number(factor / over))
         if mask is not None:
             m = Load(mask.buffer, (s, t))
             e = Select(m, e, number(-np.inf)) if m.buffer.dtype is DType.bool else Binary("add", e, m)
@@ -148,19 +150,16 @@ class Attention:
 
     def blocks(self) -> Blocks:
         """The general way. Kernels of a single chunk need no sums from step to step."""
-        n_queries, n_keys, depth, width = self.n_queries, self.n_keys, self.q.view.shape[3], self.v.view.shape[3]
+        n_queries, n_keys, width = self.n_queries, self.n_keys, self.v.view.shape[3]
         part, step = symbol(PART, 0), symbol(STEP, 0)
         first = part * QUERIES
         causal = bool(self.node.attrs["causal"]) and n_queries != 1
         block: int = QUERIES if not isinstance(n_queries, int) else min(QUERIES, n_queries)
-        here: Dim = (
-            block if isinstance(n_queries, int) and n_queries % block == 0 else minimum(block, n_queries - first)
-        )
         # Keys beyond what the last query of the block sees are not computed.
         seen = maximum(1, minimum(n_keys, n_keys - n_queries + first + block)) if causal else n_keys
         n_chunks, chunk = 0, KEYS
         if isinstance(n_keys, int):
-            n_chunks = -(-n_keys // KEYS)
+            n_chunks = -(-n_keys // KEYS) if n_keys > ALONE else 1
             chunk = -(-n_keys // n_chunks)
         alone = n_chunks == 1
         steps: Dim = 1 if alone else ceildiv(seen, chunk)
@@ -168,52 +167,14 @@ class Attention:
         keys: Dim = seen if alone else minimum(chunk, seen - start)
         if not causal and isinstance(n_keys, int) and n_keys % chunk == 0:
             keys = chunk
-        row = -(-block // 16) * 16
-        p, inverse = scratch("p", chunk, row), scratch("inverse", row)
-        s, t, n = symbol("s", 0, block - 1), symbol("t", 0, chunk - 1), symbol("n", 0, block - 1)
-        local = [p, inverse]
-
-        ahead = n + first + n_keys - n_queries - t - start if causal else None
-        epilogue = self.score(ACC, self.turned, n, t, ahead)
-        down, across = self.q.column, self.q.row
-        packing = Packing("transposed", n_stride=across) if down == 1 or depth == 1 else Packing("plain")
-        scores = Contraction(
-            "k", (), (Axis("t", keys, self.k.row, 0, row),), (Axis("d", depth, self.k.column, down),), here,
-            self.k.buffer, self.q.buffer, p, packing, None if epilogue is ACC else epilogue,
-            () if self.turned is None else (self.turned.buffer,),
-        )  # fmt: skip
-        offsets = [self.k.moved(start * self.k.row), self.q.moved(first * across)]
-        if self.turned is not None:
-            offsets.append(self.turned.moved(first * self.turned.row + start * self.turned.column))
-        each = [Stage(scores, tuple(offsets))]
-
-        down, across = self.v.row, self.v.column
-        packing = Packing("plain") if across == 1 or width == 1 else Packing("transposed", n_stride=across)
-        values = Contraction(
-            "k", (), (Axis("s", here, 1, 0, self.out.row),), (Axis("t", keys, row, down),), width,
-            p, self.v.buffer, self.out.buffer, packing, self.result(mul(ACC, Load(inverse, (s,)))), (inverse,),
-        )  # fmt: skip
-        v_offset, out_offset = self.v.moved(start * down), self.out.moved(first * self.out.row)
-        if alone:
-            each.append(Stage(_softmax(p, keys, here, (s, t), inverse)))
-            each.append(Stage(values, (v_offset, out_offset)))
-            return Blocks(each, [], local, steps)
-        top, total, rescale = (scratch(name, row) for name in ("top", "total", "rescale"))
-        o = scratch("sums", row, -(-width // 16) * 16)
-        local += [top, total, rescale, o]
-        each.append(Stage(_online_softmax(p, keys, here, (s, t), (top, total, rescale))))
-        so_far = Binary("add", ACC, mul(Load(o, (s, symbol("n", 0))), Load(rescale, (s,))))
-        is_first = Binary("eq", Index(step), Const(0, DType.i64))
-        values = replace(
-            values,
-            rows=(Axis("s", here, 1, 0, o.strides[0]),),
-            out=o,
-            epilogue=Select(is_first, ACC, so_far),
-            extra=(o, rescale),
-        )
-        each.append(Stage(values, (v_offset,)))
-        local.remove(inverse)
-        return Blocks(each, [Stage(self.divided(o, total, here), (out_offset,))], local, steps)
+        state = _State.of(block, chunk, self.q.view.shape[3], width)
+        each, last = [], []
+        for here, when in block_sizes(n_queries, block, ceildiv(n_queries, block), part):
+            some = _Queries(self, state, here, first, _Chunk(chunk, start, keys), causal, alone)
+            each += [replace(s, when=s.when * when) for s in some.stages()]
+            last += [] if alone else [replace(some.at_the_end(), when=when)]
+        used = {b for s in (*each, *last) for b in s.params}
+        return Blocks(each, last, [b for b in state.buffers if b in used], steps)
 
     def result(self, e: Expr) -> Expr:
         """What is stored of a result: it may be rounded to half precision."""
@@ -241,9 +202,7 @@ class Attention:
         t0, t1, t2 = (symbol(f"t{i}", 0) for i in range(3))
         body += [
             Let("top", Reduce("maxnum", "t0", keys, Load(p, (t0,)))),
-            For(
-                "t1", keys, (Store(p, (t1,), Unary("exp", Binary("sub", Load(p, (t1,)), Read("top", F32)))),), "vector"
-            ),
+            For("t1", keys, (Store(p, (t1,), exp_below(Load(p, (t1,)), Read("top", F32))),), "vector"),
             Let("inverse", Binary("div", number(1), Reduce("add", "t2", keys, Load(p, (t2,))))),
         ]
         t3 = symbol("t3", 0)
@@ -255,38 +214,164 @@ class Attention:
         return Stage(kernel, tuple(x.moved(0) for x in (*operands, self.out))), p
 
 
-def _softmax(p: Buffer, keys: Dim, queries: Dim, at: tuple[Dim, Dim], inverse: Buffer) -> Kernel:
-    """p = exp(p - max), and 1 / sum."""
-    s, t = at
+def block_sizes(n_queries: Dim, block: int, n_parts: Dim, part: Dim) -> list[tuple[Dim, Dim]]:
+    """Numbers of queries that a block may have, and when (1 or 0) it has them."""
+    if not isinstance(n_queries, int):
+        return [(minimum(block, n_queries - part * block), 1)]
+    assert isinstance(n_parts, int)
+    left = n_queries - (n_parts - 1) * block
+    if left == block or n_parts < 1:
+        return [(block, 1)]
+    is_last = maximum(0, part - (n_parts - 2))
+    return [(block, 1 - is_last), (left, is_last)]
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What a thread keeps of a block."""
+
+    q: Buffer
+    p: Buffer
+    inverse: Buffer
+    top: Buffer
+    total: Buffer
+    rescale: Buffer
+    sums: Buffer
+
+    @staticmethod
+    def of(block: int, chunk: int, depth: Dim, width: Dim) -> _State:
+        row = -(-block // 16) * 16
+        inverse, top, total, rescale = (scratch(name, row) for name in ("inverse", "top", "total", "rescale"))
+        sums = scratch("sums", row, ceildiv(width, 16) * 16)
+        return _State(scratch("turned_q", depth, row), scratch("p", chunk, row), inverse, top, total, rescale, sums)
+
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        return self.q, self.p, self.inverse, self.top, self.total, self.rescale, self.sums
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """`keys` from key `start` on, at most `most`."""
+
+    most: int
+    start: Dim
+    keys: Dim
+
+
+@dataclass(frozen=True, slots=True)
+class _Queries:
+    """The stages of one block of `here` queries from query `first` on."""
+
+    a: Attention
+    state: _State
+    here: Dim
+    first: Dim
+    chunk: _Chunk
+    causal: bool
+    alone: bool
+
+    @property
+    def late(self) -> float:
+        """What the softmax multiplies scores with, for powers of 2: with an added mask of the lowest number they would
+        overflow before.
+        """
+        mask = self.a.mask
+        return LOG2E if mask is not None and mask.buffer.dtype is not DType.bool else 1.0
+
+    def stages(self) -> list[Stage]:
+        """Scores, weights, and the weighted sums so far; where all keys are one chunk, the results."""
+        softmax = (_softmax if self.alone else _online_softmax)(self.state, self.chunk.keys, self.here, self.late)
+        return [*self._turned(), self._scores(), Stage(softmax), self._values()]
+
+    def _turned(self) -> list[Stage]:
+        """Queries side by side, as the first product reads them; once for all chunks."""
+        q, state, n, d = self.a.q, self.state, symbol("n", 0), symbol("d", 0)
+        if q.row == 1:
+            return []
+        row = Store(state.q, (d, n), Load(q.buffer, (n, d)))
+        turn = For("d", q.view.shape[3], (For("n", self.here, (row,), "vector"),))
+        is_first = 1 if self.alone else 1 - minimum(1, symbol(STEP, 0))
+        return [Stage(Kernel("k", (q.buffer, state.q), (turn,)), (q.moved(self.first * q.row),), is_first)]
+
+    def _scores(self) -> Stage:
+        a, state, chunk = self.a, self.state, self.chunk
+        p, row, depth = state.p, state.p.strides[0], a.q.view.shape[3]
+        n, t = symbol("n", 0, QUERIES - 1), symbol("t", 0, chunk.most - 1)
+        ahead = n + self.first + a.n_keys - a.n_queries - t - chunk.start if self.causal else None
+        epilogue = a.score(ACC, a.turned, n, t, ahead, self.late / LOG2E)
+        q, down, offsets = state.q, row, [a.k.moved(chunk.start * a.k.row)]
+        if a.q.row == 1:
+            q, down = a.q.buffer, a.q.column
+            offsets.append(a.q.moved(self.first))
+        if a.turned is not None:
+            offsets.append(a.turned.moved(self.first * a.turned.row + chunk.start * a.turned.column))
+        scores = Contraction(
+            "k", (), (Axis("t", chunk.keys, a.k.row, 0, row),), (Axis("d", depth, a.k.column, down),), self.here,
+            a.k.buffer, q, p, Packing("plain"), None if epilogue is ACC else epilogue,
+            () if a.turned is None else (a.turned.buffer,),
+        )  # fmt: skip
+        return Stage(scores, tuple(offsets))
+
+    def _values(self) -> Stage:
+        a, state, chunk = self.a, self.state, self.chunk
+        width, out, p = a.v.view.shape[3], a.out, state.p
+        down, across = a.v.row, a.v.column
+        packing = Packing("plain") if across == 1 or width == 1 else Packing("transposed", n_stride=across)
+        s, n = symbol("s", 0), symbol("n", 0)
+        values = Contraction(
+            "k", (), (Axis("s", self.here, 1, 0, out.row),), (Axis("t", chunk.keys, p.strides[0], down),), width,
+            p, a.v.buffer, out.buffer, packing, a.result(mul(ACC, Load(state.inverse, (s,)))), (state.inverse,),
+        )  # fmt: skip
+        v_offset = a.v.moved(chunk.start * down)
+        if self.alone:
+            return Stage(values, (v_offset, out.moved(self.first * out.row)))
+        so_far = Binary("add", ACC, mul(Load(state.sums, (s, n)), Load(state.rescale, (s,))))
+        values = replace(
+            values, rows=(Axis("s", self.here, 1, 0, state.sums.strides[0]),), out=state.sums,
+            epilogue=Select(_is_first(), ACC, so_far), extra=(state.sums, state.rescale),
+        )  # fmt: skip
+        return Stage(values, (v_offset,))
+
+    def at_the_end(self) -> Stage:
+        """The results of a block of several chunks."""
+        a, state = self.a, self.state
+        return Stage(a.divided(state.sums, state.total, self.here), (a.out.moved(self.first * a.out.row),))
+
+
+def _is_first() -> Binary:
+    return Binary("eq", Index(symbol(STEP, 0)), Const(0, DType.i64))
+
+
+def _softmax(state: _State, keys: Dim, queries: Dim, late: float) -> Kernel:
+    """p = 2**(late * (p - max)), and 1 / sum."""
+    p, s, t = state.p, symbol("s", 0), symbol("t", 0)
     body = (
         Let("top", Reduce("maxnum", "u", keys, Load(p, (symbol("u", 0), s)))),
-        For("t", keys, (Store(p, (t, s), exp_below(Load(p, (t, s)), Read("top", F32))),)),
-        Let("total", Reduce("add", "w", keys, Load(p, (symbol("w", 0), s)))),
-        Store(inverse, (s,), Binary("div", number(1), Read("total", F32))),
+        For("t", keys, (Store(p, (t, s), exp_below(Load(p, (t, s)), Read("top", F32), late)),)),
+        Let("total", Reduce("add", "t", keys, Load(p, (t, s)))),
+        Store(state.inverse, (s,), Binary("div", number(1), Read("total", F32))),
     )
-    return Kernel("k", (p, inverse), (For("s", queries, body, "vector"),))
+    return Kernel("k", (p, state.inverse), (For("s", queries, body, "vector"),))
 
 
-def _online_softmax(
-    p: Buffer, keys: Dim, queries: Dim, at: tuple[Dim, Dim], state: tuple[Buffer, Buffer, Buffer]
-) -> Kernel:
-    """p = exp(p - max) for the maximum so far, the sum so far, and what earlier sums are to be multiplied with."""
-    s, t = at
-    top, total, rescale = state
-    is_first = Binary("eq", Index(symbol(STEP, 0)), Const(0, DType.i64))
+def _online_softmax(state: _State, keys: Dim, queries: Dim, late: float) -> Kernel:
+    """p = 2**(late * (p - max)) for the maximum so far, the sum so far, and what earlier sums are to be multiplied
+    with."""
+    p, s, t = state.p, symbol("s", 0), symbol("t", 0)
     body = (
-        Let("old", Select(is_first, number(LOWEST), Load(top, (s,)))),
+        Let("old", Select(_is_first(), number(LOWEST), Load(state.top, (s,)))),
         Let("chunk_top", Reduce("maxnum", "u", keys, Load(p, (symbol("u", 0), s)))),
         Let("top", Binary("max", Read("old", F32), Read("chunk_top", F32))),
-        Let("rescale", exp_below(Read("old", F32), Read("top", F32))),
-        Store(top, (s,), Read("top", F32)),
-        Store(rescale, (s,), Read("rescale", F32)),
-        For("t", keys, (Store(p, (t, s), exp_below(Load(p, (t, s)), Read("top", F32))),)),
-        Let("chunk_total", Reduce("add", "w", keys, Load(p, (symbol("w", 0), s)))),
-        Let("before", Select(is_first, number(0), mul(Load(total, (s,)), Read("rescale", F32)))),
-        Store(total, (s,), Binary("add", Read("before", F32), Read("chunk_total", F32))),
+        Let("rescale", exp_below(Read("old", F32), Read("top", F32), late)),
+        Store(state.top, (s,), Read("top", F32)),
+        Store(state.rescale, (s,), Read("rescale", F32)),
+        For("t", keys, (Store(p, (t, s), exp_below(Load(p, (t, s)), Read("top", F32), late)),)),
+        Let("chunk_total", Reduce("add", "t", keys, Load(p, (t, s)))),
+        Let("before", Select(_is_first(), number(0), mul(Load(state.total, (s,)), Read("rescale", F32)))),
+        Store(state.total, (s,), Binary("add", Read("before", F32), Read("chunk_total", F32))),
     )
-    return Kernel("k", (p, top, total, rescale), (For("s", queries, body, "vector"),))
+    return Kernel("k", (p, state.top, state.total, state.rescale), (For("s", queries, body, "vector"),))
 
 
 def mul(a: Expr, b: Expr) -> Expr:
@@ -302,5 +387,7 @@ def number(x: float) -> Const:
     return Const(float(x), F32)
 
 
-def exp_below(x: Expr, top: Expr) -> Expr:
-    return Unary("exp", Binary("sub", x, top))
+def exp_below(x: Expr, top: Expr, unit: float = LOG2E) -> Expr:
+    """2**(unit * (x - top)) for x that is not above top."""
+    below = Binary("sub", x, top)
+    return Unary("exp2", below if unit == 1.0 else mul(below, number(unit)))

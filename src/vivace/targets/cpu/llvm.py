@@ -154,10 +154,12 @@ class _Generator:
 
     def _stored_reduce(self, env: Env, run: list[Stmt], following: list[Stmt]) -> bool:
         """A loop that stores a row and a let that reduces what was stored, in one pass over the row."""
-        if len(run) != 1 or len(following) != 1 or env.lane is not None or env.plain:
+        if len(run) != 1 or len(following) != 1 or env.plain:
             return False
         loop, let = run[0], following[0]
-        if not isinstance(loop, For) or not isinstance(let, Let) or loop.kind != "vector" or len(loop.body) != 1:
+        if not isinstance(loop, For) or not isinstance(let, Let) or len(loop.body) != 1:
+            return False
+        if loop.kind != ("vector" if env.lane is None else "serial"):  # along the row, or across several
             return False
         s = loop.body[0]
         if not isinstance(s, Store):

@@ -8,6 +8,7 @@ parentheses):
 
     exp 0.9 (1.2)   log 0.8   erf 1 (1.1)   sin cos 1.6   sigmoid 2.1   tanh 2.3 (2.6)
     tan asin acos atan sinh cosh asinh acosh atanh log1p expm1 pow, computed in f64 (`vmath64`): 0.51
+    exp2, for weights of softmax, 2**-22.5 of itself
 
 and in units of bf16, once they are rounded to it:
 
@@ -85,10 +86,22 @@ def _scalef(b: Builder, x: Value, n: Value, there: Value | None = None) -> Value
     return b.per_part(width, one, x, n, *(() if there is None else (there,)))
 
 
+def exp2(b: Builder, x: Value) -> Value:
+    """2**x, 0 where it is below 2**-126: a weight of a softmax over the largest one."""
+    # Minimax for 2**r on [0, 1]: relative error 2**-23.7.
+    coefficients = (0.0018775766751991023, 0.008989340090524656, 0.055826318053216945, 0.24015361704442703,
+                    0.6931530732001585, 0.9999999250635268)  # fmt: skip
+    return _power(b, x, coefficients)
+
+
 def exp2_bf16(b: Builder, x: Value) -> Value:
     """2**x, off by at most 2**-13.6 of itself; 0 where it is below 2**-126."""
     # Minimax for 2**r on [0, 1]: relative error 2**-13.7.
-    coefficients = (0.07802452264047893, 0.2260671554274834, 0.6958335404947531, 0.9999252185627154)
+    return _power(b, x, (0.07802452264047893, 0.2260671554274834, 0.6958335404947531, 0.9999252185627154))
+
+
+def _power(b: Builder, x: Value, coefficients: Sequence[float]) -> Value:
+    """2**x from a polynomial for 2**r on [0, 1]."""
     # Lanes of small results take no part: an operation that underflows takes 150 cycles on Intel's CPUs.
     if b.isa.vector_bits == 512 and x.lanes in (16, 32, 64):
         there = b.compare("fcmp uge", x, _c(-126.0))
@@ -307,7 +320,7 @@ def tan(b: Builder, x: Value) -> Value:
 
 _OWN: dict[str, Callable[[Builder, Value], Value]] = {
     "exp": exp, "log": log, "sigmoid": sigmoid, "tanh": tanh, "erf": erf, "sin": sin, "cos": cos,
-    "tan": tan, "exp2_bf16": exp2_bf16, "sigmoid_bf16": sigmoid_bf16, "gelu_bf16": gelu_bf16,
+    "tan": tan, "exp2": exp2, "exp2_bf16": exp2_bf16, "sigmoid_bf16": sigmoid_bf16, "gelu_bf16": gelu_bf16,
 }  # fmt: skip
 
 
