@@ -147,3 +147,54 @@ def test_qlinear_convolution_with_bias_and_padding() -> None:
         node("QLinearConv", "q xs xz w ws wz ys yz b", "y", pads=[1, 1, 1, 1]),
     ]
     check(model(nodes, [value("x", [1, 2, 5, 5])], [value("y", None, 2)], constants), {"x": f32(1, 2, 5, 5)}, levels=1)
+
+
+SCALES = {"xs": np.float32(0.05), "xz": np.uint8(100), "ys": np.float32(0.03), "yz": np.uint8(7)}
+U8_OPERATORS = {
+    "QLinearSigmoid": {},
+    "QLinearLeakyRelu": {"alpha": 0.1},
+    "QLinearSoftmax": {"axis": 1, "opset": 13},
+    "QLinearSoftmax flat": {"axis": 2, "opset": 11},
+    "QLinearAveragePool": {"kernel_shape": [3, 3], "pads": [1] * 4, "count_include_pad": 1},
+    "QLinearGlobalAveragePool": {},
+}
+
+
+@pytest.mark.parametrize("name", U8_OPERATORS)
+def test_operators_from_bytes_to_bytes(name: str) -> None:
+    nodes = [
+        node("QuantizeLinear", "x xs xz", "q"),
+        node(name.split()[0], "q xs xz ys yz", "p", domain=DOMAIN, **U8_OPERATORS[name]),
+        node("DequantizeLinear", "p ys yz", "y"),
+    ]
+    m = model(nodes, [value("x", [2, 4, 5, 6])], [value("y", None)], SCALES, com_microsoft=1)
+    check(m, {"x": f32(2, 4, 5, 6)}, atol=float(SCALES["ys"]))
+
+
+def test_choice_of_bytes() -> None:
+    constants = SCALES | {"zs": np.float32(0.06), "zz": np.uint8(128), "b": np.array([[3], [250]], np.uint8)}
+    nodes = [
+        node("QuantizeLinear", "x xs xz", "q"),
+        node("QLinearWhere", "c q xs xz b ys yz zs zz", "p", domain=DOMAIN),
+        node("DequantizeLinear", "p zs zz", "y"),
+    ]
+    inputs = [value("x", [2, 6]), value("c", [6], 9)]
+    feed = {"x": f32(2, 6), "c": np.array([1, 0, 1, 0, 0, 1], bool)}
+    check(model(nodes, inputs, [value("y", None)], constants, com_microsoft=1), feed, atol=0.06)
+
+
+@pytest.mark.parametrize("n_scales", [1, 5])
+@pytest.mark.parametrize("op", ["DynamicQuantizeMatMul", "MatMulIntegerToFloat"])
+def test_integer_products_scaled_to_f32(op: str, n_scales: int) -> None:
+    constants = {
+        "w": RNG.integers(-128, 128, (8, 5), dtype=np.int8),
+        "ws": np.abs(f32(n_scales)) * 0.01,
+        "wz": np.full(n_scales, 2, np.int8),
+        "b": f32(5),
+        **SCALES,
+    }
+    nodes = [
+        node("QuantizeLinear", "x xs xz", "q"),
+        node(op, "x w ws wz b" if op == "DynamicQuantizeMatMul" else "q w xs ws xz wz b", "y", domain=DOMAIN),
+    ]
+    check(model(nodes, [value("x", [3, 8])], [value("y", None)], constants, com_microsoft=1), {"x": f32(3, 8)})

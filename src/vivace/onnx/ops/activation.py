@@ -136,14 +136,19 @@ def _flattened(c: Call, x: Value, core: str) -> Value:
     return c.reshaped(getattr(c, core)(flat, axis=flat.rank - 1), x.shape)
 
 
+def softmax_of(c: Call, x: Value, opset: int) -> Value:
+    """Softmax as an opset has it: until 13 over all axes from the one named."""
+    return c.softmax(x, axis=c.axis(c.attr("axis", -1), x.rank)) if opset >= 13 else _flattened(c, x, "softmax")
+
+
 @onnx_op("Softmax")
 def softmax_flat(c: Call, x: Value) -> Value:
-    return _flattened(c, x, "softmax")
+    return softmax_of(c, x, 1)
 
 
 @onnx_op("Softmax", since=13)
 def softmax(c: Call, x: Value) -> Value:
-    return c.softmax(x, axis=c.axis(c.attr("axis", -1), x.rank))
+    return softmax_of(c, x, 13)
 
 
 @onnx_op("LogSoftmax")

@@ -61,10 +61,15 @@ def average(c: Call, x: Value, window: Window, grown: Sequence[Dim], include: bo
     return c.avg_pool(x, **window, count_include_pad=include, layout="NCHW")
 
 
-@onnx_op("AveragePool")
-def average_pool(c: Call, x: Value) -> Value:
+def averages(c: Call, x: Value) -> Value:
+    """The averages over the windows that the attributes describe."""
     window, grown = _window(c, x)
     return average(c, x, window, grown, bool(c.attr("count_include_pad", 0)))
+
+
+@onnx_op("AveragePool")
+def average_pool(c: Call, x: Value) -> Value:
+    return averages(c, x)
 
 
 @onnx_op("LpPool")

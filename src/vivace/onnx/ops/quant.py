@@ -98,8 +98,8 @@ def quantize_linear(c: Call, x: Value, scale: Value, zero: Value | None = None) 
     return in_blocks(c, x, axis, block, scale, zero, partial(quantize, c, to=to))
 
 
-@onnx_op("DynamicQuantizeLinear", since=11)
-def dynamic_quantize_linear(c: Call, x: Value) -> Result:
+def quantize_by_range(c: Call, x: Value) -> tuple[Value, Value, Value]:
+    """x as u8 over the range that it has together with 0, and the scale and zero point."""
     axes, zero = tuple(range(x.rank)), c.like(x, 0)
     low = c.min(c.reduce_min(x, axes=axes, keepdims=False), zero)
     high = c.max(c.reduce_max(x, axes=axes, keepdims=False), zero)
@@ -109,3 +109,8 @@ def dynamic_quantize_linear(c: Call, x: Value) -> Result:
     point = c.where(c.eq(scale, zero), zero, point)
     quantized = quantize(c, x, c.where(c.eq(scale, zero), c.like(x, 1), scale), c.cast_to(point, DType.u8), DType.u8)
     return quantized, scale, c.cast_to(point, DType.u8)
+
+
+@onnx_op("DynamicQuantizeLinear", since=11)
+def dynamic_quantize_linear(c: Call, x: Value) -> Result:
+    return quantize_by_range(c, x)

@@ -1,4 +1,4 @@
-"""Products of integers: MatMulInteger, ConvInteger, MatMulNBits.
+"""Products of integers: MatMulInteger, ConvInteger, MatMulNBits, and com.microsoft's that scale the sum to f32.
 
 Those with constant i8 weights become `matmul_integer` and `conv_integer`; others are widened to i32 and summed there.
 """
@@ -15,6 +15,7 @@ from vivace.graph.graph import Value
 from vivace.graph.ops.quantized import BYTES
 from vivace.onnx.call import Call, onnx_op
 from vivace.onnx.ops.nn import convolve
+from vivace.onnx.ops.quant import quantize_by_range
 from vivace.onnx.scope import Fallback
 
 
@@ -67,6 +68,35 @@ def product(c: Call, a: Value, b: Value, a_zero: Value | None, b_zero: Value | N
 @onnx_op("MatMulInteger", since=10)
 def matmul_integer(c: Call, a: Value, b: Value, a_zero: Value | None = None, b_zero: Value | None = None) -> Value:
     return product(c, a, b, a_zero, b_zero)
+
+
+def _scaled(c: Call, total: Value, a_scale: Value, b_scale: Value, bias: Value | None) -> Value:
+    """total * a_scale * b_scale + bias, b_scale for all or per column."""
+    scale = c.mul(c.reshaped(a_scale, ()), c.reshaped(b_scale, () if b_scale.type.size == 1 else b_scale.shape))
+    y = c.mul(c.cast_to(total, scale.dtype), scale)
+    return y if bias is None else c.add(y, bias)
+
+
+@onnx_op("MatMulIntegerToFloat", domain="com.microsoft")
+def matmul_integer_to_float(
+    c: Call,
+    a: Value,
+    b: Value,
+    a_scale: Value,
+    b_scale: Value,
+    a_zero: Value | None = None,
+    b_zero: Value | None = None,
+    bias: Value | None = None,
+) -> Value:
+    return _scaled(c, product(c, a, b, a_zero, b_zero), a_scale, b_scale, bias)
+
+
+@onnx_op("DynamicQuantizeMatMul", domain="com.microsoft")
+def dynamic_quantize_matmul(
+    c: Call, a: Value, b: Value, b_scale: Value, b_zero: Value | None = None, bias: Value | None = None
+) -> Value:
+    q, scale, zero = quantize_by_range(c, a)
+    return _scaled(c, product(c, q, b, zero, b_zero), scale, b_scale, bias)
 
 
 def convolved(

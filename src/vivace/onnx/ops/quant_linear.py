@@ -5,8 +5,11 @@ from __future__ import annotations
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Value
 from vivace.onnx.call import Call, onnx_op
+from vivace.onnx.ops.activation import softmax_of
+from vivace.onnx.ops.pooling import averages
 from vivace.onnx.ops.quant import dequantize, quantize
 from vivace.onnx.ops.quant_integer import convolved, product
+from vivace.onnx.scope import Fallback
 
 
 @onnx_op("QLinearMatMul", since=10)
@@ -101,6 +104,40 @@ def qlinear_unary(
     wide = dequantize(c, x, x_scale, x_zero)
     y = c.sigmoid(wide) if c.op_type == "QLinearSigmoid" else c.leaky_relu(wide, alpha=c.attr("alpha", 0.01))
     return quantize(c, y, y_scale, y_zero, x.dtype)
+
+
+@onnx_op("QLinearSoftmax", domain="com.microsoft")
+def qlinear_softmax(
+    c: Call, x: Value, x_scale: Value, x_zero: Value | None, y_scale: Value, y_zero: Value | None = None
+) -> Value:
+    y = softmax_of(c, dequantize(c, x, x_scale, x_zero), c.attr("opset", 13))
+    return quantize(c, y, y_scale, y_zero, x.dtype)
+
+
+@onnx_op("QLinearWhere", domain="com.microsoft")
+def qlinear_where(
+    c: Call,
+    condition: Value,
+    x: Value,
+    x_scale: Value,
+    x_zero: Value,
+    y: Value,
+    y_scale: Value,
+    y_zero: Value,
+    z_scale: Value,
+    z_zero: Value,
+) -> Value:
+    chosen = c.where(condition, dequantize(c, x, x_scale, x_zero), dequantize(c, y, y_scale, y_zero))
+    return quantize(c, chosen, z_scale, z_zero, z_zero.dtype)
+
+
+@onnx_op("QLinearAveragePool", domain="com.microsoft")
+def qlinear_average_pool(
+    c: Call, x: Value, x_scale: Value, x_zero: Value | None, y_scale: Value, y_zero: Value | None = None
+) -> Value:
+    if c.attr("channels_last", 0):
+        raise Fallback("its channels are last")
+    return quantize(c, averages(c, dequantize(c, x, x_scale, x_zero)), y_scale, y_zero, x.dtype)
 
 
 @onnx_op("QLinearConcat", domain="com.microsoft")
