@@ -3,6 +3,7 @@
     python -m benchmarks.lowprecision int8                     # every QDQ model; takes up where it was stopped
     python -m benchmarks.lowprecision int8 resnet50-qdq --again
     python -m benchmarks.lowprecision bf16 --threads 1
+    python -m benchmarks.lowprecision bf16 --torch             # torch.compile as well, where models come from PyTorch
 
 `int8` runs each engine on the same file with integers in it, what the file leaves in f32 in f32. `bf16` asks our engine
 for precision="bf16" and OpenVINO for INFERENCE_PRECISION_HINT bf16; ONNX Runtime has no such mode. Beside them runs
@@ -23,14 +24,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compiled_torch import PAUSE_SECONDS, torch_contestant, why_not
+from benchmarks.limits import limit_line
 from benchmarks.models import MODELS, ModelUnavailable, inputs, materialise
 from benchmarks.models.quantized import QUANTIZED, materialise_quantized
-from benchmarks.times import RESULTS, ROOT, versions
+from benchmarks.times import RESULTS, ROOT, output_names, versions
 
-PEERS = ("onnxruntime", "openvino")
+PEERS = ("onnxruntime", "openvino", "torch")
 BASE = "vivace f32"
 
 Record = dict[str, Any]
@@ -39,7 +44,9 @@ Record = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.one:
-        print(json.dumps(measure_one(options.format, options.names[0], options.threads[0], options.budget)))
+        print(
+            json.dumps(measure_one(options.format, options.names[0], options.threads[0], options.budget, options.torch))
+        )
         return 0
     names = options.names or names_of(options.format)
     jobs = [(name, threads) for name in names for threads in options.threads]
@@ -64,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--budget", type=float, default=8.0, help="seconds of timing per model and thread count")
     parser.add_argument("--again", action="store_true", help="measure anew what is already there")
+    parser.add_argument("--torch", action="store_true", help="time torch.compile too, in bf16 (extra `torch`)")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -84,10 +92,11 @@ def _measured(options: argparse.Namespace, name: str, threads: int) -> Record:
     path = _records(options.format) / f"{name}-{threads}.json"
     if path.exists() and not options.again:
         record: Record = json.loads(path.read_text())
-        if record["versions"] == versions():
+        if record["versions"] == versions() and (record.get("torch") or not options.torch):
             return record
     command = [sys.executable, "-m", "benchmarks.lowprecision", options.format, name, "--one"]
     command += ["--threads", str(threads), "--budget", str(options.budget)]
+    command += ["--torch"] if options.torch else []
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     if done.returncode != 0:
         return {"failure": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]}
@@ -97,7 +106,7 @@ def _measured(options: argparse.Namespace, name: str, threads: int) -> Record:
     return record
 
 
-def measure_one(form: str, name: str, threads: int, budget: float) -> Record:
+def measure_one(form: str, name: str, threads: int, budget: float, with_torch: bool = False) -> Record:
     """Times one model in one format at one thread count.
 
     Raises: SystemExit when the model cannot be had here.
@@ -105,8 +114,12 @@ def measure_one(form: str, name: str, threads: int, budget: float) -> Record:
     from vivace.base.machine import host
     from vivace.cli.contestants import Job, open_engine, version_of
     from vivace.cli.system import machine_facts
+    from vivace.compilation import load_graph
     from vivace.measure.bench import Contestant, Settings, bench
     from vivace.measure.compare import compare
+    from vivace.measure.peaks import machine_peaks
+    from vivace.measure.roofline import total
+    from vivace.optimize.pipeline import optimize
 
     quantized = next((q for q in QUANTIZED if q.name == name), None)
     base = quantized.base if quantized else name
@@ -130,11 +143,17 @@ def measure_one(form: str, name: str, threads: int, budget: float) -> Record:
         runners[engine] = open_engine(provider, job).run
         return runners[engine]
 
-    found = bench(
-        [Contestant(engine, version_of(jobs[engine][0]), lambda engine=engine: load(engine)) for engine in jobs],  # type: ignore[misc]
-        arrays,
-        Settings(budget_seconds=budget),
-    )
+    contestants = [
+        Contestant(engine, version_of(jobs[engine][0]), lambda engine=engine: load(engine))  # type: ignore[misc]
+        for engine in jobs
+    ]
+    settings = Settings(budget_seconds=budget)
+    no_torch = why_not(name) if form == "bf16" else "torch.compile reads no QDQ models"
+    if with_torch and not no_torch:
+        torch = torch_contestant(name, threads, output_names(path), form)
+        contestants.append(replace(torch, load=lambda: runners.setdefault("torch", torch.load())))
+        settings = replace(settings, pause_seconds=PAUSE_SECONDS)
+    found = bench(contestants, arrays, settings)
     engines = {}
     for times in found.engines:
         failed = bool(times.failure)
@@ -146,6 +165,8 @@ def measure_one(form: str, name: str, threads: int, budget: float) -> Record:
         }
     return {
         "model": name, "threads": threads, "engines": engines, "versions": versions(),
+        "limit_seconds": total(optimize(load_graph(path, shapes)), {}, machine_peaks(), threads, precision).seconds,
+        "torch": (no_torch or version("torch")) if with_torch else "",
         "machine": machine_facts(host()), "foreign_cores": found.noise.foreign_cores,
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
@@ -181,6 +202,7 @@ def _row(record: Record) -> Record:
         "snr_db": {name: engine["snr_db"] for name, engine in engines.items()},
         "ratio": ours / medians[best] if ours and best else None,
         "times_faster_than_f32": medians[BASE] / ours if ours and BASE in medians else None,
+        "share_of_limit": record["limit_seconds"] / ours if ours and record.get("limit_seconds") else None,
         "is_quiet": record["foreign_cores"] < 0.1,
         "failure": engines["vivace"]["failure"],
     }
@@ -188,8 +210,9 @@ def _row(record: Record) -> Record:
 
 def markdown(summary: Record) -> str:
     """The table for people."""
-    names = ("vivace", *PEERS)
-    heads = ["model", "threads", *(f"{name} ms" for name in names), "ratio to best", "our f32 / this"]
+    has_torch = any("torch" in row["medians"] for row in summary["rows"])
+    names = ("vivace", *(name for name in PEERS if name != "torch" or has_torch))
+    heads = ["model", "threads", *(f"{name} ms" for name in names), "ratio to best", "our f32 / this", "of limit"]
     heads += [f"{name} dB" for name in names] + ["notes"]
     lines = [f"# {summary['format']}", ""]
     lines += [f"{summary['machine'].get('cpu', '?')}, {summary['machine'].get('used_instruction_set', '?')}; "
@@ -200,6 +223,7 @@ def markdown(summary: Record) -> str:
     for row in summary["rows"]:
         cells = [row["model"], str(row["threads"]), *(_ms(row["medians"].get(name)) for name in names)]
         cells += [_figure(row["ratio"], ".2f"), _figure(row["times_faster_than_f32"], ".2f")]
+        cells.append(_figure(row["share_of_limit"], ".0%"))
         cells += [_figure(row["snr_db"].get(name), ".1f") for name in names]
         cells.append(row["failure"] or ("" if row["is_quiet"] else "not quiet"))
         lines.append(f"| {' | '.join(cells)} |")
@@ -209,6 +233,12 @@ def markdown(summary: Record) -> str:
             f"* {threads} thread(s): our median over the best peer's: geometric mean {mean['geometric_mean']:.3f}, "
             f"worst {mean['worst']:.3f}, over {mean['n_models']} models"
         )
+        said = limit_line(
+            (row["model"], row["medians"]["vivace"], row["share_of_limit"])
+            for row in summary["rows"]
+            if row["threads"] == int(threads) and "vivace" in row["medians"]
+        )
+        lines += [f"* {threads} thread(s): {said}"] if said else []
     return "\n".join([*lines, ""])
 
 

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compiled_torch import PAUSE_SECONDS, torch_contestant, why_not
+from benchmarks.limits import limit_line
 from benchmarks.models import MODELS, ModelUnavailable, find, inputs, materialise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -324,6 +325,12 @@ def markdown(summary: Record) -> str:
                 f"* {threads} thread(s): our median over the best peer's: geometric mean {mean['geometric_mean']:.3f}, "
                 f"worst {mean['worst']:.3f}, over {mean['n_models']} models"
             )
+        said = limit_line(
+            (row["model"], row["medians"]["vivace"], row["share_of_limit"])
+            for row in summary["rows"]
+            if row["threads"] == int(threads) and row["medians"]["vivace"]
+        )
+        lines += [f"* {threads} thread(s): {said}"] if said else []
     resnet = summary["resnet50"]
     if resnet["share_of_peak"]:
         share = f"{resnet['share_of_peak']:.1%} of the measured f32 peak"

@@ -68,10 +68,10 @@ class Compilation:
         tell = options.progress or (lambda stage, done, total: None)
         tell("import", 0, 1)
         graph = load_graph(self.source, self.shapes)
-        if "onnxruntime" in options.providers and (late_nodes(graph) or _textual(graph)):
+        if "onnxruntime" in options.providers and (late_nodes(graph) or textual_nodes(graph)):
             try:
                 whole = self.portable_graph(graph)
-                texts = _textual(whole)
+                texts = textual_nodes(whole)
                 return self.pieces(whole, dict.fromkeys(texts, "onnxruntime"), dict.fromkeys(texts, "it works on text"))
             except (UnsupportedError, ProviderError) as e:  # such as an operator of an opset that is not exported
                 return self._in_f32(self.whole("onnxruntime", str(e)))
@@ -191,7 +191,7 @@ class Compilation:
         return PartitionedEngine(program, [session], self.options.threads, self.portable)
 
 
-def _textual(graph: Graph) -> list[Node]:
+def textual_nodes(graph: Graph) -> list[Node]:
     """The nodes that read or write strings."""
     return [n for n in graph.nodes if any(v is not None and v.dtype is DType.string for v in (*n.inputs, *n.outputs))]
 

@@ -19,7 +19,7 @@ from vivace.building import (
     optimize_for_native,
     placements,
 )
-from vivace.compilation import Compilation, load_graph
+from vivace.compilation import Compilation, load_graph, textual_nodes
 from vivace.options import Options, Progress, checked_shapes, choose_isa, threads_for
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def compile(
         tune_of(tune, tune_budget, timing_cache, cache),
     )  # fmt: skip
     samples = [calibration] if isinstance(calibration, Mapping) else list(calibration)
-    _refuse_unused(options, bool(samples))
+    _refuse_unused(options, bool(samples), max_drop is not None or metric != "relative")
     shapes = checked_shapes(shapes)
     job = Compilation(source, shapes, options)
     if names == ("auto",):
@@ -107,7 +107,7 @@ def compile(
     return engine
 
 
-def _refuse_unused(options: Options, has_samples: bool) -> None:
+def _refuse_unused(options: Options, has_samples: bool, has_tolerance: bool) -> None:
     """Raises: InputError for options of which one would have no effect beside another."""
     whole, precision = options.providers[:1] if "native" not in options.providers else (), options.precision
     if precision == "auto" and whole == ("auto",):
@@ -116,6 +116,10 @@ def _refuse_unused(options: Options, has_samples: bool) -> None:
         raise InputError("formats and kernels cannot be chosen by measurement in one", where="tune", expected="off")
     if options.tune is not None and whole not in ((), ("auto",)):
         raise InputError(f"{whole[0]} runs the whole model: its kernels are not tuned", where="tune", expected="off")
+    if has_tolerance and precision != "auto":
+        raise InputError("a tolerance has no effect with fixed formats", where="max_drop", expected="precision='auto'")
+    if has_samples and precision == "f32":
+        raise InputError("no error is measured in f32", where="calibration", expected="another precision")
     if has_samples and whole == ("auto",):
         raise InputError("no error is measured with providers='auto'", where="calibration", expected="none")
     if precision != "f32" and whole not in ((), ("auto",)):
@@ -143,8 +147,12 @@ def _automatic(
     loaded = load_graph(job.source, job.shapes)
     graph = optimize_for_native(loaded, options.level, options.kept)
     layers = regions([(onnx_names(n), n.outputs[0]) for n in products(graph)])
-    if not halves or not layers or late_nodes(loaded):
-        why = "no products of halves" if not halves else "no layer that multiplies" if not layers else "late sizes"
+    if not halves or not layers or late_nodes(loaded) or textual_nodes(loaded):
+        why = (
+            f"{options.target.name} has no products of bf16 or f16 with f32 sums" if not halves
+            else "no layer multiplies floats" if not layers
+            else "a model that is cut into parts gets no formats by layer"
+        )  # fmt: skip
         warn("precision", f"{why}: computed in f32")
         engine = exact.native()
         engine.facts["precision_note"] = f"{why}: computed in f32"

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import onnx.parser
 import pytest
 
 from vivace.base.dtypes import DType
 from vivace.base.events import Event
+from vivace.cli import bench
+from vivace.cli.contestants import Job
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type
 from vivace.graph.ops import OPS
@@ -108,3 +112,21 @@ def test_kernel_rows_join_threads_runs_and_nodes(peaks: Peaks) -> None:
     assert "a &lt;model&gt;" in page
     assert page.count("<circle") == 2
     assert "http" not in page.replace('xmlns="http://www.w3.org/2000/svg"', "")  # nothing is loaded from elsewhere
+
+
+def test_the_limit_of_quantized_products_is_that_of_bytes(
+    peaks: Peaks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A QDQ model is held against what our own code computes of it: products of integers."""
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 13]>
+        g (float[4, 8] x) => (float[4, 2] y)
+        <float s = {0.1}, int8 z = {0}, int8[8, 2] w = {1,2,3,4,5,6,7,8,1,2,3,4,5,6,7,8}>
+        { q = QuantizeLinear(x, s, z)  a = DequantizeLinear(q, s, z)  b = DequantizeLinear(w, s, z)
+          m = MatMul(a, b)  p = QuantizeLinear(m, s, z)  y = DequantizeLinear(p, s, z) }
+    """)
+    onnx.save(model, tmp_path / "m.onnx")
+    both = replace(peaks, peaks=(*peaks.peaks, Peak("arithmetic", "i8", 1, 8000.0)))
+    monkeypatch.setattr("vivace.measure.peaks.machine_peaks", lambda progress: both)
+    total, _ = bench._limit(Job(tmp_path / "m.onnx", 1), [], None)
+    assert total is not None and total.dtype == "i8"

@@ -209,7 +209,7 @@ def _limit(job: Job, notes: list[str], progress: Any) -> tuple[Total | None, Pea
         from vivace.compilation import load_graph
         from vivace.optimize.pipeline import optimize
 
-        graph = optimize(load_graph(job.model, job.shapes), level=2)
+        graph = optimize(load_graph(job.model, job.shapes))
         peaks = machine_peaks(progress=progress)
         return total(graph, job.sizes, peaks, job.threads, job.precision), peaks
     except (VivaceError, ImportError) as error:
