@@ -66,7 +66,7 @@ def test_other_element_types(dtype: DType, layout: str, constant: bool) -> None:
 @pytest.mark.parametrize("isa", HERE)
 @pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
 @pytest.mark.parametrize("filters, kernel", [(1, (2, 2)), (3, (2, 2)), (24, (2, 2)), (5, (1, 3)), (2, (4, 1))])
-@pytest.mark.parametrize("tail", ["", "relu", "residual"])
+@pytest.mark.parametrize("tail", ["", "relu", "residual", "by channel"])
 def test_transposed_by_whole_kernels(isa: str, layout: str, filters: int, kernel: tuple[int, int], tail: str) -> None:
     """Kernel and stride agree: the columns of the last axis' taps are one product."""
     rng = np.random.default_rng(filters)
@@ -79,10 +79,16 @@ def test_transposed_by_whole_kernels(isa: str, layout: str, filters: int, kernel
 
     def make(b, x, other):  # type: ignore[no-untyped-def]
         y = b.conv_transpose(x, b.const(w), b.const(bias), **attrs)
+        if tail == "by channel":
+            column = bias[:, None, None] if layout == "NCHW" else bias
+            return b.concat(b.mul(b.relu(b.add(y, b.const(column))), b.const(column + 1)), other, axis=0)
         return b.relu(y) if tail == "relu" else b.add(y, other) if tail else b.concat(y, other, axis=3)
 
     graph = build(make, Type(DType.f32, x.shape), Type(DType.f32, other.shape))
-    check(graph, x, other, isas=(isa,), tol=1e-5)
+    plan = check(graph, x, other, isas=(isa,), tol=1e-5)
+    if tail in ("relu", "by channel") and layout == "NHWC" and filters == 24:  # both columns of a row in one product
+        (product,) = (s.spec for s in steps_of(plan.body) if isinstance(s.spec, Contraction))
+        assert product.n == 48
 
 
 @pytest.mark.parametrize("kernel", [(2, 2), (1, 3), (6,)])

@@ -15,6 +15,7 @@ from vivace.base.machine import host, isa, missing_flags
 from vivace.graph.graph import Graph
 from vivace.graph.reference import evaluate
 from vivace.graph.rewrite import Example
+from vivace.lower.magnitude import magnitude
 from vivace.onnx.importer import import_model
 from vivace.optimize.pipeline import optimize
 
@@ -426,3 +427,20 @@ def test_casts_of_sums_to_bytes_wrap(target: str, op: str, dtype: type) -> None:
     to = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     model = m.finish(m.emit("Cast", y, to=to), dtype)
     np.testing.assert_array_equal(compiled(model, feeds, target), sums.astype(dtype))
+
+
+def test_what_is_rounded_anyway_is_multiplied_and_not_divided() -> None:
+    """The scale of a `quantize` after a norm is a factor, and what a norm makes is known to fit i32."""
+
+    def normalized(e: Example) -> object:
+        y = e.layer_norm(e.x("f32[3,40]"), e.w("f32[40]"), axis=-1, epsilon=1e-5)
+        return e.quantize(y, e.const(np.float32(0.03)), e.const(np.uint8(9)))
+
+    graph = optimize(Example().graph(normalized))
+    (q,) = (n for n in graph.nodes if n.op.name == "quantize")
+    assert q.inputs[1] is not None and q.inputs[1].data == 1
+    assert magnitude(q.inputs[0], graph.producers()) < 1e4
+    feed = np.random.default_rng(0).standard_normal((3, 40), np.float32)
+    (want,) = evaluate(graph, [feed])
+    (got,) = vivace.compile(graph).run({"x0": feed}).values()
+    assert np.abs(got.astype(int) - want).max() <= 1

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from vivace.base.dims import prod
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Node, Value
 from vivace.graph.ops.quantized import RANGES
 
 BOUNDED = 2.0**30
 _SAME = frozenset({"relu", "round", "neg", "abs", "reshape", "transpose", "expand", "slice"})
+_AT_MOST_1 = frozenset({"softmax", "sigmoid", "tanh", "erf", "sin", "cos"})
 
 
 def magnitude(v: Value | None, producer: Mapping[Value, Node]) -> float:
@@ -30,6 +32,8 @@ def magnitude(v: Value | None, producer: Mapping[Value, Node]) -> float:
     if n is None:
         return math.inf
     name, ins = n.op.name, n.inputs
+    if name in _AT_MOST_1:
+        return 1.001
     if name in _SAME:
         return magnitude(ins[0], producer)
     match name:
@@ -45,9 +49,23 @@ def magnitude(v: Value | None, producer: Mapping[Value, Node]) -> float:
         case "mul":
             factors = [magnitude(x, producer) for x in ins]
             return 0.0 if 0.0 in factors and all(map(math.isfinite, factors)) else math.prod(factors)
+        case "layer_norm":
+            return _norm(n, producer)
         case "clip" if n.attrs.get("min") is not None and n.attrs.get("max") is not None:
             return max(abs(n.attrs["min"]), abs(n.attrs["max"]))
     return math.inf
+
+
+def _norm(n: Node, producer: Mapping[Value, Node]) -> float:
+    """A number less the mean of n is at most sqrt(n - 1) deviations."""
+    x, *rest = n.inputs
+    assert x is not None
+    size = prod(x.shape[n.attrs["axis"] % x.rank :])
+    if not isinstance(size, int):
+        return math.inf
+    scale, bias = (*rest, None, None)[:2]
+    most = 1.01 * math.sqrt(size) * (1.0 if scale is None else magnitude(scale, producer))
+    return most + (0.0 if bias is None else magnitude(bias, producer))
 
 
 def _sums(n: Node) -> float:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from vivace.base.dims import Dim, maximum, minimum, prod, symbol
 from vivace.base.dtypes import DType
-from vivace.graph.graph import Value
+from vivace.graph.graph import Node, Value
 from vivace.loops.contraction import Axis, Contraction, Packing
 from vivace.loops.kernel import Binary, Buffer, Const, Expr, For, Index, Kernel, Load, Reduce, Select, Store
 from vivace.lower.group import Group
@@ -17,7 +17,7 @@ from vivace.lower.lowering import Lowering
 from vivace.lower.pack import without_denormals
 from vivace.lower.rules.contraction import deliver, emit_contraction, finish, packed_panels
 from vivace.lower.rules.elementwise import Params, Tree, emit_pointwise
-from vivace.lower.rules.epilogue import ACC, Epilogue, tail_flops
+from vivace.lower.rules.epilogue import ACC, COLUMN, Epilogue, tail_flops
 from vivace.lower.tile import panel_lanes
 from vivace.lower.views import View
 
@@ -64,10 +64,8 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
     out = target.transpose(to_last)
     if out.strides[-1] != 1 and out.shape[-1] != 1:
         out = ctx.temporary(f"{y.name}_nhwc", g.output.dtype, out.shape)
-    is_joined = (
-        out.strides[-2] == oc and (bias_value is None or bias_value.data is not None)
-        and not (whole is g and tail and Tree(ctx, tail, g.output, given=[y]).leaves)
-    )  # fmt: skip
+    columns = _tiled_leaves(ctx, tail, g.output, y, to_last, strides[-1]) if whole is g else {}
+    is_joined = out.strides[-2] == oc and (bias_value is None or bias_value.data is not None) and columns is not None
     rows = tuple(
         Axis(f"o{i}", x.shape[i], x.strides[i], 0, out.strides[i] * (1 if i == 0 else strides[i - 1]))
         for i in range(rank - 1)
@@ -92,19 +90,17 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
     batch.reverse()
     bias: View | Callable[[Params], Expr] | None = None if bias_value is None else ctx.view(bias_value)
     if is_joined and bias_value is not None and bias_value.data is not None:
-        source = bias_value.data
-        columns = ctx.made_of((source,), ("tiled", strides[-1]), f"{bias_value.name}_tiled",
-                              lambda: np.tile(source.reshape(-1), strides[-1]))  # fmt: skip
-        bias = lambda params: Binary("add", ACC, params.load(columns, (symbol("n", 0),)))  # noqa: E731
+        repeated = _tiled(ctx, bias_value, strides[-1])
+        bias = lambda params: Binary("add", ACC, params.load(repeated, (COLUMN,)))  # noqa: E731
     elif isinstance(bias, View) and not last:
         bias = replace(bias, shape=(*bias.shape, *(1,) * n_spatial), strides=(*bias.strides, *(0,) * n_spatial))
     by_last = [
         symbol("o0", 0),
         *(symbol(f"o{i + 1}", 0) * strides[i] + symbol(f"t{i}", 0) for i in range(n_spatial)),
-        symbol("n", 0),
+        COLUMN,
     ]
     index = by_last if last else [by_last[0], by_last[-1], *by_last[1:-1]]
-    epilogue = Epilogue(ctx, g, bias, index)
+    epilogue = Epilogue(ctx, g, bias, index, (columns or {}) if is_joined else {})
     a_buf, b_buf, out_buf = x.buffer("a"), w.buffer("b"), out.buffer("out", writable=True)
     spec = Contraction(
         "k",
@@ -125,6 +121,25 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
         ctx.copy(out, target.transpose(to_last))
     if whole is not g:
         finish(ctx, whole, target)
+
+
+def _tiled(ctx: Lowering, v: Value, times: int) -> View:
+    """A constant per channel, repeated."""
+    assert v.data is not None
+    source = v.data
+    return ctx.made_of((source,), ("tiled", times), f"{v.name}_tiled", lambda: np.tile(source.reshape(-1), times))
+
+
+def _tiled_leaves(
+    ctx: Lowering, tail: Sequence[Node], root: Value, y: Value, to_last: tuple[int, ...], times: int
+) -> dict[Value, View] | None:
+    """What the tail reads besides the sums, for columns of several taps side by side; None unless all of it are
+    constants per channel."""
+    leaves = Tree(ctx, tail, root, given=[y]).leaves if tail else {}
+    n_columns = y.shape[to_last[-1]]
+    if any(v.data is None or v.data.size != n_columns or view.strides[to_last[-1]] != 1 for v, view in leaves.items()):
+        return None
+    return {v: _tiled(ctx, v, times) for v in leaves}
 
 
 def _few_planes(ctx: Lowering, g: Group, x: View, bias: Value | None, to_last: tuple[int, ...]) -> bool:
@@ -157,9 +172,7 @@ def _few_planes(ctx: Lowering, g: Group, x: View, bias: Value | None, to_last: t
     e: Expr | None = None
     extra: tuple[Buffer, ...] = ()
     if bias is not None and bias.data is not None:
-        per_result, times = bias.data, int(np.prod(strides))
-        per_plane = ctx.made_of((per_result,), ("tiled", times), f"{bias.name}_tiled",
-                                lambda: np.tile(per_result.reshape(-1), times))  # fmt: skip
+        per_plane = _tiled(ctx, bias, int(np.prod(strides)))
         extra = (per_plane.buffer("bias"),)
         views[extra[0]] = per_plane
         e = Binary("add", ACC, Load(extra[0], (symbol("m", 0),)))

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from vivace.base.dims import Dim
+from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
+from vivace.graph.graph import Value
 from vivace.loops.contraction import substitute_expr
 from vivace.loops.kernel import Binary, Cast, Expr, Lookup, Read, Select, Unary
 from vivace.lower.group import Group
@@ -15,6 +16,7 @@ from vivace.lower.rules.elementwise import Params, Tree
 from vivace.lower.views import View
 
 ACC = Read("acc", DType.f32)
+COLUMN = symbol("n", 0)
 
 
 class Epilogue:
@@ -22,11 +24,13 @@ class Epilogue:
 
     `bias` is added to the accumulator; a function gives the anchor's result as an expression over `acc` instead.
     `shape` is the shape of the anchor's result; `index` gives, per axis of that shape, the loop symbol that walks it.
+    `columns` are vectors that stand for values of the tail, read at the column `n`.
     """
 
     def __init__(
-        self, ctx: Lowering, g: Group, bias: View | Callable[[Params], Expr] | None, index: Sequence[Dim]
-    ) -> None:
+        self, ctx: Lowering, g: Group, bias: View | Callable[[Params], Expr] | None, index: Sequence[Dim],
+        columns: Mapping[Value, View] = {},
+    ) -> None:  # fmt: skip
         anchor = g.anchor.outputs[0]
         self.params = Params()
         at = tuple(index)
@@ -38,7 +42,11 @@ class Epilogue:
         rest = [n for n in g.nodes if n is not g.anchor]
         if rest:
             tree = Tree(ctx, rest, g.output, given=[anchor])
-            acc = tree.expr(lambda v: self.params.load(tree.leaves[v], at), {anchor: acc})
+
+            def leaf(v: Value) -> Expr:
+                return self.params.load(columns[v], (COLUMN,)) if v in columns else self.params.load(tree.leaves[v], at)
+
+            acc = tree.expr(leaf, {anchor: acc})
         self.expr: Expr | None = None if acc is ACC else acc
         self.extra = tuple(self.params.buffers)
         self.views = list(self.params.views)
