@@ -433,7 +433,7 @@ def test_what_is_rounded_anyway_is_multiplied_and_not_divided() -> None:
     """The scale of a `quantize` after a norm is a factor, and what a norm makes is known to fit i32."""
 
     def normalized(e: Example) -> object:
-        y = e.layer_norm(e.x("f32[3,40]"), e.w("f32[40]"), axis=-1, epsilon=1e-5)
+        y = e.layer_norm(e.x("f32[3,40]"), e.w("f32[40]"), axis=1, epsilon=1e-5)
         return e.quantize(y, e.const(np.float32(0.03)), e.const(np.uint8(9)))
 
     graph = optimize(Example().graph(normalized))
