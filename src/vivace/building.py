@@ -32,7 +32,7 @@ def build(graph: Graph, options: Options, batch: Batch | None = None) -> tuple[P
     graph = optimize_for_native(graph, options.level, options.kept)
     graph, facts = apply_precision(graph, options.precision, options.target)
     if options.tune is None:
-        plan = make_plan(graph, options.target, options.providers, options.without)
+        plan = make_plan(graph, options.target, options.providers, options.without, threads=options.threads)
         image = link_image(plan, options.target, options.cache, options.progress)
     else:
         plan, image = _tuned(graph, options, options.tune)
@@ -49,7 +49,8 @@ def arena_bytes(graph: Graph, options: Options) -> int:
 
     graph = optimize_for_native(graph, options.level, options.kept)
     graph, _ = apply_precision(graph, options.precision, options.target)
-    lifetimes = schedule(make_plan(graph, options.target, options.providers, options.without)).lifetimes
+    plan = make_plan(graph, options.target, options.providers, options.without, threads=options.threads)
+    lifetimes = schedule(plan).lifetimes
     lives = [
         Lifetime(s.bytes, *life) for s, life in lifetimes.items() if s.kind == "arena" and isinstance(s.bytes, int)
     ]
@@ -79,7 +80,7 @@ def _tuned(graph: Graph, options: Options, wanted: Tune) -> tuple[Plan, Image]:
     known: Known = {}
     shop = Workshop(
         graph, target, threads,
-        lambda choices: make_plan(graph, target, options.providers, options.without, choices, packed),
+        lambda choices: make_plan(graph, target, options.providers, options.without, choices, packed, threads),
         lambda plan, choices: link_image(plan, target, False, None, choices, known),
         lambda image: Engine(image, threads, (), make_foreign(threads)),
     )  # fmt: skip
@@ -119,11 +120,12 @@ def apply_precision(graph: Graph, precision: str, target: Isa) -> tuple[Graph, d
 
 def make_plan(
     graph: Graph, chosen: Isa, providers: Sequence[str], without: frozenset[str] = frozenset(),
-    choices: Choices | None = None, packed: Packed | None = None,
+    choices: Choices | None = None, packed: Packed | None = None, threads: int = 1,
 ) -> Plan:  # fmt: skip
-    """Lower. Raises: UnsupportedError for nodes that no chosen provider runs."""
+    """Lower, for so many threads to share the work. Raises: UnsupportedError for nodes that no chosen provider runs."""
     from vivace.lower.in_place import write_in_place
     from vivace.lower.lowering import lower
+    from vivace.lower.row_blocks import in_row_blocks
     from vivace.lower.strips import in_strips
 
     refuse_unhosted(graph, providers)
@@ -131,6 +133,7 @@ def make_plan(
     if knobs.check:  # every value is wanted, in a place of its own
         return plan
     plan = plan if "strips" in without else in_strips(plan)
+    plan = plan if "row_blocks" in without else in_row_blocks(plan, threads)
     return plan if "in_place" in without else write_in_place(plan)
 
 

@@ -59,8 +59,8 @@ def compile(
     an error; without `native` the first provider runs the whole model; `auto` measures all, whole and for parts of the
     model, and keeps the fastest (5 to 30 s the first time, then from the cache).
     `disable` names passes and rules of the optimizer (docs/rules.md) to leave out, and choices of the lowering
-    (`winograd`, `epilogues`, `trees`, `placement`, `strips`, `slices`, `in_place`): `benchmarks/ablations.py` shows
-    what each brings.
+    (`winograd`, `epilogues`, `trees`, `placement`, `strips`, `row_blocks`, `slices`, `in_place`):
+    `benchmarks/ablations.py` shows what each brings.
     `tune` measures ways to make the kernels: `fast` for seconds, `full` for minutes, or `tune_budget` s; it keeps them
     here and in `timing_cache` (see `vivace timings`). `off` measures nothing, and takes the choices of a `timing_cache`
     where one is given. `progress(stage, done, total)` tells how far it is.
@@ -163,7 +163,7 @@ def _automatic(
         for half in halves:
             only = [v for x, f in formats.items() if f == half.value for v in layers[x].values]
             narrowed = narrow(narrowed, half, only).graph if only else narrowed
-        plan = make_plan(narrowed, options.target, options.providers, options.without)
+        plan = make_plan(narrowed, options.target, options.providers, options.without, threads=options.threads)
         image = link_image(plan, options.target, options.cache, options.progress)
         return make_engine(plan, image, options, placements(image), job.portable)
 

@@ -47,8 +47,9 @@ def test_every_option_has_a_test() -> None:
         "trees",
         "placement",
         "strips",
+        "row_blocks",
         "in_place",
         "slices",
-    }  # `test_strips.py`, `test_in_place.py` and `test_slices.py` have the last three
+    }  # `test_strips.py`, `test_row_blocks.py`, `test_in_place.py` and `test_slices.py` have the last four
     labels = [s.label for s in steps_of(lower(a_bit_of_everything(), ISAS[BEST], frozenset({"winograd"})).body)]
     assert not any("winograd" in label for label in labels)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vivace.base.dims import Dim, symbols
+from vivace.base.dims import Dim, maximum, minimum, symbols
 from vivace.loops.contraction import Contraction, Depthwise, contraction_dims, contraction_params
 from vivace.loops.kernel import Buffer, Kernel, dims_of
 from vivace.loops.pack import Pack, pack_dims
@@ -99,3 +99,17 @@ def extent_of(b: Buffer) -> Dim:
     for d, s in zip(b.shape, b.strides, strict=True):
         extent = extent + (d - 1) * s
     return extent
+
+
+def block_sizes(total: Dim, size: int, n_blocks: Dim, number: Dim) -> list[tuple[Dim, Dim]]:
+    """How many of `total` a block of at most `size` may have, and when (1 or 0) block `number` has so many: stages of
+    known sizes are faster than one of a size that depends on the block.
+    """
+    if not isinstance(total, int):
+        return [(minimum(size, total - number * size), 1)]
+    assert isinstance(n_blocks, int)
+    left = total - (n_blocks - 1) * size
+    if left == size or n_blocks < 1:
+        return [(size, 1)]
+    is_last = maximum(0, number - (n_blocks - 2))
+    return [(size, 1 - is_last), (left, is_last)]

@@ -127,7 +127,7 @@ def chain_at(body: Sequence[Instruction | None], touched: dict[Storage, list[int
         if first is None and last is None:
             continue
         steps = [*(first[1] if first else ()), at, *([last] if last is not None else ())]
-        if not _may_move(body, steps):
+        if not may_move(body, steps):
             continue
         around = [body[k] for k in steps]
         end = None if last is None else body[last]
@@ -223,7 +223,7 @@ def _fill_value(s: Instruction | None) -> Const | None:
     return store.value if isinstance(store, Store) and isinstance(store.value, Const) else None
 
 
-def _may_move(body: Sequence[Instruction | None], steps: Sequence[int]) -> bool:
+def may_move(body: Sequence[Instruction | None], steps: Sequence[int]) -> bool:
     """Whether all may run where the last one stands (rule ALONE)."""
     inside = set(steps)
     read = {s for k in steps if isinstance(x := body[k], Step) for s in x.reads}

@@ -290,6 +290,7 @@ OPTIONS = {
     "trees": "element-wise nodes computed where the one other that reads them is",
     "placement": "operands of concat and pad, and what a transpose reads, written where they are wanted",
     "strips": "depthwise convolutions and their neighbours strip by strip (`strips`)",
+    "row_blocks": "products and those that read their rows, a block of rows at a time (`row_blocks`)",
     "slices": "large batches a few rows at a time, whose values stay in near caches (`lower.image.Batch`)",
     "in_place": "results over residuals that nobody reads any more (`in_place`)",
 }

@@ -25,7 +25,7 @@ from vivace.base.dims import Dim, ceildiv, maximum, minimum, symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import Isa, host
 from vivace.graph.graph import Node
-from vivace.loops.blocked import STEP, Stage
+from vivace.loops.blocked import STEP, Stage, block_sizes
 from vivace.loops.contraction import Axis, Contraction, Packing
 from vivace.loops.kernel import (
     Binary,
@@ -52,7 +52,6 @@ from vivace.lower.rules.attention_stages import (
     LOWEST,
     Attention,
     Blocks,
-    block_sizes,
     exp_below,
     mul,
     number,

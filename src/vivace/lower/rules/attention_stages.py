@@ -31,7 +31,7 @@ import numpy as np
 from vivace.base.dims import Dim, ceildiv, maximum, minimum, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Node
-from vivace.loops.blocked import PART, STEP, Stage
+from vivace.loops.blocked import PART, STEP, Stage, block_sizes
 from vivace.loops.contraction import Axis, Contraction, Packing
 from vivace.loops.kernel import (
     Binary,
@@ -212,18 +212,6 @@ class Attention:
         operands = [x for x in (self.q, self.k, self.v, self.mask) if x is not None]
         kernel = Kernel("k", (*(x.buffer for x in operands), p, self.out.buffer), tuple(body))
         return Stage(kernel, tuple(x.moved(0) for x in (*operands, self.out))), p
-
-
-def block_sizes(n_queries: Dim, block: int, n_parts: Dim, part: Dim) -> list[tuple[Dim, Dim]]:
-    """Numbers of queries that a block may have, and when (1 or 0) it has them."""
-    if not isinstance(n_queries, int):
-        return [(minimum(block, n_queries - part * block), 1)]
-    assert isinstance(n_parts, int)
-    left = n_queries - (n_parts - 1) * block
-    if left == block or n_parts < 1:
-        return [(block, 1)]
-    is_last = maximum(0, part - (n_parts - 2))
-    return [(block, 1 - is_last), (left, is_last)]
 
 
 @dataclass(frozen=True, slots=True)
