@@ -35,10 +35,11 @@ from vivace.runtime.buffer import Buffer
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.program import PYTHON_CALLS, program_text
-from vivace.targets.cpu.team import MAX_THREADS, SPIN_NS, Seat, Team
+from vivace.targets.cpu.team import MAX_THREADS, Seat, Team
+from vivace.targets.cpu.waiting import SPIN_NS, TURN_NS
 
-# Linux's system calls by machine: futex, sched_getaffinity, sched_setaffinity, gettid.
-_CALL_NUMBERS = {"x86_64": (202, 204, 203, 186), "aarch64": (98, 123, 122, 178)}
+# Linux's system calls by machine: futex, sched_getaffinity, sched_setaffinity, gettid, sched_yield.
+_CALL_NUMBERS = {"x86_64": (202, 204, 203, 186, 24), "aarch64": (98, 123, 122, 178, 124)}
 
 
 class Native:
@@ -125,11 +126,12 @@ class Pool:
         if numbers:
             words[Team.SYSCALL // 8] = _symbol(self._libc, "syscall")
             words[Team.GETCPU // 8] = _symbol(self._libc, "sched_getcpu")
-            places = (Team.FUTEX, Team.GET_AFFINITY, Team.SET_AFFINITY, Team.GET_TID)
+            places = (Team.FUTEX, Team.GET_AFFINITY, Team.SET_AFFINITY, Team.GET_TID, Team.YIELD)
             words[[place // 8 for place in places]] = numbers
         words[[(Team.SEATS + Seat.SIZE * i + Seat.CPU) // 8 for i in range(MAX_THREADS)]] = -1
         words[Team.USLEEP // 8] = _symbol(self._libc, "usleep")
         words[Team.SPIN_CYCLES // 8] = self._cycles(SPIN_NS)
+        words[Team.TURN_CYCLES // 8] = self._cycles(TURN_NS)
         self._cell.view("int64", (1,))[0] = self._team.address
 
     def _start_worker(self, number: int) -> bool:

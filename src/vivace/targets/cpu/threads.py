@@ -18,12 +18,13 @@ Rules:
   end of the program and host callbacks belong to it.
 * FLOAT: every thread computes with the default rounding and with denormals, whatever the calling thread had set.
 
-The team's memory, waiting and waking are in `vivace.targets.cpu.team`.
+Waiting and waking are in `vivace.targets.cpu.waiting`.
 """
 
 from __future__ import annotations
 
-from vivace.targets.cpu.team import Team, waiting_text
+from vivace.targets.cpu.team import Team
+from vivace.targets.cpu.waiting import waiting_text
 
 
 def grains_text(name: str = "grains") -> str:
@@ -124,6 +125,7 @@ define internal void @publish(ptr %team, ptr %ctx, ptr %at, ptr %parts, i64 %n_p
 define internal ptr @serve(ptr %team, i64 %id) {{
 entry:
   %claim = getelementptr i8, ptr %team, i64 {t.CLAIM}
+  %seat = call ptr @seat(ptr %team, i64 %id)
   br label %retry
 retry:
   %done.0 = phi i64 [0, %entry], [%done.0, %contended], [%done.2, %work]
@@ -171,15 +173,17 @@ work:
   %number = lshr i64 %word, 32
   call void @grains(ptr %ctx, ptr %parts, i64 %total, i64 %first, i64 %last, i64 %id, i64 %number)
   %done.2 = add i64 %done.0, %chunk
-  br label %retry
+  %over = call i1 @is_over(ptr %team, ptr %seat)
+  br i1 %over, label %settle, label %retry
 settle:
-  %idle = icmp eq i64 %done.0, 0
+  %done = phi i64 [%done.0, %retry], [%done.0, %ask], [%done.2, %work]
+  %idle = icmp eq i64 %done, 0
   br i1 %idle, label %no, label %count
 count:
 {delay}
   %pending.p = getelementptr i8, ptr %team, i64 {t.PENDING}
-  %before = atomicrmw sub ptr %pending.p, i64 %done.0 acq_rel
-  %is.last = icmp eq i64 %before, %done.0
+  %before = atomicrmw sub ptr %pending.p, i64 %done acq_rel
+  %is.last = icmp eq i64 %before, %done
   br i1 %is.last, label %last.one, label %no
 last.one:
 {delay}
