@@ -14,9 +14,12 @@ from tests.lower.harness import BEST, HERE, check, check_engine
 import vivace
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
+from vivace.base.machine import isa
 from vivace.graph import reference
 from vivace.graph.build import Builder, constant
 from vivace.graph.graph import Graph, Type, Value
+from vivace.lower.lowering import lower
+from vivace.lower.plan import steps_of
 from vivace.onnx.exporter import export
 from vivace.onnx.importer import import_model
 from vivace.optimize.pipeline import optimize
@@ -271,3 +274,18 @@ def test_packed_weights_take_their_bits() -> None:
 def test_levels_are_stored_one_per_byte() -> None:
     assert weights(32, 4, 4, 32, "none")[0].data is not None
     assert DType.u4.numpy == np.dtype(ml_dtypes.uint4)
+
+
+def test_rows_are_split_once_for_the_products_that_share_them() -> None:
+    b = Builder()
+    x = b.input("x", Type(DType.f32, (symbol("S"), 96)))
+    made = [weights(96, n, 4, 32, "real") for n in (40, 70)]
+    ys = [b.matmul_blocks(b.input("one", Type(DType.f32, (1, 96))), *made[0], block=32)]
+    ys += [b.matmul_blocks(x, *w, block=32) for w in made]
+    graph = b.finish(ys)
+
+    def labels(target: str) -> list[str]:
+        return [s.label for s in steps_of(lower(graph, isa(target)).body)]
+
+    assert labels("avx512+amx_bf16+amx_tile") == ["matmul_blocks", "split", "matmul_blocks", "matmul_blocks"]
+    assert "split" not in labels("avx512")

@@ -10,6 +10,9 @@ that hold neighbouring steps of k of one column:
     scales   [panel][k / block][lanes], f32 or f16
     shifts   [panel][k / block][lanes]: the weight is (q - center + shift) * scale for i8, where center is 8 (or 128),
              and q * scale + shift for f32 and f16; (q - center) * scale where there are none
+
+`parts` and `sums`, where there, hold the rows of an A of f32 once more, as a `Split` leaves them: many rows are then
+multiplied on matrix units.
 """
 
 from __future__ import annotations
@@ -38,12 +41,14 @@ class BlockwiseProduct:
     out: Buffer
     epilogue: Expr | None = None
     extra: tuple[Buffer, ...] = ()
+    parts: Buffer | None = None
+    sums: Buffer | None = None
 
     @property
     def params(self) -> tuple[Buffer, ...]:
         """The buffers in calling order."""
-        shifts = () if self.shifts is None else (self.shifts,)
-        return tuple(dict.fromkeys((self.a, self.b, self.scales, *shifts, *self.extra, self.out)))
+        optional = [x for x in (self.shifts, self.parts, self.sums) if x is not None]
+        return tuple(dict.fromkeys((self.a, self.b, self.scales, *optional, *self.extra, self.out)))
 
     @property
     def dims(self) -> tuple[str, ...]:

@@ -13,10 +13,11 @@ from vivace.loops.blockwise import BlockwiseProduct
 from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Kernel
 from vivace.loops.pack import Pack
+from vivace.loops.split import Split
 from vivace.lower.choices import Site
 from vivace.lower.views import Storage, View
 
-Spec = Kernel | Contraction | Depthwise | BlockwiseProduct | Blocked | Pack
+Spec = Kernel | Contraction | Depthwise | BlockwiseProduct | Blocked | Pack | Split
 
 
 @dataclass(frozen=True, slots=True)

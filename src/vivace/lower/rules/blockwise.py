@@ -11,19 +11,22 @@ from functools import cache
 
 import numpy as np
 
-from vivace.base.dims import Dim, prod, symbol
+from vivace.base.dims import Dim, bounds, prod, symbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import UnsupportedError
 from vivace.base.mapped import forget
 from vivace.loops.blockwise import BlockwiseProduct
 from vivace.loops.contraction import Axis, Contraction, Packing, merge_axes
 from vivace.loops.kernel import Buffer, Expr
+from vivace.loops.split import TILE_STEPS, Split, split_sizes
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.pack_blockwise import PackedBlocks, blockwise_lanes, has_shifts, pack_blockwise
 from vivace.lower.rules.contraction import finish
 from vivace.lower.rules.epilogue import Epilogue, tail_flops
 from vivace.lower.views import View
+
+_LEAST_ROWS_IN_PARTS = 5  # fewer are multiplied as they are
 
 
 def lower_matmul_blocks(ctx: Lowering, g: Group) -> None:
@@ -95,12 +98,36 @@ def _emit(ctx: Lowering, g: Group, a: View, out: View, m: str, epilogue: Epilogu
         flat.buffer("out", writable=True), epilogue.expr if epilogue is not None else None, extra,
     )  # fmt: skip
     views: dict[Buffer, View] = {w.a: a, w.b: b, w.scales: scales, w.out: flat}
+    if _has_parts(ctx, w):
+        split = _parts(ctx, g, w, a)
+        w = replace(w, parts=split[0].buffer("parts"), sums=split[1].buffer("sums"))
+        views |= dict(zip((w.parts, w.sums), split))  # type: ignore[arg-type]
     if w.shifts is not None and shifts is not None:
         views[w.shifts] = shifts
     if epilogue is not None:
         views |= dict(zip(extra, epilogue.views, strict=True))
     ordered = [views[x] for x in w.params]
     ctx.emit("matmul_blocks", w, ordered, len(ordered) - 1, g.nodes, tail_flops(g))
+
+
+def _has_parts(ctx: Lowering, w: BlockwiseProduct) -> bool:
+    """Whether many rows go through matrix units."""
+    most = bounds(w.m.extent)[1]
+    is_many = most is None or most >= _LEAST_ROWS_IN_PARTS
+    return ctx.isa.has("amx_bf16") and w.a.dtype is DType.f32 and w.block % TILE_STEPS == 0 and is_many
+
+
+def _parts(ctx: Lowering, g: Group, w: BlockwiseProduct, a: View) -> tuple[View, View]:
+    """A in parts of bf16 and its sums, once for all products that read them."""
+    filled = w.n_blocks * w.block
+    if (a, filled) not in ctx.splits:
+        n_parts, n_sums = split_sizes(w.m.extent, filled)
+        views = ctx.temporary("parts", DType.bf16, (n_parts,)), ctx.temporary("sums", DType.f32, (n_sums,))
+        buffers = a.buffer("a"), views[0].buffer("parts", writable=True), views[1].buffer("sums", writable=True)
+        split = Split("k", w.m.extent, w.m.a, w.k, filled, _LEAST_ROWS_IN_PARTS, *buffers)
+        ctx.emit("split", split, [a, *views], (1, 2), (g.anchor,), 0)
+        ctx.splits[a, filled] = views
+    return ctx.splits[a, filled]
 
 
 def _weights(ctx: Lowering, g: Group) -> tuple[View, View, View | None]:

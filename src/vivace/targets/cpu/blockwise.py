@@ -2,8 +2,9 @@
 
 Few rows of A read the packed weights at the speed of memory: in integers where the CPU has the dot product of bytes
 (`blockwise_dot.py`), else in f32 (`blockwise_floats.py`). Many rows: each panel is turned into f32 in scratch once, or
-into bf16 where A is bf16, and the micro-kernels of contractions multiply it. A unit is one panel. Where the number of
-rows is known at run time only, the kernel holds both ways.
+into bf16 where A is bf16, and the micro-kernels of contractions multiply it; an f32 A that there is in parts of bf16
+meets it on matrix units (`blockwise_tiles.py`). A unit is one panel, there with as many rows as a cache holds. Where
+the number of rows is known at run time only, the kernel holds both ways.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from vivace.base.dims import Dim, bounds
+from vivace.base.dims import Dim, bounds, ceildiv
 from vivace.base.dtypes import DType
 from vivace.base.errors import UnsupportedError
-from vivace.base.machine import Isa
+from vivace.base.machine import Isa, host
 from vivace.loops.blockwise import BlockwiseProduct
 from vivace.loops.kernel import Buffer
+from vivace.loops.split import N_PARTS, TILE_ROWS
 from vivace.lower.arithmetic import arithmetic_of
 from vivace.lower.tile import Tile, choose_tile
 from vivace.targets.cpu.blockwise_dot import (
@@ -30,6 +32,18 @@ from vivace.targets.cpu.blockwise_dot import (
     row_bytes,
 )
 from vivace.targets.cpu.blockwise_floats import float_function, float_symbol
+from vivace.targets.cpu.blockwise_tiles import (
+    GROUPS,
+    Rows,
+    configure,
+    multiply_rows,
+    prepare_panel,
+    row_function,
+    rows_at_once,
+    scratch_bytes,
+    sums_bytes,
+    tiles_function,
+)
 from vivace.targets.cpu.blockwise_weights import Panel, dequantize
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.contraction import kernel_of_tile
@@ -61,16 +75,29 @@ def emit_blockwise(w: BlockwiseProduct, isa: Isa) -> KernelCode:
         texts += [float_function(w, p, size, tail) for size in sizes for tail in tails]
         if has_dot(w, isa):
             texts += [dot_function(w, p, size, tail) for size in sizes for tail in tails]
-    if is_staged:
+    if is_staged and w.parts is not None:
+        texts += [tiles_function(w, isa, 1), tiles_function(w, isa, GROUPS)]
+        texts += [row_function(w, p, tail) for tail in tails]
+        texts += [float_function(w, p, 1, tail) for tail in tails if not is_direct or 1 not in sizes]
+    elif is_staged:
         texts += [kernel_of_tile(p, *v) for v in variants(p)]
     declares: dict[str, str] = {}
     for _, declared in texts:
         declares |= declared
     attributes = f"attributes #0 = {{ {kernel_attributes(isa)} }}"
     text = "\n".join([*(x for x, _ in texts), *declares.values(), "!0 = !{}", attributes, ""])
-    staged = w.n_blocks * w.block * w.lanes * p.ar.b_bytes if is_staged else 0
+    staged = (
+        (w.n_blocks * w.block * w.lanes * p.ar.b_bytes if w.parts is None else scratch_bytes(w)) if is_staged else 0
+    )
+    units: Dim = w.n_panels
+    if w.parts is not None:
+        units = units * ceildiv(w.m.extent, _block_rows(w))
     direct = _MOST_DIRECT_ROWS * (row_bytes(w) + record_row_bytes(w)) + _LINE if is_direct and has_dot(w, isa) else 0
-    return KernelCode(w.name, text, w.params, w.dims, w.n_panels, 1, max(staged, direct), "light")
+    return KernelCode(w.name, text, w.params, w.dims, units, 1, max(staged, direct), "light")
+
+
+def _block_rows(w: BlockwiseProduct) -> int:
+    return rows_at_once(w, host().cache_bytes(2))
 
 
 def _direct_sizes(w: BlockwiseProduct, isa: Isa) -> tuple[int, ...]:
@@ -113,8 +140,11 @@ def _driver(
         t.jump(done)
     if is_staged:
         t.start(many)
-        with t.loop("%begin", "%end") as number:
-            _many_rows(t, w, p, dims, a, whole.block(t, w, t.mul(number, w.n_blocks)), out, t.mul(number, w.lanes))
+        if w.parts is not None:
+            _many_parts(t, w, p, dims, n_rows, Rows(a, *_split(t, w, p), out), whole, tails)
+        else:
+            with t.loop("%begin", "%end") as number:
+                _many_rows(t, w, p, dims, a, whole.block(t, w, t.mul(number, w.n_blocks)), out, t.mul(number, w.lanes))
         if p.ar.is_tile:
             release(t)
         t.jump(done)
@@ -214,7 +244,7 @@ def _many_rows(
     t: Text, w: BlockwiseProduct, p: Plan, dims: Mapping[str, Int], a: str, panel: Panel, out: str, first: Int
 ) -> None:
     """One panel: made in scratch as narrower ones, then multiplied with all rows."""
-    dequantize(t, w, p, panel)
+    dequantize(t, w, p.isa, p.ar, p.tile.lanes, panel)
     panel_bytes = w.n_blocks * w.block // p.ar.group * p.row_bytes
     tails = [tail for tail, there in ((False, p.has_full_panel), (True, p.tail_vectors > 0)) if there]
     with t.loop(0, w.lanes // p.tile.lanes) as part:
@@ -226,6 +256,36 @@ def _many_rows(
         _by_panel(t, p.tile.lanes, w.n, n, tails, lambda tail: _tiles(t, w, p, dims, a, b, corner, n, tail))
         t.jump(absent)
         t.start(absent)
+
+
+def _split(t: Text, w: BlockwiseProduct, p: Plan) -> tuple[str, str]:
+    assert w.parts is not None and w.sums is not None
+    return base_of(t, p, w.parts), base_of(t, p, w.sums)
+
+
+def _many_parts(
+    t: Text, w: BlockwiseProduct, p: Plan, dims: Mapping[str, Int], n_rows: Int, rows: Rows, whole: Panel,
+    tails: list[bool],
+) -> None:  # fmt: skip
+    """A range of units on matrix units: blocks of rows, within them panels."""
+    configure(t, w)
+    most, height = _block_rows(w), GROUPS * TILE_ROWS
+    row_bytes = w.n_blocks * w.block * N_PARTS * 2
+    with t.loop("%begin", "%end") as unit:
+        block, number = t.divmod(unit, w.n_panels)
+        n, start = t.mul(number, w.lanes), t.mul(block, most)
+        panel = whole.block(t, w, t.mul(number, w.n_blocks))
+        prepare_panel(t, w, p.isa, panel)
+        with t.loop(start, t.minimum(t.add(start, most), n_rows), height) as row:
+            these = Rows(
+                _row(t, dims, rows.a, w.m.a, 4, row),
+                t.at(rows.parts, t.mul(row, row_bytes)),
+                t.at(rows.sums, t.mul(t.divmod(row, TILE_ROWS)[0], sums_bytes(w))),
+                t.at(_row(t, dims, rows.out, w.m.out, p.out_bytes, row), t.mul(n, p.out_bytes)),
+            )
+            left = t.sub(n_rows, row)
+            _by_panel(t, w.lanes, w.n, n, tails, lambda tail: multiply_rows(t, w, p, these, panel, n, row, left, tail))
+    release(t)
 
 
 def _tiles(

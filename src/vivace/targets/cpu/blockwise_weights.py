@@ -11,7 +11,7 @@ from vivace.base.dtypes import DType
 from vivace.base.machine import Isa
 from vivace.loops.blockwise import BlockwiseProduct
 from vivace.loops.kernel import Buffer
-from vivace.targets.cpu.contraction_plan import Plan
+from vivace.lower.arithmetic import Arithmetic
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.contraction_vector import load, store, vector_type
 
@@ -105,23 +105,27 @@ def _bit_of(step: int, bits: int) -> int:
     return 8 * (step % 4) + 4 * (step // 4) if bits == 4 else 8 * step
 
 
-def dequantize(t: Text, w: BlockwiseProduct, p: Plan, panel: Panel) -> None:
-    """Makes the panel in scratch as `p.ar` wants it: f32, or pairs of bf16; panels of the tile's width side by side."""
-    isa, weights, kind = p.isa, Weights(w, p.isa), vector_type(p.isa)
-    width, group = isa.n_f32_lanes, p.ar.group
-    row_bytes, per_panel = p.row_bytes, p.tile.lanes // isa.n_f32_lanes
+def dequantize(
+    t: Text, w: BlockwiseProduct, isa: Isa, ar: Arithmetic, lanes: int, panel: Panel, is_scaled: bool = True
+) -> None:
+    """Makes the panel in scratch as an arithmetic wants it, f32 or pairs of bf16, `lanes` columns after the other.
+    Unless `is_scaled`, what scales multiply: q - zero point.
+    """
+    weights, kind = Weights(w, isa), vector_type(isa)
+    width, group = isa.n_f32_lanes, ar.group
+    row_bytes, per_panel = lanes * ar.lane_bytes, lanes // isa.n_f32_lanes
     panel_bytes = w.n_blocks * w.block // group * row_bytes
     vectors = w.lanes // width
     with t.loop(0, w.n_blocks) as i:
         at = panel.block(t, w, i)
         to = t.at("%scratch", t.mul(i, w.block // group * row_bytes))
-        scales = [weights.scale(t, at.scales, v) for v in range(vectors)]
+        scales = [weights.scale(t, at.scales, v) if is_scaled else "" for v in range(vectors)]
         shifts = [weights.shift(t, at.shifts, v) for v in range(vectors)]
         with t.loop(0, w.block // w.steps) as g:
             b, rows = t.at(at.b, t.mul(g, weights.group_bytes)), t.at(to, t.mul(g, w.steps // group * row_bytes))
             for v in range(vectors):
                 level = weights.levels(t, b, v)
-                place = t.at(rows, v // per_panel * panel_bytes + v % per_panel * width * p.ar.lane_bytes)
+                place = t.at(rows, v // per_panel * panel_bytes + v % per_panel * width * ar.lane_bytes)
                 made = [_weight(t, kind, w, level(s), scales[v], shifts[v]) for s in range(w.steps)]
                 for s in range(0, w.steps, group):
                     value = made[s] if group == 1 else _pair(t, isa, made[s], made[s + 1])
@@ -129,11 +133,11 @@ def dequantize(t: Text, w: BlockwiseProduct, p: Plan, panel: Panel) -> None:
 
 
 def _weight(t: Text, kind: str, w: BlockwiseProduct, level: str, scale: str, shift: str) -> str:
-    if w.shifts is None:
-        return t.op(f"fmul {kind} {level}, {scale}")
-    if w.shifts.dtype.is_float:
-        return t.op(f"fadd {kind} {t.op(f'fmul {kind} {level}, {scale}')}, {shift}")
-    return t.op(f"fmul {kind} {t.op(f'fadd {kind} {level}, {shift}')}, {scale}")
+    """A weight, or without a scale the integer that it multiplies."""
+    if w.shifts is not None and w.shifts.dtype.is_float:
+        return t.op(f"fadd {kind} {t.op(f'fmul {kind} {level}, {scale}')}, {shift}") if scale else level
+    moved = level if w.shifts is None else t.op(f"fadd {kind} {level}, {shift}")
+    return t.op(f"fmul {kind} {moved}, {scale}") if scale else moved
 
 
 def _pair(t: Text, isa: Isa, low: str, high: str) -> str:

@@ -15,6 +15,7 @@ from vivace.loops.blockwise import BlockwiseProduct
 from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Kernel
 from vivace.loops.pack import Pack
+from vivace.loops.split import Split
 from vivace.lower.choices import DEFAULT, NO_CHOICES, Choice, Choices
 from vivace.lower.tile import choose_tile
 from vivace.targets.cpu import jit
@@ -23,7 +24,7 @@ from vivace.targets.cpu.contraction import emit_contraction
 from vivace.targets.cpu.llvm import emit_kernel
 
 _MOST_THREADS = 8  # writing the text takes a fifth of the time of compiling it, and is done by one thread
-Spec = Kernel | Contraction | Depthwise | BlockwiseProduct | Blocked | Pack
+Spec = Kernel | Contraction | Depthwise | BlockwiseProduct | Blocked | Pack | Split
 Known = dict[tuple[str, Choice], tuple[KernelCode, bytes]]  # kernels by spec and choice
 
 
@@ -42,6 +43,10 @@ def emit(spec: Spec, isa: Isa, choices: Choices = NO_CHOICES) -> KernelCode:
             from vivace.targets.cpu.pack import emit_pack
 
             return emit_pack(spec, isa)
+        case Split():
+            from vivace.targets.cpu.split import emit_split
+
+            return emit_split(spec, isa)
         case BlockwiseProduct():
             from vivace.targets.cpu.blockwise import emit_blockwise
 
