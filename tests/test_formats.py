@@ -155,6 +155,38 @@ def test_engine(with_samples: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert vivace.load(tmp_path / "m.vivace").stats["layers"] == layers
 
 
+def test_bytes_that_are_slower_than_f32_are_undone() -> None:
+    fake = Fake({"a": 4, "b": 4, "c": 4}, {"a": 1, "b": 1, "c": 5}, dict.fromkeys("abc", 0.0))
+    found = decide(["a", "b", "c"], ["bf16"], fake, 1.0, {"b", "c"})
+    assert found.formats == {"a": "bf16", "b": "f32"} and [x.format for x in found.layers] == ["bf16", "f32", "i8"]
+    assert found.layers[2].reason == "no faster than i8"
+
+
+def test_engine_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The times are made up: the first product of bytes is faster in f32, where its results are the same."""
+
+    def seconds(engines: Engines, formats: Mapping[str, str]) -> dict[str, float]:
+        return {x: 0.5 if formats.get(x) == "f32" and x == engines.layers[0] else 1.0 for x in engines.layers}
+
+    monkeypatch.setattr(Engines, "seconds", seconds)
+    monkeypatch.setattr(Engines, "whole", lambda engines, formats: (5.0, 3.0))
+
+    def products_of_bytes(b: Builder, q: Value) -> Value:
+        for i in range(2):
+            w = b.const(np.random.default_rng(i).integers(-128, 128, (24 + 8 * i, 32)).astype(np.int8))
+            total = b.cast(b.matmul_integer(q, w, b.const(np.uint8(3))), to=F32)
+            q = b.quantize(b.mul(total, b.const(np.float32(0.01))), b.const(np.float32(1)), b.const(np.uint8(3)))
+        return q
+
+    graph = build(products_of_bytes, Type(DType.u8, (5, 24)))
+    auto, plain = (vivace.compile(graph, threads=1, **given) for given in ({"precision": "auto", "max_drop": 0.0}, {}))
+    layers = cast(list[dict[str, Any]], auto.stats["layers"])
+    assert [x["format"] for x in layers] == ["f32", "i8"] and layers[1]["reason"] == "no faster than i8"
+    feeds = {graph.inputs[0].name: np.random.default_rng(0).integers(0, 256, (5, 24)).astype(np.uint8)}
+    for name, want in plain.run(feeds).items():
+        np.testing.assert_array_equal(auto.run(feeds)[name], want)
+
+
 def test_a_tolerance_is_asked_for() -> None:
     with pytest.raises(InputError, match="tolerance"):
         vivace.compile(graph_of_chain(), precision="auto")

@@ -25,6 +25,8 @@ from vivace.options import Options, Progress, checked_shapes, choose_isa, thread
 if TYPE_CHECKING:
     import numpy as np
 
+    from vivace.graph.graph import Graph
+    from vivace.lower.plan import Plan
     from vivace.runtime.engine import Engine
     from vivace.runtime.partitioned import PartitionedEngine
 
@@ -70,7 +72,8 @@ def compile(
     inputs in `calibration` the error against f32 is measured on them, `engine.stats["precision_error"]`.
     `auto` chooses by layer: a narrow format is kept where it measures faster and the outputs stay within `max_drop` of
     those in f32 by `metric` (relative, max_absolute, top1, cosine; `vivace.formats`), on the inputs in `calibration`,
-    or else on seeded ones. `engine.stats["layers"]` tells each layer's format, its error alone, and the time saved.
+    or else on seeded ones; products of bytes in a quantized model run in f32 where that measures faster.
+    `engine.stats["layers"]` tells each layer's format, its error alone, and the time saved.
     Raises: ModelError, UnsupportedError (a node has no provider), InputError (a bad option).
     """
     if precision not in PRECISIONS:
@@ -133,6 +136,7 @@ def _automatic(
     from vivace.base.dtypes import DType
     from vivace.formats import METRICS, Engines, decide, regions
     from vivace.graph.sizes import late_nodes
+    from vivace.lower.choices import FLOATS, Choice, Choices
     from vivace.lower.precision import narrow, products
     from vivace.lower.rules.half_products import is_fast_half
     from vivace.measure.inputs import choose_shapes, generate
@@ -146,12 +150,17 @@ def _automatic(
     halves = [h for h in (DType.bf16, DType.f16) if is_fast_half(h, options.target) or knobs.emulate]
     loaded = load_graph(job.source, job.shapes)
     graph = optimize_for_native(loaded, options.level, options.kept)
-    layers = regions([(onnx_names(n), n.outputs[0]) for n in products(graph)])
-    if not halves or not layers or late_nodes(loaded) or textual_nodes(loaded):
+    floats = regions([(onnx_names(n), n.outputs[0]) for n in products(graph)] if halves else [])
+    is_cut = bool(late_nodes(loaded) or textual_nodes(loaded))
+    lowering = (options.target, options.providers, options.without)
+    plain = [] if is_cut else _byte_sites(loaded, make_plan(graph, *lowering, threads=options.threads))
+    integers = regions(plain, len(plain))
+    layers = {x: r.nodes for x, r in integers.items()} | {x: r.nodes for x, r in floats.items()}
+    if not layers or is_cut:
         why = (
-            f"{options.target.name} has no products of bf16 or f16 with f32 sums" if not halves
-            else "no layer multiplies floats" if not layers
-            else "a model that is cut into parts gets no formats by layer"
+            "a model that is cut into parts gets no formats by layer" if is_cut
+            else "no layer multiplies floats" if halves
+            else f"{options.target.name} has no products of bf16 or f16 with f32 sums"
         )  # fmt: skip
         warn("precision", f"{why}: computed in f32")
         engine = exact.native()
@@ -161,24 +170,39 @@ def _automatic(
     def make(formats: Mapping[str, str]) -> Engine:
         narrowed = graph
         for half in halves:
-            only = [v for x, f in formats.items() if f == half.value for v in layers[x].values]
+            only = [v for x, f in formats.items() if f == half.value for v in floats[x].values]
             narrowed = narrow(narrowed, half, only).graph if only else narrowed
-        plan = make_plan(narrowed, options.target, options.providers, options.without, threads=options.threads)
-        image = link_image(plan, options.target, options.cache, options.progress)
+        choices = Choices({key: Choice(way=FLOATS) for x in formats if x in integers for key in integers[x].values})
+        plan = make_plan(narrowed, *lowering, choices, threads=options.threads)
+        image = link_image(plan, options.target, options.cache, options.progress, choices)
         return make_engine(plan, image, options, placements(image), job.portable)
 
     def given(engine: Engine) -> Sequence[Mapping[str, np.ndarray]]:
         shapes, _ = choose_shapes(engine.inputs, {k: tuple(v) for k, v in (job.shapes or {}).items()})
         return samples or [generate(engine.inputs, shapes, seed) for seed in range(3)]
 
-    layer_of = {name: x for x, region in layers.items() for name in region.nodes}
+    layer_of = {name: x for x, names in layers.items() for name in names}
     measure = Engines(make, list(layers), layer_of, given, metric)
-    decision = decide(list(layers), [h.value for h in halves], measure, max_drop)
+    decision = decide(list(layers), [h.value for h in halves], measure, max_drop, integers)
     engine = measure.engine(decision.formats)
     measured_on = f"{len(samples)} given inputs" if samples else "3 sets of seeded inputs, for want of calibration"
     engine.facts.update(precision="auto", max_drop=max_drop, metric=metric, measured_on=measured_on, **options.facts)
     engine.facts.update(decision.facts())
     return engine
+
+
+def _byte_sites(loaded: Graph, plan: Plan) -> list[tuple[list[str], str]]:
+    """The sites of integer products that could be f32, by key, with the ONNX nodes that multiply there."""
+    from vivace.lower.choices import FLOATS
+    from vivace.lower.plan import steps_of
+
+    products = {name for n in loaded.walk() if n.op.kind == "contraction" for name in onnx_names(n)}
+    found: dict[str, list[str]] = {}
+    for step in steps_of(plan.body):
+        if step.site is not None and FLOATS in step.site.ways:
+            names = [x for n in step.nodes for x in onnx_names(n)]
+            found.setdefault(step.site.key, []).extend(dict.fromkeys(x for x in names if x in products))
+    return [(names, key) for key, names in found.items()]
 
 
 def load(path: str | Path, *, threads: int | None = None) -> Engine | PartitionedEngine:

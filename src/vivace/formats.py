@@ -8,6 +8,9 @@ Rules:
 * MEASURED: a layer that is not faster in a narrow format stays f32. What is kept is measured again as a whole: layers
   that lost by the casts around them are dropped, and all are where the engine is not faster than in f32.
 * WITHIN: the error of the engine that is returned was measured on the samples, and is at most `max_drop`.
+* BYTES: a product of bytes in a quantized model is a layer of its own, whose other format is f32, with the numbers as
+  they were quantized (`lower/rules/floats.py`): where bytes are slower, they are undone. Equal products are one layer,
+  however many there are: only errors take an engine each, and few layers of bytes are slower.
 * LAYER: a product (or attention) with what follows it up to the next one. A model with more than `MOST_LAYERS` is cut
   into as many runs of neighbours, each of which is decided as one.
 
@@ -19,22 +22,23 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import median
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from vivace.base.errors import InputError
 
 if TYPE_CHECKING:
-    from vivace.graph.graph import Value
     from vivace.runtime.engine import Engine
     from vivace.runtime.partitioned import PartitionedEngine
 
 MOST_LAYERS = 32
 N_ROUNDS, LEAST_GAIN = 9, 0.02  # a layer must win by more than the noise of a median of 9
+F32, BYTES = "f32", "i8"
+T = TypeVar("T")
 Arrays = Mapping[str, np.ndarray]
 Assignment = Mapping[str, str]  # format by layer
 
@@ -86,20 +90,20 @@ def drop(metric: str, got: Arrays, want: Arrays) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Region:
-    """Neighbouring products that are decided as one: the ONNX nodes they come from, and their results."""
+class Region(Generic[T]):
+    """Neighbouring products that are decided as one: the ONNX nodes they come from, and their results or sites."""
 
     nodes: tuple[str, ...]
-    values: tuple[Value, ...]
+    values: tuple[T, ...]
 
 
-def regions(products: Sequence[tuple[Sequence[str], Value]]) -> dict[str, Region]:
-    """At most `MOST_LAYERS` regions of the products, by name (rule LAYER)."""
-    size = -(-len(products) // MOST_LAYERS)
-    found: dict[str, Region] = {}
+def regions(products: Sequence[tuple[Sequence[str], T]], most: int | None = None) -> dict[str, Region[T]]:
+    """At most `most` regions of the products, by name; `MOST_LAYERS` unless told (rule LAYER)."""
+    size = -(-len(products) // (most or MOST_LAYERS))
+    found: dict[str, Region[T]] = {}
     for i in range(0, len(products), max(size, 1)):
         some = products[i : i + size]
-        names = [nodes[0] if nodes else v.name for nodes, v in some]
+        names = [nodes[0] if nodes else str(v) for nodes, v in some]
         label = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
         label = label if label not in found else f"{label} ({i})"
         found[label] = Region(tuple(n for nodes, _ in some for n in nodes), tuple(v for _, v in some))
@@ -135,29 +139,33 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """The format of each layer, and what that comes to."""
+    """The format of each layer, those that are not its own one, and what that comes to."""
 
     layers: tuple[Layer, ...]
+    formats: dict[str, str]
     error: float
     f32_ms: float
     ms: float
-
-    @property
-    def formats(self) -> dict[str, str]:
-        return {x.layer: x.format for x in self.layers if x.format != "f32"}
 
     def facts(self) -> dict[str, object]:
         rows = [asdict(x) for x in self.layers]
         return {"layers": rows, "error": self.error, "f32_ms": self.f32_ms, "auto_ms": self.ms}
 
 
-def decide(layers: Sequence[str], formats: Sequence[str], measure: Measure, max_drop: float) -> Decision:
-    """The formats that save most time within a tolerance."""
+def decide(
+    layers: Sequence[str], formats: Sequence[str], measure: Measure, max_drop: float, integers: Collection[str] = ()
+) -> Decision:
+    """The formats that save most time within a tolerance. Of `layers` those in `integers` are bytes as they are, and
+    may be f32 (rule BYTES); the others are f32, and may be of `formats`.
+    """
+    own = {x: BYTES if x in integers else F32 for x in layers}
+    slower_than_own = {x: f"no faster than {own[x]}" for x in layers}
     exact = measure.seconds({})
     best: dict[str, tuple[str, float]] = {}
-    for f in formats:
-        narrow = measure.seconds(dict.fromkeys(layers, f))
-        for x in layers:
+    for f in (*formats, *([F32] if integers else [])):
+        able = [x for x in layers if (own[x] == BYTES) == (f == F32)]
+        narrow = measure.seconds(dict.fromkeys(able, f))
+        for x in able:
             gain = exact[x] - narrow[x]
             if gain > LEAST_GAIN * exact[x] and gain > best.get(x, ("", 0.0))[1]:
                 best[x] = (f, gain)
@@ -182,7 +190,7 @@ def decide(layers: Sequence[str], formats: Sequence[str], measure: Measure, max_
         slower = [x for x in kept if now[x] >= exact[x]]
         if not slower:
             break
-        why |= dict.fromkeys(slower, "no faster than f32")
+        why |= {x: slower_than_own[x] for x in slower}
         kept = {x: f for x, f in kept.items() if x not in slower}
     while kept and measure.error(kept) > max_drop:  # rule WITHIN, where errors had cancelled
         last = max(kept, key=able.index)
@@ -190,14 +198,14 @@ def decide(layers: Sequence[str], formats: Sequence[str], measure: Measure, max_
         del kept[last]
     f32, whole = measure.whole(kept) if kept else (sum(exact.values()), sum(exact.values()))
     if kept and whole >= f32:
-        why |= dict.fromkeys(kept, "the engine was no faster than in f32")
+        why |= {x: f"the engine was no faster than in {own[x]}" for x in kept}
         kept, whole = {}, f32
     rows = tuple(
-        Layer(x, kept.get(x, "f32"), errors.get(x, 0.0), 1e3 * gains[x] if x in kept else 0.0,
-              "" if x in kept else why.get(x, "no faster than f32"))
+        Layer(x, kept.get(x, own[x]), errors.get(x, 0.0), 1e3 * gains[x] if x in kept else 0.0,
+              "" if x in kept else why.get(x, slower_than_own[x]))
         for x in layers
     )  # fmt: skip
-    return Decision(rows, measure.error(kept) if kept else 0.0, 1e3 * f32, 1e3 * whole)
+    return Decision(rows, kept, measure.error(kept) if kept else 0.0, 1e3 * f32, 1e3 * whole)
 
 
 class Engines:

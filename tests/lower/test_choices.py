@@ -17,8 +17,9 @@ from vivace.graph import reference
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type, Value
 from vivace.loops.blocked import Blocked
-from vivace.loops.contraction import Contraction
-from vivace.lower.choices import DEFAULT, Choice, Choices, Site
+from vivace.loops.contraction import Contraction, Depthwise
+from vivace.lower.candidates import Rates, neighbours
+from vivace.lower.choices import DEFAULT, FLOATS, Choice, Choices, Site
 from vivace.lower.lowering import lower
 from vivace.lower.plan import Plan, steps_of
 from vivace.runtime.engine import Engine
@@ -156,3 +157,36 @@ def test_weights_are_packed_once_for_several_plans() -> None:
     first, second = (lower(graph, ISA, packed=packed) for _ in range(2))  # type: ignore[arg-type]
     constants = [[s for s in p.storages if s.kind == "constant"] for p in (first, second)]
     assert constants[0] == constants[1] and len(constants[0]) == 2
+
+
+def bytes_of(b: Builder, q: Value, kind: str) -> Value:
+    """A product of bytes with its scale, as quantized models have it."""
+    random = np.random.default_rng(3)
+    scale, zero = b.const(np.float32(0.01)), b.const(np.uint8(7))
+    shape = {"matmul": (24, 40), "depthwise": (24, 1, 3, 3)}.get(kind, (40, 24, 3, 3))
+    w = b.const(random.integers(-128, 128, shape).astype(np.int8))
+    bias = b.const(random.integers(-999, 999, 24 if kind == "depthwise" else 40).astype(np.int32))
+    if kind == "matmul":
+        total = b.matmul_integer(q, w, zero, bias)
+    else:
+        total = b.conv_integer(q, w, zero, bias, strides=(1, 1), dilations=(1, 1), before=(1, 1), after=(1, 1),
+                               group=24 if kind == "depthwise" else 1, layout="NHWC")  # fmt: skip
+    return b.quantize(b.mul(b.cast(total, to=DType.f32), scale), b.const(np.float32(1)), zero)
+
+
+@pytest.mark.parametrize("kind", ["matmul", "conv", "depthwise"])
+def test_products_of_bytes_may_be_chosen_to_run_in_f32(kind: str) -> None:
+    """The same bytes, from a product of f32 and a step that widens; both belong to the site that was chosen."""
+    graph = build(lambda b, q: bytes_of(b, q, kind), Type(DType.u8, (1, 9, 11, 24)))
+    (site,) = sites_of(lower(graph, ISA))
+    assert site.ways == ("direct", FLOATS)
+    choices = Choices({site.key: Choice(way=FLOATS)})
+    plan = lower(graph, ISA, choices=choices)
+    assert [s.key for s in sites_of(plan)] == [site.key] * 2
+    product = steps_of(plan.body)[-1].spec
+    assert isinstance(product, (Contraction, Depthwise)) and product.a.dtype is product.b.dtype is DType.f32
+    q = np.random.default_rng(0).integers(0, 256, (1, 9, 11, 24)).astype(np.uint8)
+    np.testing.assert_array_equal(run(plan, choices, q), reference.evaluate(graph, [q])[0])
+    choices_near = neighbours(site, Choice(), ISA, Rates({"f32": 100.0, "i8": 3000.0}, 100.0, 20.0, 1))
+    assert Choice(way=FLOATS) in choices_near
+    assert not any(c.way == FLOATS and c != Choice(way=FLOATS) for c in choices_near)

@@ -290,4 +290,6 @@ def _print_layers(layers: Sequence[Mapping[str, Any]]) -> None:
     from vivace.cli.console import print_table
 
     rows = [[x["layer"], x["format"], f"{x['error']:.2g}", f"{x['saved_ms']:.3f}", x["reason"]] for x in layers]
-    print_table("precision by layer", ["layer", "format", "error", "saved ms", "f32 because of"], rows, left=2)
+    print_table(
+        "precision by layer", ["layer", "format", "error", "saved ms", "its own format because of"], rows, left=2
+    )

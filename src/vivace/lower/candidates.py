@@ -20,11 +20,12 @@ from vivace.base.dims import Dim, prod
 from vivace.base.machine import Isa, Machine, host
 from vivace.loops.contraction import Contraction, Depthwise, merge_axes
 from vivace.lower.arithmetic import arithmetic_of
-from vivace.lower.choices import DIRECT, Choice, Site
+from vivace.lower.choices import DIRECT, FLOATS, Choice, Site
 from vivace.lower.rules import winograd
 from vivace.lower.tile import MOST_VECTORS, Tile, choose_tile, max_rows, pieces
 
 HOPELESS = 1.6  # times the best prediction; the model is right within that
+CHEAP_NS = 30_000.0  # of another format: what follows a product of bytes may take ten times what the model sees of it
 _GUESS = 64  # for symbolic dims
 _LATENCY = 8  # accumulators that keep two multiply-add units busy: 4 cycles each
 _CLAIM_NS = 60.0  # handing out a unit, and the first misses in it
@@ -49,16 +50,19 @@ def neighbours(site: Site, now: Choice, isa: Isa, rates: Rates) -> list[Choice]:
     found.pop(_made(site, now, isa, machine), None)
     ns = {c: predict(site, c, isa, machine, rates) for c in found.values()}
     hopeless = HOPELESS * min([predict(site, now, isa, machine, rates), *ns.values()])
-    return sorted((c for c in ns if ns[c] <= hopeless), key=lambda c: ns[c])
+    tried = [c for c in ns if ns[c] <= hopeless or (c.way == FLOATS and ns[c] <= CHEAP_NS)]
+    return sorted(tried, key=lambda c: (c.way != FLOATS, ns[c]))
 
 
 def predict(site: Site, choice: Choice, isa: Isa, machine: Machine, rates: Rates) -> float:
     """Nanoseconds that a site takes, roughly."""
     c = site.spec
+    way = choice.way or (site.ways[0] if site.ways else DIRECT)
     if isinstance(c, Depthwise):
         return 0.0  # all alike to the model: bound by the caches
     c = merge_axes(c)
-    way = choice.way or (site.ways[0] if site.ways else DIRECT)
+    if way == FLOATS:
+        return 2.0 * _known(prod([x.extent for x in (*c.batch, *c.rows, *c.taps)]) * c.n) / rates.operations["f32"]
     kind = "f32" if c.a.dtype.is_float and c.a.dtype.size_bytes > 2 else "bf16" if c.a.dtype.is_float else "i8"
     peak = rates.operations.get(kind, rates.operations["f32"])
     if way != DIRECT:
@@ -123,11 +127,15 @@ def _made(site: Site, choice: Choice, isa: Isa, machine: Machine) -> object:
 def _changed(site: Site, now: Choice, isa: Isa, machine: Machine) -> Iterator[Choice]:
     c = site.spec
     if isinstance(c, Depthwise):
-        yield from _changed_depthwise(c, now)
+        yield from (Choice(way=way) for way in site.ways)
+        if now.way != FLOATS:
+            yield from _changed_depthwise(c, now)
         return
     for way in site.ways:
         yield Choice(way=way)
     way = now.way or (site.ways[0] if site.ways else DIRECT)
+    if way == FLOATS:
+        return
     if way != DIRECT:
         yield from _changed_winograd(c, now)
         return

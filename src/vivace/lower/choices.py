@@ -16,16 +16,17 @@ from vivace.loops.contraction import Contraction, Depthwise, Packing, contractio
 from vivace.loops.kernel import Buffer
 
 DIRECT = "direct"  # a convolution without Winograd
+FLOATS = "f32"  # a product of bytes in f32 (`rules/floats.py`)
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
     """What differs from the default; None leaves a setting to the cost model.
 
-    `way` is `direct`, or the size of Winograd tiles: `2x4`. `lanes` are columns per panel of packed B, `rows` the most
-    rows of a tile. The other settings are those of `Tile`; `tiles` and `panels` make a unit, and in Winograd `tiles`
-    make a block. Of a depthwise convolution `rows` are the most columns of a tile, `tiles` the rows of a unit, `panels`
-    its vectors.
+    `way` is `direct`, the size of Winograd tiles, such as `2x4`, or of a product of bytes `f32`. `lanes` are columns
+    per panel of packed B, `rows` the most rows of a tile. The other settings are those of `Tile`; `tiles` and `panels`
+    make a unit, and in Winograd `tiles` make a block. Of a depthwise convolution `rows` are the most columns of a tile,
+    `tiles` the rows of a unit, `panels` its vectors.
     """
 
     way: str | None = None

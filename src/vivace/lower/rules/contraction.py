@@ -218,8 +218,9 @@ def finish(ctx: Lowering, g: Group, result: View) -> None:
 # ---- convolutions ---------------------------------------------------------------------------------------------------
 
 
-def lower_conv(ctx: Lowering, g: Group) -> None:
-    """A convolution without pads (see `prepare`): over channels-last views as one contraction per group."""
+def lower_conv(ctx: Lowering, g: Group, is_exact: bool = False) -> None:
+    """A convolution without pads (see `prepare`): over channels-last views as one contraction per group. An exact one
+    is never Winograd's."""
     node = g.anchor
     x_value, w_value = node.inputs[0], node.inputs[1]
     bias_value = node.inputs[2] if len(node.inputs) > 2 else None
@@ -273,7 +274,7 @@ def lower_conv(ctx: Lowering, g: Group) -> None:
     )
     choice = ctx.choices.of(wanted)
     is_fast = half and is_fast_half(x.dtype, ctx.isa)
-    ways = () if "winograd" in ctx.without else winograd.ways(node, ctx.isa, is_fast)
+    ways = () if is_exact or "winograd" in ctx.without else winograd.ways(node, ctx.isa, is_fast)
     if m := winograd.size_of(choice.way if choice.way in ways else next(iter(ways), DIRECT)):
         winograd.lower_winograd(ctx, g, m, x, out, bias, last, Site(ctx.choices.key(wanted), wanted, ways), choice)
     elif is_narrow:

@@ -21,13 +21,13 @@ from vivace.graph.graph import Value
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
 from vivace.loops.kernel import Binary, Buffer, Cast, Expr, Read
 from vivace.lower.arithmetic import activation_offset, arithmetic_of, depthwise_offset
-from vivace.lower.choices import Site
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.pack import contiguous_run, pack_groups
 from vivace.lower.rules.contraction import emit_contraction
 from vivace.lower.rules.elementwise import Params
 from vivace.lower.rules.epilogue import Epilogue, tail_flops
+from vivace.lower.rules.floats import byte_site, lower_in_floats
 from vivace.lower.rules.half_products import unpacked
 from vivace.lower.tile import panel_lanes
 from vivace.lower.views import View
@@ -124,6 +124,8 @@ def lower_matmul_integer(ctx: Lowering, g: Group) -> None:
     start = _Start(ctx, g, w_value, _sums(w_value, (0,)), c.a_offset)
     epilogue = Epilogue(ctx, g, lambda p: start.expr(p, y.shape, index, y.rank - 1), index)
     c = replace(c, epilogue=epilogue.expr, extra=epilogue.extra)
+    if lower_in_floats(ctx, g, byte_site(ctx, g, c)):
+        return
     w, packing = _packed(ctx, w_value, c, w_value.data[None])
     _emit(ctx, "matmul_integer", replace(c, b=w.buffer("b"), packing=packing), a, w, out, epilogue, g)
     if out is not target:
@@ -175,9 +177,13 @@ def lower_conv_integer(ctx: Lowering, g: Group) -> None:
         w = ctx.made_of((weights,), ("depthwise",), f"{w_value.name}_taps", lambda: data)
         with_b = tuple(replace(t, b=s) for t, s in zip(taps, w.strides[:-1], strict=True))
         d = Depthwise("k", rows, with_b, oc, a_buf, w.buffer("b"), out_buf, epilogue.expr, epilogue.extra, c.a_offset)
+        if lower_in_floats(ctx, g, byte_site(ctx, g, d)):
+            return
         _emit(ctx, "depthwise_integer", d, x, w, out, epilogue, g)
     else:
         c = replace(c, epilogue=epilogue.expr, extra=epilogue.extra)
+        if lower_in_floats(ctx, g, byte_site(ctx, g, c)):
+            return
         w, packing = _packed(ctx, w_value, c, _matrices(weights, groups))
         batch = tuple(replace(b, b=prod(w.shape[1:])) for b in batch)
         _emit(ctx, "conv_integer", replace(c, batch=batch, b=w.buffer("b"), packing=packing), x, w, out, epilogue, g)
@@ -196,8 +202,9 @@ def _emit(
     ctx: Lowering, label: str, spec: Contraction | Depthwise, a: View, w: View, out: View, e: Epilogue, g: Group
 ) -> None:
     views: dict[Buffer, View] = {spec.a: a, spec.b: w, spec.out: out, **dict(zip(e.extra, e.views, strict=True))}
+    site = byte_site(ctx, g, spec)
     if isinstance(spec, Contraction):
-        emit_contraction(ctx, label, spec, views, g, tail_flops(g))
+        emit_contraction(ctx, label, spec, views, g, tail_flops(g), site.ways)
     else:
         ordered = [views[p] for p in contraction_params(spec)]
-        ctx.emit(label, spec, ordered, len(ordered) - 1, g.nodes, tail_flops(g), site=Site(ctx.choices.key(spec), spec))
+        ctx.emit(label, spec, ordered, len(ordered) - 1, g.nodes, tail_flops(g), site=site)
