@@ -22,6 +22,7 @@ from vivace.lower.candidates import Rates, neighbours
 from vivace.lower.choices import DEFAULT, FLOATS, Choice, Choices, Site
 from vivace.lower.lowering import lower
 from vivace.lower.plan import Plan, steps_of
+from vivace.lower.tune import what
 from vivace.runtime.engine import Engine
 
 ISA = ISAS[BEST]
@@ -46,6 +47,7 @@ GRAPHS: dict[str, tuple[Callable[..., Value], tuple[int, ...]]] = {
     "winograd": (lambda b, x: conv(b, x, 48), (1, 12, 13, 32)),
     "grouped": (lambda b, x: conv(b, x, 40, 3, 2), (1, 9, 9, 32)),
     "depthwise": (lambda b, x: b.relu(conv(b, x, 40, 3, 40)), (1, 15, 17, 40)),
+    "attention": (lambda b, x: b.attention(x, x, x, scale=0.5, causal=False, softcap=0.0), (1, 2, 70, 16)),
 }
 CHOICES = [
     Choice(lanes=WIDTH),
@@ -114,6 +116,19 @@ def test_chosen_ways_are_taken_unless_winograd_is_off() -> None:
             s.spec for s in steps_of(lower(graph, ISA, frozenset({"winograd"}), choices).body) if s.site is not None
         )
         assert isinstance(spec, Contraction)
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_chosen_blocks_of_attention(precision: str) -> None:
+    isa = with_extras(ISAS["avx512"], {"avx512_bf16"})
+    wide = build(lambda b, x: b.attention(y := b.tanh(x), y, y, scale=0.5, causal=False, softcap=0.0),
+                 Type(DType.f32, (1, 2, 260, 16)))  # fmt: skip
+    graph, _ = apply_precision(wide, precision, isa)
+    (site,) = sites_of(lower(graph, isa))
+    choices = Choices({site.key: Choice(rows=96, tiles=64)})
+    (spec,) = (s.spec for s in steps_of(lower(graph, isa, choices=choices).body) if s.site is not None)
+    assert isinstance(spec, Blocked) and (spec.parts, spec.steps) == (3, 5)
+    assert what(site) == f"attention {precision} 1x2x260x16x260"
 
 
 @pytest.mark.skipif(bool(missing_flags(host(), ISAS["avx512"])), reason="needs AVX-512")

@@ -222,8 +222,9 @@ def test_a_file_that_cannot_be_written_is_an_error_the_own_is_not(tmp_path: Path
         (lambda b, x: conv(b, x, 64), (1, 28, 28, 64)),
         (lambda b, x: conv(b, x, 128, 3, 2), (1, 28, 28, 128)),
         (lambda b, x: conv(b, x, 128, 3, 128), (1, 28, 28, 128)),
+        (lambda b, x: b.attention(x, x, x, scale=0.1, causal=True, softcap=0.0), (1, 2, 300, 64)),
     ],
-    ids=["matmul", "pointwise", "3x3", "grouped", "depthwise"],
+    ids=["matmul", "pointwise", "3x3", "grouped", "depthwise", "attention"],
 )
 def test_candidates_are_other_kernels(make: Callable[..., object], shape: tuple[int, ...]) -> None:
     (site,) = sites_of(lower(build(make, Type(DType.f32, shape)), ISA))

@@ -20,7 +20,7 @@ from vivace.base.dims import Dim, prod
 from vivace.base.machine import Isa, Machine, host
 from vivace.loops.contraction import Contraction, Depthwise, merge_axes
 from vivace.lower.arithmetic import arithmetic_of
-from vivace.lower.choices import DIRECT, FLOATS, Choice, Site
+from vivace.lower.choices import BLOCKS, DIRECT, FLOATS, Choice, Site
 from vivace.lower.rules import winograd
 from vivace.lower.tile import MOST_VECTORS, Tile, choose_tile, max_rows, pieces
 
@@ -58,7 +58,7 @@ def predict(site: Site, choice: Choice, isa: Isa, machine: Machine, rates: Rates
     """Nanoseconds that a site takes, roughly."""
     c = site.spec
     way = choice.way or (site.ways[0] if site.ways else DIRECT)
-    if isinstance(c, Depthwise):
+    if isinstance(c, Depthwise) or way == BLOCKS:
         return 0.0  # all alike to the model: bound by the caches
     c = merge_axes(c)
     if way == FLOATS:
@@ -119,7 +119,7 @@ def _made(site: Site, choice: Choice, isa: Isa, machine: Machine) -> object:
     """What a choice comes to: choices that make the same kernel are one."""
     c = site.spec
     way = choice.way or (site.ways[0] if site.ways else DIRECT)
-    if isinstance(c, Depthwise) or way != DIRECT:
+    if isinstance(c, Depthwise) or way != DIRECT:  # BLOCKS, too
         return (way, replace(choice, way=None))
     return (way, choose_tile(_packed(c, choice, isa), isa, machine, choice))
 
@@ -130,6 +130,9 @@ def _changed(site: Site, now: Choice, isa: Isa, machine: Machine) -> Iterator[Ch
         yield from (Choice(way=way) for way in site.ways)
         if now.way != FLOATS:
             yield from _changed_depthwise(c, now)
+        return
+    if site.ways == (BLOCKS,):
+        yield from _changed_blocks(c, now)
         return
     for way in site.ways:
         yield Choice(way=way)
@@ -181,6 +184,16 @@ def _units(tiles: int, panels: int, n_panels: int) -> Iterator[tuple[int, int]]:
 def _changed_winograd(c: Contraction, now: Choice) -> Iterator[Choice]:
     for tiles in (7, 8, 10, 12, 14, 16, 20, 24, 28):
         yield replace(now, tiles=tiles)
+
+
+def _changed_blocks(c: Contraction, now: Choice) -> Iterator[Choice]:
+    queries, keys = _known(c.rows[0].extent), _known(c.n)
+    for rows in (32, 64, 96, 128):
+        if rows - 32 < queries:
+            yield replace(now, rows=rows)
+    for tiles in (64, 128, 192, 256, 512, 1024, 2048):
+        if tiles // 2 < keys:
+            yield replace(now, tiles=tiles)
 
 
 def _changed_depthwise(d: Depthwise, now: Choice) -> Iterator[Choice]:

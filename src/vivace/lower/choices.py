@@ -1,8 +1,8 @@
 """How kernels are made where there are several ways: what the cost models say, or what measuring said.
 
-A *site* is what a product or depthwise step computes, whatever the way: its shapes, strides, element types and
-epilogue, without how constant weights are packed. Equal sites of any models share what was measured. A *choice* says
-what is made otherwise than the cost models would. It is obeyed by `lower/tile.py`, `lower/rules` and
+A *site* is what a product, depthwise step or attention computes, whatever the way: its shapes, strides, element types
+and epilogue, without how constant weights are packed. Equal sites of any models share what was measured. A *choice*
+says what is made otherwise than the cost models would. It is obeyed by `lower/tile.py`, `lower/rules` and
 `targets/cpu/depthwise.py`.
 """
 
@@ -17,6 +17,7 @@ from vivace.loops.kernel import Buffer
 
 DIRECT = "direct"  # a convolution without Winograd
 FLOATS = "f32"  # a product of bytes in f32 (`rules/floats.py`)
+BLOCKS = "blocks"  # an attention in blocks of queries and chunks of keys; the spec is that of its scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,8 @@ class Choice:
     `way` is `direct`, the size of Winograd tiles, such as `2x4`, or of a product of bytes `f32`. `lanes` are columns
     per panel of packed B, `rows` the most rows of a tile. The other settings are those of `Tile`; `tiles` and `panels`
     make a unit, and in Winograd `tiles` make a block. Of a depthwise convolution `rows` are the most columns of a tile,
-    `tiles` the rows of a unit, `panels` its vectors.
+    `tiles` the rows of a unit, `panels` its vectors. Of an attention `rows` are the most queries of a block, `tiles` the
+    most keys of a chunk.
     """
 
     way: str | None = None

@@ -24,7 +24,7 @@ from math import inf
 
 from vivace.base.dims import Dim, prod
 from vivace.loops.contraction import Depthwise
-from vivace.lower.choices import DEFAULT, Choice, Site
+from vivace.lower.choices import BLOCKS, DEFAULT, Choice, Site
 from vivace.lower.timings import TimingCache
 
 Assignment = Mapping[str, Choice]  # by key of a site; the others are made by default
@@ -203,5 +203,5 @@ def what(site: Site) -> str:
     if isinstance(c, Depthwise):
         return f"depthwise {c.a.dtype} {size(rows)}x{size(taps)}x{size(c.channels)}"
     batch = "".join(f"{size(b.extent)}x" for b in c.batch)
-    kind = "conv" if len(c.taps) > 1 else "matmul"
+    kind = "attention" if site.ways == (BLOCKS,) else "conv" if len(c.taps) > 1 else "matmul"
     return f"{kind} {c.a.dtype} {batch}{size(rows)}x{size(taps)}x{size(c.n)}"

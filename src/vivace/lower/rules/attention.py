@@ -14,10 +14,17 @@ from vivace.base.dtypes import DType
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Node
 from vivace.loops.blocked import BLOCK, PART, Blocked
+from vivace.loops.contraction import Axis, Contraction, Packing
+from vivace.loops.kernel import Binary, Buffer, Const, Expr, Load
+from vivace.lower.choices import BLOCKS, Choice, Site
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
-from vivace.lower.rules.attention_halves import HalfAttention, sizes_of
+from vivace.lower.rules.attention_halves import RUN, HalfAttention, sizes_of
 from vivace.lower.rules.attention_stages import F32, QUERIES, Attention, Blocks, Operand, operand
+from vivace.lower.rules.epilogue import ACC
+from vivace.lower.views import View
+
+MOST_QUERIES, MOST_KEYS = 256, 4096  # of a block and a chunk that may be chosen
 
 
 def lower_attention(ctx: Lowering, g: Group) -> None:
@@ -54,7 +61,10 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
         v = ctx.contiguous(v, f"{v_value.name}_rows")
     share = heads // groups
     block, part = symbol(BLOCK, 0), symbol(PART, 0)
-    n_parts = ceildiv(n_queries, sizes_of(node)[0] if half else QUERIES)
+    site = _site(ctx, node, q, k, out)
+    choice = _possible(ctx.choices.of(site.spec))
+    sizes = sizes_of(node, choice) if half else (choice.rows or QUERIES, 0)
+    n_parts = ceildiv(n_queries, sizes[0])
     here, shared = (block // heads, block % heads), (block // heads, block % heads // share)
     if half:  # the heads that share keys follow each other, so that these are packed once
         of_group = part // n_parts if share > 1 else 0
@@ -62,12 +72,12 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
         shared = (block // groups, block % groups)
     a = Attention(
         node, operand(q, "q", here), operand(k, "k", shared), operand(v, "v", shared),
-        operand(out, "o", here, writable=True), *_masks(ctx, node, here, half or decodes == 1)
+        operand(out, "o", here, writable=True), *_masks(ctx, node, here, half or decodes == 1), sizes[0], choice.tiles
     )  # fmt: skip
     found = Blocks([], [], [], 0)
     if decodes != 1:
         in_head = part % n_parts if share > 1 else part
-        found = HalfAttention(a, in_head, ctx.isa).blocks() if half else a.blocks()
+        found = HalfAttention(a, in_head, ctx.isa, sizes).blocks() if half else a.blocks()
         if decodes != 0:
             found = found.unless(decodes)
     last, local = list(found.last), list(found.local)
@@ -90,9 +100,34 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
     places = {x.buffer: x.view for x in (a.q, a.k, a.v, a.out, a.mask, a.turned) if x is not None}
     views = [places[b] for b in spec.params]
     written = [i for i, b in enumerate(spec.params) if b.writable]
-    ctx.emit("attention", spec, views, written, g.nodes, node.cost.flops)
+    ctx.emit("attention", spec, views, written, g.nodes, node.cost.flops, site=site if decodes != 1 else None)
     if out is not target:
         ctx.copy(out, target)
+
+
+def _site(ctx: Lowering, node: Node, q: View, k: View, out: View) -> Site:
+    """The attention as a site: its scores, with all that tells it from others in their epilogue."""
+    a, b, result = (x.buffer(name) for x, name in ((q, "a"), (k, "b"), (out, "attention")))
+    names, masks = ("m0", "m1", "m2"), [x for x in node.inputs[3:] if x is not None]
+    batch = tuple(Axis(names[i], q.shape[i], q.strides[i], k.strides[i], out.strides[i]) for i in range(2))
+    rows, taps = (Axis(names[2], q.shape[2], q.strides[2], 0, out.strides[2]),), (Axis("k", q.shape[3], q.strides[3]),)
+    epilogue: Expr = Binary("mul", ACC, Const(float(node.attrs["scale"]), F32))
+    for number in (float(node.attrs.get("softcap", 0.0)), float(node.attrs["causal"])):
+        epilogue = Binary("max", epilogue, Const(number, F32))
+    for x in masks:
+        epilogue = Binary("add", epilogue, Load(Buffer("mask", x.dtype, x.shape, x.shape), (0,) * x.rank))
+    packing = Packing("transposed", n_stride=k.strides[2])
+    scores = Contraction("k", batch, rows, taps, k.shape[2], a, b, result, packing, epilogue)
+    return Site(ctx.choices.key(scores), scores, (BLOCKS,))
+
+
+def _possible(choice: Choice) -> Choice:
+    """A choice, which may come from a file, as far as blocks can be so large: in whole runs."""
+
+    def whole(n: int | None, most: int) -> int | None:
+        return None if n is None else min(-(-max(n, 1) // RUN) * RUN, most)
+
+    return Choice(rows=whole(choice.rows, MOST_QUERIES), tiles=whole(choice.tiles, MOST_KEYS))
 
 
 def _masks(ctx: Lowering, node: Node, at: tuple[Dim, Dim], in_rows: bool) -> tuple[Operand | None, Operand | None]:

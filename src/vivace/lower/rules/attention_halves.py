@@ -46,6 +46,7 @@ from vivace.loops.kernel import (
 )
 from vivace.loops.pack import Pack
 from vivace.lower.arithmetic import choose_arithmetic
+from vivace.lower.choices import DEFAULT, Choice
 from vivace.lower.rules.attention_stages import (
     F32,
     LOG2E,
@@ -74,8 +75,8 @@ def room() -> int:
     return host().cache_bytes(2) // 8 // F32.size_bytes
 
 
-def sizes_of(node: Node) -> tuple[int, int]:
-    """Queries of a block and keys of a chunk, at most.
+def sizes_of(node: Node, choice: Choice = DEFAULT) -> tuple[int, int]:
+    """Queries of a block and keys of a chunk, at most, where nothing else is chosen.
 
     The fewer the chunks, the less is rescaled, as long as the scores of a block fill no more than an eighth of the
     second-level cache: 1500 queries and keys take 72 % of the time in blocks of 32 and one chunk of what they take in
@@ -88,6 +89,7 @@ def sizes_of(node: Node) -> tuple[int, int]:
     if isinstance(n_keys, int) and not node.attrs["causal"]:
         queries = QUERIES if QUERIES * n_keys <= room() else ROWS
         keys = max(KEYS, room() // queries)
+    queries, keys = choice.rows or queries, choice.tiles or keys
     if isinstance(n_queries, int):
         even = -(-n_queries // max(1, -(-n_queries // queries)))
         queries = max(1, min(n_queries, -(-even // ROWS) * ROWS))
@@ -96,11 +98,12 @@ def sizes_of(node: Node) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class HalfAttention:
-    """The stages of `a`; `part` numbers the blocks of queries of one head."""
+    """The stages of `a`; `part` numbers the blocks of queries of one head, `sizes` are those of `sizes_of`."""
 
     a: Attention
     part: Dim
     isa: Isa
+    sizes: tuple[int, int]
 
     @property
     def factor(self) -> float:
@@ -114,7 +117,7 @@ class HalfAttention:
     def blocks(self) -> Blocks:
         a = self.a
         n_queries, n_keys = a.n_queries, a.n_keys
-        block, most = sizes_of(a.node)
+        block, most = self.sizes
         n_parts = ceildiv(n_queries, block)
         first = self.part * block
         causal = bool(a.node.attrs["causal"]) and n_queries != 1

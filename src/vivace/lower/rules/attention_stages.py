@@ -122,6 +122,8 @@ class Attention:
     out: Operand
     mask: Operand | None
     turned: Operand | None
+    queries: int = QUERIES
+    keys: int | None = None  # of a chunk, where that was chosen
 
     @property
     def n_queries(self) -> Dim:
@@ -152,14 +154,14 @@ class Attention:
         """The general way. Kernels of a single chunk need no sums from step to step."""
         n_queries, n_keys, width = self.n_queries, self.n_keys, self.v.view.shape[3]
         part, step = symbol(PART, 0), symbol(STEP, 0)
-        first = part * QUERIES
+        first = part * self.queries
         causal = bool(self.node.attrs["causal"]) and n_queries != 1
-        block: int = QUERIES if not isinstance(n_queries, int) else min(QUERIES, n_queries)
+        block: int = self.queries if not isinstance(n_queries, int) else min(self.queries, n_queries)
         # Keys beyond what the last query of the block sees are not computed.
         seen = maximum(1, minimum(n_keys, n_keys - n_queries + first + block)) if causal else n_keys
-        n_chunks, chunk = 0, KEYS
+        n_chunks, chunk = 0, self.keys or KEYS
         if isinstance(n_keys, int):
-            n_chunks = -(-n_keys // KEYS) if n_keys > ALONE else 1
+            n_chunks = -(-n_keys // chunk) if n_keys > (self.keys or ALONE) else 1
             chunk = -(-n_keys // n_chunks)
         alone = n_chunks == 1
         steps: Dim = 1 if alone else ceildiv(seen, chunk)
@@ -285,7 +287,7 @@ class _Queries:
     def _scores(self) -> Stage:
         a, state, chunk = self.a, self.state, self.chunk
         p, row, depth = state.p, state.p.strides[0], a.q.view.shape[3]
-        n, t = symbol("n", 0, QUERIES - 1), symbol("t", 0, chunk.most - 1)
+        n, t = symbol("n", 0, a.queries - 1), symbol("t", 0, chunk.most - 1)
         ahead = n + self.first + a.n_keys - a.n_queries - t - chunk.start if self.causal else None
         epilogue = a.score(ACC, a.turned, n, t, ahead, self.late / LOG2E)
         q, down, offsets = state.q, row, [a.k.moved(chunk.start * a.k.row)]
