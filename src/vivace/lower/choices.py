@@ -27,8 +27,8 @@ class Choice:
     `way` is `direct`, the size of Winograd tiles, such as `2x4`, or of a product of bytes `f32`. `lanes` are columns
     per panel of packed B, `rows` the most rows of a tile. The other settings are those of `Tile`; `tiles` and `panels`
     make a unit, and in Winograd `tiles` make a block. Of a depthwise convolution `rows` are the most columns of a tile,
-    `tiles` the rows of a unit, `panels` its vectors. Of an attention `rows` are the most queries of a block, `tiles` the
-    most keys of a chunk.
+    `tiles` the rows of a unit, `panels` its vectors. Of an attention `rows` are the most queries of a block, `tiles`
+    the most keys of a chunk.
     """
 
     way: str | None = None
