@@ -1,8 +1,8 @@
 """The distinct convolutions and products of all models, one at a time: as our compiler builds them, against OpenVINO
 (whose kernels are oneDNN's) and ONNX Runtime.
 
-    python -m benchmarks.sweep                          # f32, the largest layers of each model; takes up where it was
-    python -m benchmarks.sweep resnet50 --dtype int8 --most 99
+    python -m benchmarks.sweep                          # the largest layers of each model; takes up where it was
+    python -m benchmarks.sweep resnet50 --dtype int8 --most 999
 
 Each layer is a model of one node with constant weights, bias and ReLU, channels last, compiled with all choices that
 the compiler makes. What is compared is the time of the node itself, by each engine's own profiler, on one thread; all
@@ -18,6 +18,7 @@ Rules:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 import onnx
 from benchmarks.gemm import OnnxRuntime, OpenVino
+from benchmarks.limits import limit_line
 from benchmarks.models import MODELS, ModelUnavailable, inputs, materialise
 from benchmarks.times import ROOT, versions
 from onnx import TensorProto, helper, numpy_helper
@@ -45,6 +47,7 @@ from vivace.runtime.engine import Engine
 RECORDS = ROOT / "benchmarks" / "out" / "sweep"
 RESULTS = ROOT / "benchmarks" / "results"
 DTYPES = ("f32", "bf16", "int8")
+LOSS = 1.1
 _BURST = 6  # calls of one engine before the next has its turn: the first find cold caches and idle units
 
 Record = dict[str, Any]
@@ -229,9 +232,9 @@ def measure(layer: Layer, dtype: str, seconds: float) -> Record:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="MODEL")
-    parser.add_argument("--dtype", choices=DTYPES, default="f32")
-    parser.add_argument("--seconds", type=float, default=0.15, help="of timing per layer")
-    parser.add_argument("--most", type=int, default=5, help="layers of each model, those with most arithmetic")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--seconds", type=float, default=0.3, help="of timing per layer and type")
+    parser.add_argument("--most", type=int, default=8, help="layers of each model, those with most arithmetic")
     parser.add_argument("--again", action="store_true", help="measure anew what is already there")
     options = parser.parse_args(arguments)
     RECORDS.mkdir(parents=True, exist_ok=True)
@@ -244,15 +247,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         for layer in sorted(found, key=lambda x: -x.flops * found[x])[: options.most]:
             users.setdefault(layer, []).append(f"{name} x{found[layer]}")
-    for layer, where in users.items():
+    for dtype, (layer, where) in itertools.product(options.dtype, users.items()):
         name = "-".join("x".join(map(str, p)) if isinstance(p, tuple) else str(p) for p in astuple(layer))
-        path = RECORDS / f"{options.dtype}-{name}.json"
+        path = RECORDS / f"{dtype}-{name}.json"
         if path.exists() and not options.again and json.loads(path.read_text())["versions"] == versions():
             continue
-        record = measure(layer, options.dtype, options.seconds) | {"models": where}
+        record = measure(layer, dtype, options.seconds) | {"models": where}
         path.write_text(json.dumps(record))
         ratio = f"{record['ratio']:.2f} of the best peer" if record["ratio"] else "no peer shows its time"
-        print(f"{record['layer']:44} {record['vivace_us']:9.1f} us  {record['share']:6.1%}  {ratio}", flush=True)
+        print(
+            f"{dtype} {record['layer']:44} {record['vivace_us']:9.1f} us  {record['share']:6.1%}  {ratio}", flush=True
+        )
     records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
     (RESULTS / "sweep.json").write_text(json.dumps(records, separators=(",", ":")) + "\n")
     (RESULTS / "sweep.md").write_text(markdown(records))
@@ -273,6 +278,12 @@ def markdown(records: Sequence[Record]) -> str:
             continue
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
         lines += [f"## {dtype}: geometric mean {mean:.2f} of the better peer's time, worst {max(ratios):.2f}", ""]
+        losing = [r for r in rows if r["ratio"] and r["ratio"] > LOSS]
+        lost = ", ".join(r["layer"] for r in sorted(losing, key=lambda r: -r["ratio"]))
+        lines += [
+            f"* {len(losing)} of {len(ratios)} take more than {LOSS} of the better peer's time{': ' * bool(lost)}{lost}"
+        ]
+        lines += [f"* {limit_line((r['layer'], r['vivace_us'], min(r['share'], 1)) for r in rows)}", ""]
         lines.append("| layer | models | vivace us | of peak | openvino us | onnxruntime us | ratio |")
         lines.append("|---|---|---|---|---|---|---|")
         for r in sorted(rows, key=lambda r: -(r["ratio"] or 0)):
