@@ -21,8 +21,8 @@ _BECAUSE = {
     "reduce_mean": "means of what is not bytes of one scale are computed in f32",
     "avg_pool": "means of what is not bytes of one scale, or with padding that counts, are computed in f32",
     "attention": "attention is computed in f32",
-    "reduce_max": "the range of what is quantized when the model runs is taken in f32",
-    "reduce_min": "the range of what is quantized when the model runs is taken in f32",
+    "reduce_max": "maxima over axes are taken in f32",
+    "reduce_min": "minima over axes are taken in f32",
     "conv_transpose": "transposed convolutions are computed in f32",
     "resize": "interpolation is computed in f32",
 }

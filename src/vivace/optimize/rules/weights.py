@@ -7,6 +7,7 @@ multiplication.
 from __future__ import annotations
 
 from vivace.graph.rewrite import Rule
+from vivace.optimize.rules.conv_taps import crop_taps
 from vivace.optimize.rules.conv_weights import (
     bias_before_conv,
     bias_into_conv,
@@ -31,4 +32,5 @@ RULES: tuple[Rule, ...] = (
     scale_before_matmul,
     pad_into_window,
     transpose_into_matmul,
+    crop_taps,
 )
