@@ -17,11 +17,14 @@ comma := ,
 # One stamp per set of extras, so that another set installs what it adds.
 INSTALLED := $(VENV)/installed-$(subst $(comma),-,$(EXTRAS))
 
+# Byte code is kept, whatever the environment says: the tests start a hundred processes of Python.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DELETE_ON_ERROR:
 .PHONY: test check demo bench docs constraints clean install
 
 test: check
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 check: install
 	$(BIN)/ruff check .

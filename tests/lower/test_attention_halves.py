@@ -7,6 +7,8 @@ largest value, and by the noise of f32.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 import numpy as np
 import pytest
 from tests import races
@@ -27,7 +29,7 @@ from vivace.loops.pack import Pack
 from vivace.loops.verify import verify_kernel
 from vivace.lower.lowering import lower
 from vivace.lower.plan import steps_of
-from vivace.lower.precision import narrow
+from vivace.lower.precision import Narrowed, narrow
 from vivace.lower.rules import attention_halves
 from vivace.runtime.engine import Engine
 from vivace.shadow import ShadowedEngine
@@ -67,8 +69,18 @@ def attention(
 
 
 def run(graph: Graph, *xs: np.ndarray, name: str, threads: int = 2) -> None:
+    run_several(graph, [xs], name, threads)
+
+
+def run_several(graph: Graph, cases: Iterable[Sequence[np.ndarray]], name: str, threads: int = 2) -> None:
+    """One engine for all cases."""
     narrowed = narrow(graph)
     engine = Engine(build_image(narrowed.graph, isa(name), False), threads, [])
+    for xs in cases:
+        check(graph, narrowed, engine, xs)
+
+
+def check(graph: Graph, narrowed: Narrowed, engine: Engine, xs: Sequence[np.ndarray]) -> None:
     got = engine.run({v.name: x for v, x in zip(graph.inputs, xs, strict=True)})[graph.outputs[0].name]
     with np.errstate(all="ignore"):
         (want,) = reference.evaluate(narrowed.graph, list(xs))
@@ -129,10 +141,12 @@ def test_scale(name: str, scale: float, t: int) -> None:
 def test_symbolic_sizes_and_shared_keys(name: str, causal: bool) -> None:
     b, s, t = symbol("batch", 0), symbol("part", 0), symbol("past", 0) + symbol("part", 0)
     graph = attention((b, 6, s, 16), (b, 2, t, 16), 24, Type(DType.bool, (b, 1, s, t)), causal=causal)
+    cases = []
     for n, n_queries, n_keys in [(1, 1, 1), (2, 1, 9), (3, 5, 5), (1, 64, 64), (2, 66, 300), (1, 130, 777), (0, 3, 3)]:
         mask = RNG.random((n, 1, n_queries, n_keys)) < 0.7
         mask[..., 0] = True
-        run(graph, *qkv(n, 6, 2, n_queries, n_keys, 16, 24), mask, name=name)
+        cases.append([*qkv(n, 6, 2, n_queries, n_keys, 16, 24), mask])
+    run_several(graph, cases, name)
 
 
 @pytest.mark.parametrize("size", [(80, 80), (20, 700), (4, 40)])

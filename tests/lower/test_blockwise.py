@@ -230,9 +230,10 @@ def test_weights_with_a_scale_per_column_stay_packed(kind: int, per_column: bool
     tensors = (("q", q), ("z", np.full(size, zero)))
     m.graph.initializer.extend(helper.make_tensor(name, kind, v.shape, v.reshape(-1)) for name, v in tensors)
     assert steps(m) == (["matmul_blocks"] if k % 32 == 0 else ["matmul"])
+    engine = vivace.compile(m, providers=("native",), cache=False)
     for rows in (1, 2, 7):
         x = random.standard_normal((rows, k), np.float32)
-        got = vivace.compile(m, providers=("native",), cache=False).run({"x": x})["y"]
+        got = engine.run({"x": x})["y"]
         np.testing.assert_allclose(got, in_onnxruntime(m, x), rtol=1e-4, atol=1e-4)
 
 

@@ -40,6 +40,11 @@ print(cell.value)
 """
 
 
+@pytest.fixture(autouse=True)
+def _no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jit, "compile_text", jit.compile_text.__wrapped__)  # type: ignore[attr-defined]
+
+
 def code(name: str, text: str = TEXT) -> KernelCode:
     return KernelCode(name, text.replace("NAME", name), (), ())
 
