@@ -1,18 +1,34 @@
 """SmolLM2-135M, tokens per second: one token at a context of 128 (decode) and 512 tokens at once (prefill), by format.
 
-    python -m benchmarks.decode [--threads 1 2] [--formats int4 int8 bf16 f32] [--llama-python PATH]
+    python -m benchmarks.decode [--threads 1 2] [--formats int4 int8 bf16 f32] [--phases decode prefill]
+                                [--llama-python PATH]
 
-Decode reads every weight once, so that the bytes of the weights and of the cache, over the measured bandwidth of
-memory, are the least time; the last columns say how near each engine of ours came. Contestants: vivace; onnxruntime
-and OpenVINO, which get zero points of 4 bits (`int4-whole`: their kernels take no others; it is less accurate); and
-llama.cpp on the same numbers as GGUF, where the Python named has llama-cpp-python (the extra `llama`).
+Decode reads every weight once, reads the cache and writes it anew, longer by a token, as the file asks. So the bytes of
+the weights and twice those of the cache are the least that memory has to deal with; "of bandwidth" is how fast an
+engine of ours did that against a bare loop, in turns with it, that reads as many bytes from one array (rule BARE).
+
+Contestants: vivace; onnxruntime and OpenVINO, which get zero points of 4 bits (`int4-whole`: their kernels take no
+others; it is less accurate); and llama.cpp, where the Python named has llama-cpp-python (the extra `llama`): with the
+same numbers as GGUF, and for int4 with Q4_0 too, which is less accurate and for which it has kernels of its own.
+llama.cpp keeps its cache in place.
+
+llama-cpp-python is compiled while it is installed. Where its kernels for AMX end with an illegal instruction (0.3.36 on
+Emerald Rapids), leave them out:
+
+    CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON -DGGML_AVX512=ON
+                -DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON"
+    pip install --no-binary llama-cpp-python llama-cpp-python
 
 Rules:
-* TURNS: the contestants of a row take turns; each turn is a few calls after one that does not count; the median of the
-  turns' medians counts. Measuring in a child process works the same.
+* TURNS: the contestants of a row take turns; a call that does not count goes before the first turn, and before each
+  turn of several calls; a call longer than a turn is one. The median of the turns' medians counts. Measuring in a child
+  process works the same.
+* BARE: the loop is that of `vivace sys`, which shows it for more bytes than the last level holds. What it reaches here
+  has the caches' help as the engines have it, and the machine's mood.
 * BITS: a row holds engines whose weights have the same bits. bf16: vivace and OpenVINO round values too.
-* KEPT: what was measured replaces the rows of its format and number of threads in `benchmarks/results/decode.json`, and
-  `decode.md` is written from all of them. A row says so where other processes took a tenth of a core or more meanwhile.
+* KEPT: what was measured replaces the same phase of its format and number of threads in
+  `benchmarks/results/decode.json`, and `decode.md` is written from all of them, so that a long measurement can be done
+  in parts. A row says so where other processes took a tenth of a core or more meanwhile.
 """
 
 from __future__ import annotations
@@ -22,6 +38,7 @@ import json
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,12 +52,13 @@ from benchmarks.models.fetch import cache_dir
 from benchmarks.times import RESULTS, ROOT, versions
 
 CONTEXT, PREFILL = 128, 512
+PHASES = ("decode", "prefill")
 FORMATS = ("int4", "int8", "bf16", "f32")
 LLAMA = "llama.cpp"
-ROUNDS = 5
+ROUNDS = {"decode": 5, "prefill": 3}
 TURN_SECONDS = 0.25
 # Of llama.h, `llama_ftype`.
-_GGUF_TYPES = {"int8": 7, "bf16": 32, "f32": 0}
+_GGUF_TYPES = {"int4": {"": None, " Q4_0": 2}, "int8": {"": 7}, "bf16": {"": 32}, "f32": {"": 0}}
 _QUANTIZE = """
 import sys, llama_cpp
 p = llama_cpp.llama_model_quantize_default_params()
@@ -71,12 +89,18 @@ def feeds() -> dict[str, Inputs]:
 
 
 def timed(run: Callable[[Inputs], object], given: dict[str, Inputs]) -> Call:
+    ready: set[str] = set()
+
     def call(phase: str) -> float:
-        x = given[phase]
+        x, start = given[phase], time.perf_counter()
         run(x)
+        first = time.perf_counter() - start
+        if phase in ready and first > TURN_SECONDS:
+            return first
+        ready.add(phase)
         times: list[float] = []
         end = time.perf_counter() + TURN_SECONDS
-        while time.perf_counter() < end or len(times) < 2:
+        while time.perf_counter() < end or not times:
             start = time.perf_counter()
             run(x)
             times.append(time.perf_counter() - start)
@@ -116,25 +140,46 @@ def openvino_engine(path: Path, name: str, precision: str, threads: int, given: 
     return Engine(name, timed(lambda x: compiled(x, share_inputs=True, share_outputs=True), given))
 
 
+def bare_reading(n_bytes: int, threads: int) -> Call:
+    """Seconds that so many bytes take to be read, each thread its part (rule BARE)."""
+    from vivace.targets.cpu.amx import host_isa
+    from vivace.targets.cpu.peaks import peak_kernels
+
+    read, part = peak_kernels(host_isa()).read, n_bytes // threads // 4096 * 4096
+    arrays = [np.ones(part + 4096, np.uint8) for _ in range(threads)]
+    places = [-(-a.ctypes.data // 4096) * 4096 for a in arrays]
+
+    def run(_: object) -> None:
+        others = [threading.Thread(target=read, args=(at, 1, part)) for at in places[1:]]
+        for other in others:
+            other.start()
+        read(places[0], 1, part)
+        for other in others:
+            other.join()
+
+    timer = timed(run, {"decode": {}})
+    return lambda phase, arrays=arrays: timer(phase)  # type: ignore[misc]
+
+
 class Llama:
     """llama.cpp in a child process, on the file of a format."""
 
-    def __init__(self, python: str, form: str, threads: int) -> None:
+    def __init__(self, python: str, form: str, threads: int, ftype: int | None) -> None:
         self.python = python
         script = ROOT / "benchmarks" / "llama_child.py"
-        command = [python, str(script), str(self.file(form)), str(threads)]
+        command = [python, str(script), str(self.file(form, ftype)), str(threads)]
         self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         tokens = np.resize(np.array(passages.PASSAGE_SMOLLM2_TOKENS), PREFILL).tolist()
         self.version = self.ask(json.dumps(tokens)).split()[-1]
 
-    def file(self, form: str) -> Path:
+    def file(self, form: str, ftype: int | None) -> Path:
         source = gguf_file()
-        if form == "int4":
+        if ftype is None:
             return source
         path = cache_dir() / f"{BASE}-{form}.gguf"
         if not path.exists():
-            kind = str(_GGUF_TYPES[form])
-            subprocess.run([self.python, "-c", _QUANTIZE, source, path, kind], check=True, capture_output=True)
+            command = [self.python, "-c", _QUANTIZE, str(source), str(path), str(ftype)]
+            subprocess.run(command, check=True, capture_output=True)
         return path
 
     def ask(self, line: str) -> str:
@@ -168,8 +213,8 @@ def engines(form: str, threads: int, given: dict[str, Inputs], llama_python: str
         ]
         if form == "f32":
             made.append(lambda: onnxruntime_engine(materialise(BASE), "onnxruntime", threads, given))
-    if llama_python:
-        made.append(lambda: Engine(LLAMA, Llama(llama_python, form, threads).call))
+    for kind, ftype in _GGUF_TYPES[form].items() if llama_python else ():
+        made.append(lambda k=kind, f=ftype: Engine(LLAMA + k, Llama(llama_python, form, threads, f).call))  # type: ignore[misc]
     found = []
     for make in made:
         try:
@@ -179,41 +224,45 @@ def engines(form: str, threads: int, given: dict[str, Inputs], llama_python: str
     return found
 
 
-def measure(form: str, threads: int, llama_python: str) -> list[dict[str, object]]:
+def measure(form: str, threads: int, phases: Sequence[str], llama_python: str) -> list[dict[str, Any]]:
     """The rows of one format and number of threads."""
     from vivace.measure.noise import noise_since, snapshot
-    from vivace.measure.peaks import machine_peaks
 
     given = feeds()
     contestants = engines(form, threads, given, llama_python)
-    foreign: list[float] = []
-    bandwidth = machine_peaks().read_bandwidth("memory", threads)
+    foreign: dict[str, list[float]] = {phase: [] for phase in phases}
     cache_bytes = sum(v.nbytes for k, v in given["decode"].items() if k.startswith("past"))
+    bare = {n: bare_reading(n + 2 * cache_bytes, threads) for n in {e.weight_bytes for e in contestants} if n}
+    read: dict[int, list[float]] = {n: [] for n in bare}
     seconds: dict[tuple[str, str], list[float]] = {}
-    for turn in range(ROUNDS):
-        for e in contestants if turn % 2 else contestants[::-1]:
-            for phase in ("decode", "prefill"):
-                if phase == "decode" or turn < 3:
-                    start = snapshot()
-                    seconds.setdefault((e.name, phase), []).append(e.call(phase))
-                    foreign += [noise_since(start).foreign_cores] * (e.name != LLAMA)
-    rows: list[dict[str, object]] = []
+    for phase in phases:
+        for turn in range(ROUNDS[phase]):
+            for e in contestants if turn % 2 else contestants[::-1]:
+                start = snapshot()
+                seconds.setdefault((e.name, phase), []).append(e.call(phase))
+                foreign[phase] += [noise_since(start).foreign_cores] * (not e.name.startswith(LLAMA))
+            for n, call in bare.items() if phase == "decode" else ():
+                read[n].append(call(phase))
+    rows: list[dict[str, Any]] = []
     for e in contestants:
-        decode, prefill = (statistics.median(seconds[e.name, phase]) for phase in ("decode", "prefill"))
-        row: dict[str, object] = {"format": form, "threads": threads, "engine": e.name, "decode_tokens": 1 / decode}
-        row |= {"prefill_tokens": PREFILL / prefill, "is_quiet": statistics.fmean(foreign) < 0.1}
-        if e.weight_bytes:
-            n_bytes = e.weight_bytes + cache_bytes
-            row |= {"bytes": n_bytes, "bandwidth": n_bytes / decode, "share": n_bytes / decode / bandwidth}
+        row: dict[str, Any] = {"format": form, "threads": threads, "engine": e.name}
+        for phase in phases:
+            taken = statistics.median(seconds[e.name, phase])
+            tokens = PREFILL if phase == "prefill" else 1
+            row[phase] = {"tokens": tokens / taken, "is_quiet": statistics.fmean(foreign[phase]) < 0.1}
+            if phase == "decode" and e.weight_bytes:
+                n_bytes = e.weight_bytes + 2 * cache_bytes
+                row[phase] |= {"bytes": n_bytes, "share": statistics.median(read[e.weight_bytes]) / taken}
         rows.append(row)
     return rows
 
 
-def describe(row: dict[str, object]) -> str:
+def describe(row: dict[str, Any]) -> str:
     text = f"{row['format']:5} {row['threads']} threads  {row['engine']:20} "
-    text += f"{row['decode_tokens']:7.1f} {row['prefill_tokens']:8.0f}"
-    if "bytes" in row:
-        text += f"   {row['bytes'] / 1e6:6.1f} MB {row['bandwidth'] / 1e9:5.1f} GB/s {row['share']:5.0%}"  # type: ignore[operator]
+    text += "".join(f"{row[phase]['tokens']:9.1f} {phase}" for phase in PHASES if phase in row)
+    if "share" in row.get("decode", {}):
+        rate = row["decode"]["bytes"] * row["decode"]["tokens"]
+        text += f"   {row['decode']['bytes'] / 1e6:6.1f} MB {rate / 1e9:5.1f} GB/s {row['decode']['share']:5.0%}"
     return text
 
 
@@ -221,6 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode", description="Tokens per second of a decoder.")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
+    parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument(
         "--llama-python", default=sys.executable, help="a Python that has llama-cpp-python; '' for none"
     )
@@ -228,21 +278,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"tokens per second at {CONTEXT} tokens of context, and of a prefill of {PREFILL}")
     for form in options.formats:
         for threads in options.threads:
-            rows = measure(form, threads, options.llama_python)
+            rows = measure(form, threads, options.phases, options.llama_python)
             print("\n".join(map(describe, rows)), flush=True)
-            keep(form, threads, rows)
+            keep(form, threads, options.phases, rows)
     return 0
 
 
-def keep(form: str, threads: int, rows: list[dict[str, object]]) -> None:
-    """Puts the rows of a format and number of threads among the results (rule KEPT)."""
+def keep(form: str, threads: int, phases: Sequence[str], rows: list[dict[str, Any]]) -> None:
+    """Puts what was measured of a format and number of threads among the results (rule KEPT)."""
     from vivace.base.machine import host
     from vivace.cli.system import machine_facts
 
     path = RESULTS / "decode.json"
     before = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [r for r in before if (r["format"], r["threads"]) != (form, threads)] + rows
-    rows.sort(key=lambda r: (FORMATS.index(str(r["format"])), r["threads"]))
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for r in before:
+        if (r["format"], r["threads"]) == (form, threads):
+            r = {k: v for k, v in r.items() if k not in phases}
+        if any(phase in r for phase in PHASES):
+            kept[r["format"], r["threads"], r["engine"]] = r
+    for r in rows:
+        key = (r["format"], r["threads"], r["engine"])
+        kept[key] = kept.get(key, {}) | r
+    rows = sorted(kept.values(), key=lambda r: (FORMATS.index(r["format"]), r["threads"], not _is_ours(r)))
     now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     found = {"machine": machine_facts(host()), "versions": versions(), "measured_at": now, "rows": rows}
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -263,14 +321,16 @@ def markdown(found: dict[str, Any]) -> str:
              f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]  # fmt: skip
     for r in rows:
         others = [o for o in rows if (o["format"], o["threads"]) == (r["format"], r["threads"]) and not _is_ours(o)]
-        cells = [r["format"], str(r["threads"]), r["engine"]]
-        for phase in ("decode_tokens", "prefill_tokens"):
-            best = max((o[phase] for o in others), default=None)
-            cells.append(f"{r[phase]:.1f}" if phase == "decode_tokens" else f"{r[phase]:.0f}")
-            if phase == "decode_tokens":
-                cells.append(f"{r['share']:.0%}" if "share" in r else "")
-            cells.append(f"{r[phase] / best:.2f}" if best and _is_ours(r) else "")
-        lines.append(f"| {' | '.join([*cells, '' if r['is_quiet'] else 'not quiet'])} |")
+        cells, notes = [r["format"], str(r["threads"]), r["engine"]], []
+        for phase in PHASES:
+            found = r.get(phase, {})
+            best = max((o[phase]["tokens"] for o in others if phase in o), default=None)
+            cells.append(f"{found['tokens']:.{1 if phase == 'decode' else 0}f}" if found else "")
+            if phase == "decode":
+                cells.append(f"{found['share']:.0%}" if "share" in found else "")
+            cells.append(f"{found['tokens'] / best:.2f}" if found and best and _is_ours(r) else "")
+            notes += [f"{phase} not quiet"] if found and not found["is_quiet"] else []
+        lines.append(f"| {' | '.join([*cells, ', '.join(notes)])} |")
     return "\n".join([*lines, ""])
 
 

@@ -17,7 +17,7 @@ from vivace.graph.graph import Graph, Type
 from vivace.graph.reference import evaluate
 from vivace.lower.image import Part
 from vivace.options import choose_isa
-from vivace.runtime.engine import Engine
+from vivace.runtime.engine import Engine, apart
 from vivace.runtime.partitioned import PartitionedEngine
 from vivace.runtime.saved import Program
 
@@ -170,6 +170,21 @@ def test_any_strides_and_given_outputs() -> None:
     for name, a in want.items():
         assert got[name] is mine[name]
         np.testing.assert_array_equal(got[name], a)
+
+
+def test_inputs_are_copied_where_a_result_is_written_over_them() -> None:
+    one, other = np.arange(8.0), np.arange(8.0)
+    cases = [
+        (one, other, False),
+        (one, one, True),
+        (one, one[2:], True),
+        (one[:4], one, True),
+        (one[:4], one[4:], False),
+    ]
+    for given, result, is_copied in cases:
+        (got,) = apart([given], [other.copy(), result])
+        assert (got is not given) == is_copied
+        np.testing.assert_array_equal(got, given)
 
 
 def test_the_arena_is_near_its_lower_bound() -> None:

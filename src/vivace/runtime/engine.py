@@ -146,8 +146,7 @@ class Engine:
                 _result(s.name, shape, dtype, outputs)
                 for s, shape, dtype in zip(self.outputs, call.shapes, call.dtypes, strict=True)
             ]
-            mine = [r for s, r in zip(self.outputs, results, strict=True) if s.name in outputs]
-            given = [a.copy() if any(np.may_share_memory(a, r) for r in mine) else a for a in given]
+            given = apart(given, [r for s, r in zip(self.outputs, results, strict=True) if s.name in outputs])
         try:
             context, bound = self._idle.pop()
         except IndexError:
@@ -376,12 +375,27 @@ def refuse_inputs(inputs: object, specs: Sequence[TensorSpec]) -> NoReturn:
 
 def check_outputs(outputs: object, specs: Sequence[TensorSpec]) -> None:
     """Raises: InputError for an array that belongs to no output."""
-    wanted = ", ".join(map(str, specs))
     if not isinstance(outputs, Mapping):
         raise InputError(f"the outputs are of type {type(outputs).__name__}", where="engine.run",
-                         expected=f"a dict of arrays by name, out of {wanted}")  # fmt: skip
-    if unknown := [n for n in outputs if all(n != s.name for s in specs)]:
-        raise InputError(f"unknown outputs {unknown}", where="engine.run", expected=wanted)
+                         expected=f"a dict of arrays by name, out of {', '.join(map(str, specs))}")  # fmt: skip
+    names = {s.name for s in specs}
+    if unknown := [n for n in outputs if n not in names]:
+        raise InputError(f"unknown outputs {unknown}", where="engine.run", expected=", ".join(map(str, specs)))
+
+
+def apart(given: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Inputs, copied where a result is written over them.
+
+    Cost: arrays that own their memory share it with their views only, so that those of a decoder's 60 caches are not
+    all compared with each other.
+    """
+    views, owners = [r for r in results if not r.flags.owndata], {id(r) for r in results}
+    return [
+        a.copy()
+        if id(a) in owners or any(np.may_share_memory(a, r) for r in (views if a.flags.owndata else results))
+        else a
+        for a in given
+    ]
 
 
 def describe(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], more: str) -> str:

@@ -25,7 +25,17 @@ from vivace.base.events import Event, warn
 from vivace.lower.image import Part
 from vivace.providers.provider import LoadOptions, Session, find
 from vivace.runtime.binding import ShapeSolver
-from vivace.runtime.engine import Arrays, Engine, Placement, check_outputs, checked, describe, fitting, refuse_inputs
+from vivace.runtime.engine import (
+    Arrays,
+    Engine,
+    Placement,
+    apart,
+    check_outputs,
+    checked,
+    describe,
+    fitting,
+    refuse_inputs,
+)
 from vivace.runtime.saved import Program, save
 
 _SUMMED = ("n_steps", "n_kernels", "n_foreign", "weights_bytes", "code_bytes")
@@ -64,9 +74,7 @@ class PartitionedEngine:
         values, mine = self._given(inputs), {} if outputs is None else outputs
         check_outputs(mine, self.outputs)
         if mine:
-            values = {
-                n: a.copy() if any(np.may_share_memory(a, r) for r in mine.values()) else a for n, a in values.items()
-            }
+            values = dict(zip(values, apart(list(values.values()), list(map(np.asarray, mine.values())))))
         first = dict(values)
         try:
             for k, ends in enumerate(self._ends):
