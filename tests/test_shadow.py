@@ -103,7 +103,7 @@ def test_damaged_weights_are_named(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 def with_plan(change: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     make = building.make_plan
-    monkeypatch.setattr(building, "make_plan", lambda *args: change(make(*args)))
+    monkeypatch.setattr(building, "make_plan", lambda *args, **named: change(make(*args, **named)))
 
 
 def is_of(step: object, name: str) -> bool:
