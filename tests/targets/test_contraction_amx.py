@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tests.targets.low_precision import Case, convolution, product
 
-from vivace.base.machine import host, isa, missing_flags
+from vivace.base.machine import CacheLevel, host, isa, missing_flags
 from vivace.loops.contraction import Contraction
 from vivace.lower.tile import Tile, choose_tile
 from vivace.targets.cpu import jit
@@ -238,3 +238,24 @@ def test_tiles_that_meet_a_panel_fetch_the_next_together() -> None:
 
     assert n_fetched(tile) == n_fetched(replace(tile, tiles_per_unit=4)) == lines_of_panel
     assert n_fetched(replace(tile, rows_outer=True)) == 0
+
+
+@pytest.mark.parametrize("k, n_each", [(64, 32), (1024, 2), (4096, 1)])
+def test_results_are_fetched_row_by_row_while_the_taps_are_summed(k: int, n_each: int) -> None:
+    """32 rows in as many parts as a row has chunks, two lines a row."""
+    a, b = np.zeros((1, 32, k), np.uint8), np.zeros((1, k, 32), np.int8)
+    text = product(a, b, np.int32, TILES).code(TILES).llvm_text
+    assert len(re.findall(r"prefetch.*i32 3, i32 1\)", text)) == 2 * n_each + 32  # and the next chunk of B
+
+
+def test_many_rows_meet_a_panel_that_comes_from_far() -> None:
+    """B is larger than what stays near: its panels are cut from each other, not the rows that meet them."""
+
+    def tile(m: int, n: int) -> Tile:
+        c = product(np.zeros((1, m, 1024), bf16), np.zeros((1, 1024, n), bf16), np.float32, TILES).c
+        assert isinstance(c, Contraction)
+        return choose_tile(c, TILES, replace(host(), caches=(CacheLevel(2, "unified", 2**21, 16, 64, 1),)))
+
+    far, near = tile(2048, 2048), tile(2048, 256)
+    assert far.tiles_per_unit >= 8 and far.panels_per_unit < 64 // 4
+    assert near.panels_per_unit == 8 and near.tiles_per_unit < 8

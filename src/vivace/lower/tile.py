@@ -177,7 +177,9 @@ def _unit(
     """Tiles and panels per unit, and whether blocks of tiles vary slowest.
 
     A block of A stays in half of the second-level cache while panels of B pass. What is larger, A or B, is cut first,
-    so that the smaller one is read again, until there are enough units for the threads.
+    so that the smaller one is read again, until there are enough units for the threads. A B that does not stay near
+    is cut in any case, so that many rows meet a panel when it comes: 2048 x 2048 x 2048 in bf16 takes 0.75 of the time
+    of single tiles of rows, 1024 x 1024 x 1024 0.65 (Emerald Rapids).
     """
     rows, k, n = _known([r.extent for r in c.rows]), _known([_k(c)]), _known([c.n])
     n_batch = max(1, _known([b.extent for b in c.batch]))
@@ -187,7 +189,7 @@ def _unit(
     wanted = max(1, math.ceil(min(_UNITS_WANTED, n_batch * work_ns / _UNIT_NS) / n_batch))
     tiles = n_tiles if a_bytes <= _half_l2(machine) else max(1, n_tiles * _half_l2(machine) // a_bytes)
     panels = n_panels
-    if (k_block and len(c.taps) == 1) or b_bytes > a_bytes:
+    if (k_block and len(c.taps) == 1) or b_bytes > min(a_bytes, _half_l2(machine)):
         panels = max(1, n_panels // max(1, -(-wanted // -(-n_tiles // tiles))))
     if (have := -(-n_tiles // tiles) * -(-n_panels // panels)) < wanted:
         tiles = max(1, tiles // -(-wanted // have))

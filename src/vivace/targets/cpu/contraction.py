@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from vivace.base.dims import Dim, ceildiv, linear, prod, symbols
+from vivace.base.dims import Dim, ceildiv, prod
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError, UnsupportedError
 from vivace.base.machine import Isa
 from vivace.loops.contraction import Contraction, contraction_dims, contraction_params, merge_axes
-from vivace.loops.kernel import Load, walk
+from vivace.loops.kernel import Load
 from vivace.lower.arithmetic import SIGN_OFFSET, arithmetic_of
 from vivace.lower.pack import contiguous_run
 from vivace.lower.tile import Tile, choose_tile
@@ -24,6 +24,7 @@ from vivace.targets.cpu.contraction_amx import tile_kernel
 from vivace.targets.cpu.contraction_body import Operands, Shape, Sum
 from vivace.targets.cpu.contraction_driver import driver
 from vivace.targets.cpu.contraction_epilogue import Epilogue, split_start
+from vivace.targets.cpu.contraction_fetch import destinations
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, plan_of_rows, symbol_of, variants
 from vivace.targets.cpu.contraction_step import Step
 from vivace.targets.cpu.contraction_text import Int, Text
@@ -114,7 +115,9 @@ def _vector_kernel(called: Plan, outer: int, inner: int, tail: bool) -> tuple[st
         if p.ar.acc is DType.i32:
             first, finish = split_start(p.c, "n")
             start = None if first is None else [_started(t, p, first, symbols, masks)] * len(rows)
-        _fetch_destination(t, p, rows, vectors, dims)
+        for destination in destinations(t, p, dims):
+            for line in (line for o, i in rows for line in destination.lines(t, o, i, vectors * width, dims)):
+                t.fetch(line)
     summed = Sum(step, Shape(rows, vectors, p.tile.unroll), operands, row_offsets, dims)
     if called.fetches_ahead:
         summed.ahead, summed.ahead_lines = "%ahead", p.ahead_lines
@@ -168,25 +171,3 @@ def _wait_unless_last(t: Text, p: Plan, acc: list[list[str]]) -> None:
             store(t, p.isa, value, place, None, "i32" if p.ar.acc.is_int else "float")
     t.put("ret void")
     t.start(finish)
-
-
-def _fetch_destination(
-    t: Text, p: Plan, rows: tuple[tuple[int, int], ...], vectors: int, dims: Mapping[str, Int]
-) -> None:
-    """Asks for what the epilogue will read and write row by row, so that it comes while the taps are summed."""
-    at: dict[str, Int] = {**dims, **{x.name: f"%x{i}" for i, x in enumerate(p.axes())}, "n": "%n"}
-    moving = {p.outer.name, p.inner.name} - {""}
-    read = [e for e in walk(p.c.epilogue) if isinstance(e, Load)] if p.c.epilogue is not None else []
-    bases: list[tuple[str, Dim, Dim, int]] = [("%out", p.outer.out, p.inner.out, p.out_bytes)]
-    for e in read:
-        flat, size = flat_index(e.buffer, e.index), e.buffer.dtype.size_bytes
-        steps = [linear(flat, name) if name else (0, flat) for name in (p.outer.name, p.inner.name)]
-        known = [step[0] for step in steps if step is not None]
-        if len(known) == 2 and not e.inside and any(s.name in moving for s in symbols(flat)):
-            corner = t.at(base_of(t, p, e.buffer), t.mul(t.dim(flat, at), size))
-            bases.append((corner, known[0], known[1], size))
-    for corner, per_outer, per_inner, size in dict.fromkeys(bases):
-        for o, i in rows:
-            offset = t.mul(t.dim(per_outer * o + per_inner * i, dims), size)
-            for j in range(0, vectors * p.isa.n_f32_lanes * size, LINE_BYTES):
-                t.fetch(t.at(t.at(corner, offset), j))
