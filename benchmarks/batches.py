@@ -1,21 +1,26 @@
 """Throughput at batches of 1, 4, 16 and 64: ours, ONNX Runtime's, OpenVINO's, and torch.compile's with --torch.
 
-    python -m benchmarks.batches                            # ResNet-50 and MiniLM; takes up where it was stopped
-    python -m benchmarks.batches resnet50 --threads 1 2 --precision bf16
-    python -m benchmarks.batches --form qdq                 # the versions in 8-bit integers
+    python -m benchmarks.batches            # ResNet-50 and MiniLM in f32, bf16 and int8; takes up where it was stopped
+    python -m benchmarks.batches resnet50 --threads 1 --precision bf16 --batches 4 16
 
 All engines take turns in one process with equal threads and inputs (`vivace.measure.bench`), each told the shapes; what
-is shown is the batch over the median time of a call. MiniLM reads sentences of 128 tokens.
+is shown is the batch over the median time of a call. MiniLM reads sentences of 128 tokens. int8 runs the quantized
+(QDQ) versions.
 
 Rules:
 * APART, RESUMABLE: each batch is a process and a record of its own.
-* SHORT: a large batch gets few calls: its median is over seconds of work anyway.
+* SHORT TURNS, MANY ROUNDS: a turn on a large batch is one call after one that is not counted, and there are at least
+  `LEAST_ROUNDS` rounds, however long they take.
+* PAIRED: the gain over a peer is the median over the rounds of its time over ours in that round, so that a machine that
+  runs several times slower for some seconds slows both.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -35,6 +40,8 @@ NAMES = ("resnet50", "minilm-l6")
 # onnxruntime's quantizer knows attention only where it is written out plainly.
 QUANTIZED = {"minilm-l6": "minilm-l6-eager"}
 BATCHES = (1, 4, 16, 64)
+PRECISIONS = ("f32", "bf16", "int8")
+LEAST_ROUNDS = 8
 ENGINES = ("vivace", "onnxruntime", "openvino", "torch")
 
 Record = dict[str, Any]
@@ -43,17 +50,18 @@ Record = dict[str, Any]
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.one:
-        print(json.dumps(measure_one(options.names[0], options.batches[0], options.threads[0], options)))
+        one = (options.names[0], options.precision[0], options.threads[0], options.batches[0])
+        print(json.dumps(measure_one(*one, options)))
         return 0
     RECORDS.mkdir(parents=True, exist_ok=True)
-    jobs = [(n, t, b) for n in options.names for t in options.threads for b in options.batches]
-    for name, threads, batch in jobs:
-        key = f"{name}-{options.form or options.precision}-{threads}-{batch:03}"
+    for job in itertools.product(options.names, options.precision, options.threads, options.batches):
+        name, precision, threads, batch = job
+        key = f"{name}-{precision}-{threads}-{batch:03}"
         path = RECORDS / f"{key}.json"
-        if path.exists() and not options.again and json.loads(path.read_text())["versions"] == versions():
+        if path.exists() and not options.again and _is_current(json.loads(path.read_text())):
             continue
         command = [sys.executable, "-m", "benchmarks.batches", name, "--one", "--threads", str(threads)]
-        command += ["--batches", str(batch), "--precision", options.precision, "--form", options.form]
+        command += ["--batches", str(batch), "--precision", precision]
         command += ["--budget", str(options.budget), *(["--torch"] if options.torch else [])]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
         if done.returncode != 0:
@@ -61,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         path.write_text(done.stdout.strip().splitlines()[-1] + "\n")
         print(f"{key:32} {describe(json.loads(path.read_text()))}", flush=True)
-    records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
+    records = [r for path in sorted(RECORDS.glob("*.json")) if _is_current(r := json.loads(path.read_text()))]
     (RESULTS / "batches.json").write_text(json.dumps(records, indent=1) + "\n")
     (RESULTS / "batches.md").write_text(markdown(records))
     return 0
@@ -70,18 +78,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.batches", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="MODEL", default=list(NAMES))
-    parser.add_argument("--threads", type=int, nargs="+", default=[2])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
-    parser.add_argument("--precision", choices=("f32", "bf16"), default="f32")
-    parser.add_argument("--form", default="", help="a quantized form, such as qdq")
-    parser.add_argument("--budget", type=float, default=4.0, help="seconds of timing per batch")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--budget", type=float, default=6.0, help="seconds of timing per batch")
     parser.add_argument("--torch", action="store_true", help="time torch.compile too (extra `torch`, a C++ compiler)")
     parser.add_argument("--again", action="store_true", help="measure anew what is already there")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     return parser
 
 
-def measure_one(name: str, batch: int, threads: int, options: argparse.Namespace) -> Record:
+def measure_one(name: str, precision: str, threads: int, batch: int, options: argparse.Namespace) -> Record:
     """Times one batch in this process."""
     from vivace.cli.bench import Wanted, gather_inputs, measure
     from vivace.cli.contestants import Job
@@ -89,28 +96,34 @@ def measure_one(name: str, batch: int, threads: int, options: argparse.Namespace
     from vivace.measure.compare import LEAST_SNR_DB, Tolerance
 
     model = find(name)
-    path = materialise_quantized(QUANTIZED.get(name, name), options.form) if options.form else materialise(name)
+    is_quantized = precision == "int8"
+    path = materialise_quantized(QUANTIZED.get(name, name), "qdq") if is_quantized else materialise(name)
     arrays = model.generate((batch, *model.cases[0].shape[1:]), 0)
     _, job = gather_inputs(Job(path, threads, shapes={k: v.shape for k, v in arrays.items()}), (), 0)
     arrays = {key: arrays[key] for key in job.shapes}
-    job = replace(job, precision=options.precision)
-    settings = Settings(budget_seconds=options.budget, least_rounds=3, least_calls=1)
+    job = replace(job, precision="f32" if is_quantized else precision)
+    settings = Settings(budget_seconds=options.budget, least_rounds=LEAST_ROUNDS, least_calls=1)
     more = ()
-    if options.torch and not options.form and not why_not(name):
-        more = (torch_contestant(name, threads, output_names(path), options.precision),)
+    if options.torch and not is_quantized and not why_not(name):
+        more = (torch_contestant(name, threads, output_names(path), precision),)
         settings = replace(settings, pause_seconds=PAUSE_SECONDS)
-    is_exact = options.precision == "f32" and not options.form
-    tolerance = Tolerance(1e-3, 1e-3, None if is_exact else LEAST_SNR_DB)
+    tolerance = Tolerance(1e-3, 1e-3, None if precision == "f32" else LEAST_SNR_DB)
     report = measure(job, arrays, Wanted(PROVIDERS, settings, tolerance, memory=False, limit=False, more=more))
     engines = {e.name: e for e in report.bench.engines}
     return {
-        "model": name, "batch": batch, "threads": threads, "precision": options.form or options.precision,
+        "model": name, "batch": batch, "threads": threads, "precision": precision,
         "medians": {n: e.median if not e.failure else None for n, e in engines.items()},
+        "rounds": {n: [statistics.median(r) for r in e.calls] for n, e in engines.items() if not e.failure},
         "failures": {n: e.failure for n, e in engines.items() if e.failure},
         "agrees": {n: e.agrees for n, e in engines.items()},
         "foreign_cores": report.bench.noise.foreign_cores,
         "machine": host().model, "versions": versions(),
     }  # fmt: skip
+
+
+def _is_current(record: Record) -> bool:
+    """Whether a record is of these versions, of this benchmark too."""
+    return "rounds" in record and record["versions"] == versions()
 
 
 def describe(record: Record) -> str:
@@ -120,10 +133,12 @@ def describe(record: Record) -> str:
 
 
 def _gain(record: Record) -> float | None:
-    """Our throughput over that of the best peer."""
-    medians = record["medians"]
-    peers = [m for name, m in medians.items() if name != "vivace" and m]
-    return min(peers) / medians["vivace"] if peers and medians["vivace"] else None
+    """Our throughput over that of the best peer (rule PAIRED)."""
+    rounds = record["rounds"]
+    if "vivace" not in rounds or len(rounds) < 2:
+        return None
+    peers = (found for name, found in rounds.items() if name != "vivace")
+    return min(statistics.median(t / own for t, own in zip(found, rounds["vivace"])) for found in peers)
 
 
 def markdown(records: Sequence[Record]) -> str:
