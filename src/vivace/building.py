@@ -142,6 +142,7 @@ def link_image(
     known: Known | None = None,
 ) -> Image:  # fmt: skip
     """Generate and link; `choices` are those that the plan was made with, `known` keeps kernels in memory."""
+    from vivace.lower.conversions import report as report_conversions
     from vivace.lower.image import KernelEntry
     from vivace.lower.link import Compiled, link
     from vivace.lower.plan import steps_of
@@ -153,7 +154,7 @@ def link_image(
     by_spec = {id(s): n for s, n in zip(specs, numbers, strict=True)}
     entries = [KernelEntry(c.name, c.dims, c.units, c.grain, c.scratch_bytes) for c in codes]
     compiled = Compiled(entries, objects, lambda s: by_spec[id(s)])
-    return link(plan, compiled, chosen.name, foreign_model, {"n_kernels_compiled": n_new})
+    return link(plan, compiled, chosen.name, foreign_model, {"n_kernels_compiled": n_new, **report_conversions(plan)})
 
 
 def refuse_unhosted(graph: Graph, providers: Sequence[str]) -> None:

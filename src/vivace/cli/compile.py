@@ -81,6 +81,7 @@ def compile_model(
         "outputs": list(map(str, engine.outputs)),
         "stats": {name: value for name, value in engine.stats.items() if isinstance(value, (int, float, str, bool))},
         "tuning": engine.stats.get("tuning"),
+        "conversions": engine.conversions,
     }
     if as_json:
         print_json(facts)
@@ -90,6 +91,9 @@ def compile_model(
     print(f"  inputs   {', '.join(map(str, engine.inputs))}")
     print(f"  outputs  {', '.join(map(str, engine.outputs))}")
     print(f"  nodes    {len(engine.placement) - n_foreign} native, {n_foreign} in other engines")
+    left = engine.conversions
+    cost = f", {sum(float(str(c['cost_us'])) for c in left):.0f} us on one core" if left else ""
+    print(f"  layouts and formats: {len(left)} conversions are steps of their own{cost}")
     if "tuning" in engine.stats:
         print(f"  tuning   {tuned(engine.stats['tuning'])}")
     for place in engine.placement:

@@ -264,11 +264,12 @@ def _inspect_engine(path: Path, as_json: bool, scaling: Scaling | None) -> None:
         if fact == "tuning" and isinstance(value, dict):
             _print_tuning(value)
             continue
-        if fact == "layers":
+        if fact in ("layers", "conversions"):
             continue
         print(f"{fact:24} {_shown(fact, value)}")
     if isinstance(layers, list):
         _print_layers(layers)
+    _print_conversions(engine.conversions)
     for place in engine.placement:
         because = f", because {place.reason}" if place.reason else ""
         print(f"{place.node} ({place.op}) -> {place.kernel} in {place.provider}{because}")
@@ -283,7 +284,22 @@ def _shown(fact: str, value: object) -> str:
         return size(value)
     if isinstance(value, float):
         return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{count} {name}" for name, count in value.items()) or "-"
     return ", ".join(map(str, value)) or "-" if isinstance(value, list) else str(value)
+
+
+def _print_conversions(conversions: Sequence[Mapping[str, Any]]) -> None:
+    from vivace.cli.console import print_table, size
+
+    rows = [
+        [c["value"], c["step"], c["before"], c["after"], size(c["bytes"]), f"{c['cost_us']:.1f}", c["why"]]
+        for c in conversions
+    ]
+    if rows:
+        print_table(
+            "conversions that are steps", ["value", "step", "from", "to", "bytes", "us", "because"], rows, left=4
+        )
 
 
 def _print_layers(layers: Sequence[Mapping[str, Any]]) -> None:

@@ -8,6 +8,18 @@ as few transposes as there can be.
 
 For a permutation that is its own inverse, a transpose swaps the sides; counting sides modulo the swaps on the way
 (`parity`) keeps the problem a cut.
+
+Rule TOGETHER: quantize, dequantize and cast are nodes with a side like any other, and the same value in f32 and in
+bytes are two values with prices of their own: one cut decides the layout of each and the format in which it is turned.
+Bytes are in the graph by then (`use_integers` comes before). Halves come later (`lower/precision.py`), which changes
+nothing: casts fuse on either side (rule FUSED there), and half of the price for all that is not an input or output has
+the same cheapest cut. To choose layouts once more after the halves made eight casts steps of their own in PP-OCR's
+recogniser. Prices that depend on layout and format of both ends at once would ask for labels by four, which no cut
+solves in general (Kolmogorov and Zabih, What energy functions can be minimized via graph cuts?, 2004).
+
+Rule BYTES: a transpose costs its bytes. A lone one of bytes takes longer than one of f32 (`base/conversions.py`), but
+few stand alone: products and `quantize` read turned operands, at the speed of their bytes. With the times of lone
+passes as prices, transposes stood between `dequantize` and products, which then ran in f32.
 """
 
 from __future__ import annotations

@@ -213,6 +213,12 @@ class Engine:
         return self.image.facts
 
     @property
+    def conversions(self) -> list[dict[str, object]]:
+        """The steps that only change the order or the format of a value, what each costs, and why it is left."""
+        found = self.facts.get("conversions", [])
+        return list(found) if isinstance(found, list) else []
+
+    @property
     def stats(self) -> dict[str, object]:
         """Counts and sizes: steps, kernels, weights, arena (for static shapes), and the compiler's facts."""
         facts: dict[str, object] = {

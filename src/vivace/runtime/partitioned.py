@@ -134,13 +134,18 @@ class PartitionedEngine:
         return save(Path(path), Program(self.parts, self.inputs, self.outputs, placement, self.facts), self._portable())
 
     @property
+    def conversions(self) -> list[dict[str, object]]:
+        """Those of the native parts; see `Engine.conversions`."""
+        return [c for runner in self._runners if isinstance(runner, Engine) for c in runner.conversions]
+
+    @property
     def stats(self) -> dict[str, object]:
         """Counts and sizes of the native parts together, and the compiler's facts."""
         found: dict[str, Any] = {"threads": self.threads, "n_parts": len(self.parts)}
         for runner in self._runners:
             if isinstance(runner, Engine):
                 found |= {name: found.get(name, 0) + runner.stats[name] for name in _SUMMED}
-        return {**found, **self.facts}
+        return {**found, "conversions": self.conversions, **self.facts}
 
     def profile(self, inputs: Mapping[str, np.ndarray]) -> list[Event]:
         """One inference with the time of each kernel of ours, and of each part of another provider as a whole."""
