@@ -238,11 +238,16 @@ def summarise(records: Sequence[Record]) -> Record:
         "commits": sorted({record.get("commit", "unknown") for record in records}),
         "measured_at": max((record["measured_at"] for record in records), default=""),
         "tolerance": first.get("tolerance", {}),
+        "torch": max((r.get("torch", "") for r in records if _was_timed(r, "torch")), default=""),
         "rows": rows,
         "ratio_over_best_peer": means,
         "resnet50": _resnet(records),
         "disturbed": [_disturbed(record, rows) for record in records if record["disturbed"]],
     }
+
+
+def _was_timed(record: Record, name: str) -> bool:
+    return any(engine["name"] == name and engine["median"] for engine in record["engines"])
 
 
 def _row(record: Record) -> Record:
@@ -390,10 +395,15 @@ def readme_table(summary: Record) -> str:
     about = (
         f"{machine.get('cpu', '?')}, {machine.get('cores', '?')} cores, {machine.get('used_instruction_set', '?')}; "
         f"f32, batch 1; onnxruntime {summary['versions'].get('onnxruntime')}, "
-        f"openvino {summary['versions'].get('openvino')}; "
-        f"{summary['measured_at'][:10]}. The geometric mean of our median over the better of the two is {means}."
+        f"openvino {summary['versions'].get('openvino')}{_torch(summary)}; "
+        f"{summary['measured_at'][:10]}. The geometric mean of our median over that of the fastest other is {means}."
     )
     return "\n".join([*table(summary["rows"]), "", about])
+
+
+def _torch(summary: Record) -> str:
+    """What is said of PyTorch where it was timed."""
+    return f", torch {summary['torch']} compiled" if summary.get("torch") else ""
 
 
 def update_readme(path: Path, summary: Record) -> None:

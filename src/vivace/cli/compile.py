@@ -18,6 +18,16 @@ def tuned(facts: Any) -> str:
     return f"{done}{cut}: {facts['n_changed']} of {facts['n_sites']} kernels are made otherwise than by default"
 
 
+def chosen_formats(stats: Any) -> str:
+    """What choosing formats by layer came to, and on which inputs."""
+    layers = stats["layers"]
+    n_narrow = sum(layer["format"] != "f32" for layer in layers)
+    return (
+        f"{n_narrow} of {len(layers)} layers are narrow; {stats['metric']} error {stats['error']:.2g} of the"
+        f" {stats['max_drop']:.2g} allowed, measured on {stats['measured_on']}"
+    )
+
+
 def compile_model(
     model: options.Model,
     output: Annotated[
@@ -82,6 +92,7 @@ def compile_model(
         "stats": {name: value for name, value in engine.stats.items() if isinstance(value, (int, float, str, bool))},
         "tuning": engine.stats.get("tuning"),
         "conversions": engine.conversions,
+        "layers": engine.stats.get("layers"),
     }
     if as_json:
         print_json(facts)
@@ -96,6 +107,8 @@ def compile_model(
     print(f"  layouts and formats: {len(left)} conversions are steps of their own{cost}")
     if "tuning" in engine.stats:
         print(f"  tuning   {tuned(engine.stats['tuning'])}")
+    if "layers" in engine.stats:
+        print(f"  formats  {chosen_formats(engine.stats)}")
     for place in engine.placement:
         if place.provider != "native":
             print(f"           {place.node} ({place.op}): {place.provider}, because {place.reason}")
