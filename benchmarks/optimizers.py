@@ -48,8 +48,10 @@ class Row:
 
     @property
     def is_best(self) -> bool:
-        peers = [n for n in (self.onnxslim, self.ort) if n is not None]
-        return self.ours is not None and (not peers or self.ours <= min(peers)) and not self.note
+        nodes = [n for n in (self.onnxslim, self.ort) if n is not None]
+        moved = [m for m in self.peers_megabytes if m is not None]
+        is_fewest = self.ours is not None and self.ours <= min(nodes, default=self.ours)
+        return is_fewest and self.megabytes[1] <= min(moved, default=self.megabytes[1]) and not self.note
 
 
 def count_nodes(path: Path) -> int:
