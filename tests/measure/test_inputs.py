@@ -26,7 +26,7 @@ def test_grammar() -> None:
     assert parse_shapes("") == {}
 
 
-@pytest.mark.parametrize("text", ["x", "x=1x3", "x:1x-3", "x:1,3", ":1x3", "x:axb"])
+@pytest.mark.parametrize("text", ["x", "x=1x3", "x:1x-3", "x:1,3", ":1x3", "x:axb", "x:1x3,x:2x3"])
 def test_grammar_refuses(text: str) -> None:
     with pytest.raises(InputError, match="--shapes"):
         parse_shapes(text)

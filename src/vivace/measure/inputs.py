@@ -32,7 +32,7 @@ _SMALL_ID = 100  # every vocabulary has that many tokens
 def parse_shapes(text: str) -> Shapes:
     """Shapes by input name (LAST); an empty shape, as in `sr:`, is a scalar's.
 
-    Raises: InputError for what is not in the grammar.
+    Raises: InputError for what is not in the grammar, and for an input named twice.
     """
     shapes: Shapes = {}
     for part in filter(None, text.split(",")):
@@ -45,6 +45,8 @@ def parse_shapes(text: str) -> Shapes:
                 expected="NAME:DIMxDIMx..., with commas between inputs",
                 hint="--shapes x:1x3x224x224",
             )
+        if name in shapes:
+            raise InputError(f"the shape of {name!r} is given twice", where="--shapes", expected="one shape an input")
         shapes[name] = tuple(map(int, sizes))
     return shapes
 
