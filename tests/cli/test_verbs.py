@@ -195,6 +195,9 @@ def test_opt_runs_chosen_passes(cli, model: Path) -> None:  # type: ignore[no-un
     assert result.code == 0, result.err
     assert "# remove_dead:" in result.out and "# simplify:" in result.out
     assert "matmul" in result.out
+    data = json.loads(cli("opt", model, "-p", "remove_dead,simplify", "--json", "--print-between").out)
+    assert [item["pass"] for item in data["passes"]] == ["remove_dead", "simplify"]
+    assert data["passes"][-1]["graph"] == data["graph"] and "matmul" in data["graph"]
 
 
 def test_optimize(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
