@@ -259,6 +259,25 @@ def test_what_is_read_in_f32_only_stays_f32() -> None:
     assert narrow(build(net, Type(F32, (64, 64)))).n_values == 0
 
 
+def test_statistics_stay_f32() -> None:
+    """A variance written out as E[x^2] - E[x]^2: rounded means would leave nothing of it."""
+
+    def net(b: Builder, x: Value) -> Value:
+        h = b.relu(b.matmul(x, b.const(weights(64, 256))))
+        mean, square = (b.reduce_mean(v, axes=(0,), keepdims=False) for v in (h, b.mul(h, h)))
+        variance = b.relu(b.sub(square, b.mul(mean, mean)))
+        scale = b.div(b.const(np.float32(1)), b.sqrt(b.add(variance, b.const(np.float32(1e-6)))))
+        return b.matmul(b.mul(b.sub(h, mean), scale), b.const(weights(256, 64, seed=1)))
+
+    graph = build(net, Type(F32, (symbol("n", lo=64), 256, 64)))
+    found = narrow(graph).graph
+    narrowed = [n for n in found.nodes if n.op.name == "cast" and n.attrs["to"] is DType.bf16]
+    assert narrowed and all(n.outputs[0].rank == 3 for n in narrowed)
+    x = np.random.default_rng(0).standard_normal((64, 256, 64)).astype(np.float32)
+    (want,), (got,) = reference.evaluate(graph, [x]), reference.evaluate(found, [x])
+    assert off(got, want) < 2**-6
+
+
 @each_isa
 @pytest.mark.parametrize("perm", [(0, 1, 2), (0, 2, 1)])
 @pytest.mark.parametrize("shared", [False, True])
