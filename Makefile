@@ -21,15 +21,22 @@ INSTALLED := $(VENV)/installed-$(subst $(comma),-,$(EXTRAS))
 export PYTHONDONTWRITEBYTECODE :=
 
 .DELETE_ON_ERROR:
-.PHONY: test check demo bench docs constraints clean install
+.PHONY: test tests check ruff mypy lint-imports demo bench docs constraints clean install
 
-test: check
+# mypy needs one core for as long as it takes: the tests begin beside it.
+test: install
+	$(MAKE) --jobs=4 check tests
+
+tests: install
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-check: install
+check: ruff mypy lint-imports
+
+ruff: install
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
+
+mypy lint-imports: install
+	$(BIN)/$@
 
 demo: install
 	$(BIN)/vivace demo
