@@ -78,10 +78,12 @@ def test_error_of_bf16(model: Model) -> None:
         feeds = inputs(model.name, case.name)
         check(model, engine, feeds, reference(path, feeds))
     labels = [line.label for line in engine.image.lines if line.kind == "run"]
-    plain = vivace.compile(path, threads=1, providers=("native",))
-    assert isinstance(plain, Engine)
     norms = sum(label in ("layer_norm", "rms_norm") for label in labels)
-    assert labels.count("cast") - sum(line.label == "cast" for line in plain.image.lines) <= CASTS + norms
+    n_beyond = labels.count("cast") - CASTS - norms
+    if n_beyond > 0:  # what f32 has as well
+        plain = vivace.compile(path, threads=1, providers=("native",))
+        assert isinstance(plain, Engine)
+        assert n_beyond <= sum(line.label == "cast" for line in plain.image.lines)
 
 
 def beginning(path: Path) -> bytes:
