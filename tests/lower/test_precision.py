@@ -310,6 +310,27 @@ def test_weights_of_depthwise_convolutions_stay_f32() -> None:
     assert (step.spec.a.dtype, step.spec.b.dtype) == (DType.bf16, F32)
 
 
+@pytest.mark.parametrize(("channels", "k"), [(1, 7), (33, 1), (1, 1)])
+def test_runs_that_fill_no_tile_register_are_multiplied_in_f32(channels: int, k: int) -> None:
+    """Where the CPU has such registers; 7 bf16 of a row are no whole number of pairs."""
+    t = Type(F32, (1, 9, 17, channels))
+    graph = build(lambda b, x: b.relu(conv(b, b.relu(x), 20, k, stride=2)), t)
+    found = narrow(graph)
+
+    def factors(of: str) -> DType:
+        (step,) = [s for s in steps_of(lower(found.graph, isa(of)).body) if isinstance(s.spec, Contraction)]
+        return step.spec.a.dtype
+
+    assert factors("avx512+avx512_bf16") is DType.bf16
+    assert factors("avx512+amx_bf16+amx_tile+avx512_bf16") is F32
+    x = numbers(t)
+    (want,) = reference.evaluate(found.graph, [x])
+    got = Engine(build_image(found.graph, best_isa(host()), False), 1, []).run({graph.inputs[0].name: x})[
+        graph.outputs[0].name
+    ]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
 def test_rounding() -> None:
     x = np.array([1.0, 1 + 2**-9, 1 + 3 * 2**-9, -np.inf, 3.4e38], np.float32)
     y = rounded(x)

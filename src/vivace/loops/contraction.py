@@ -109,11 +109,11 @@ def merge_axes(c: Contraction) -> Contraction:
     """
     batch, epilogue = _drop_ones(c.batch, c.epilogue)
     rows, epilogue = _drop_ones(c.rows, epilogue)
-    taps = tuple(t for t in c.taps if t.extent != 1)
     if c.packing.kind != "panels":  # packed taps lie densely in their order, whatever their strides say
+        taps = tuple(t for t in c.taps if t.extent != 1)
         taps = _join_all(taps, lambda o, i: o.a == i.a * i.extent and o.b == i.b * i.extent)
     else:
-        taps = _join_all(taps, lambda o, i: o.a == i.a * i.extent)
+        taps = join_taps(c.taps)
     if c.b.dtype is not DType.f32 and taps and taps[-1].a != 1:
         taps = (*taps, Axis("run", 1, 1))
     while (pair := next((p for p in pairwise(rows) if _joins(*p, epilogue)), None)) is not None:
@@ -121,6 +121,11 @@ def merge_axes(c: Contraction) -> Contraction:
         epilogue = None if epilogue is None else substitute_expr(epilogue, {outer.name: 0})
         rows = _join(rows, pair)
     return replace(c, batch=batch, rows=rows, taps=taps, epilogue=epilogue)
+
+
+def join_taps(taps: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    """Taps with neighbours joined that step evenly in A, those of extent 1 dropped."""
+    return _join_all(tuple(t for t in taps if t.extent != 1), lambda o, i: o.a == i.a * i.extent)
 
 
 def _drop_ones(axes: tuple[Axis, ...], epilogue: Expr | None) -> tuple[tuple[Axis, ...], Expr | None]:

@@ -23,7 +23,7 @@ from vivace.base.dims import Dim, prod
 from vivace.base.dtypes import DType
 from vivace.base.errors import UnsupportedError
 from vivace.base.machine import Isa, without_amx
-from vivace.loops.contraction import Contraction, Depthwise, merge_axes
+from vivace.loops.contraction import Axis, Contraction, Depthwise, merge_axes
 
 # What turns i8 into u8 of the same order; `Contraction.a_offset` may only be this or 0.
 SIGN_OFFSET = 128
@@ -98,10 +98,12 @@ def _tiles_fit(c: Contraction, ar: Arithmetic) -> bool:
     rows = [r.extent for r in c.rows]
     if all(isinstance(r, int) for r in rows) and prod(rows) < LEAST_TILE_ROWS:  # type: ignore[operator]
         return False
-    if not c.taps:
-        return ar.group == 1
-    run, step = c.taps[-1].extent, c.taps[-1].a
-    return step == 1 and chunk_bytes(run * ar.a_bytes) > 0
+    return does_run_fill_tiles(c.taps, ar.a_bytes) if c.taps else ar.group == 1
+
+
+def does_run_fill_tiles(taps: tuple[Axis, ...], a_bytes: int) -> bool:
+    """Whether the innermost of joined taps is a run of A that chunks divide."""
+    return bool(taps) and taps[-1].a == 1 and chunk_bytes(taps[-1].extent * a_bytes) > 0
 
 
 def chunk_bytes(run_bytes: Dim) -> int:

@@ -20,7 +20,14 @@ from vivace.lower.pack import pack_panels, without_denormals
 from vivace.lower.rules import narrow, winograd
 from vivace.lower.rules.elementwise import Params, Tree, emit_pointwise
 from vivace.lower.rules.epilogue import Epilogue, tail_flops
-from vivace.lower.rules.half_products import half_contraction, is_fast_half, is_half_product, pair_contraction, unpacked
+from vivace.lower.rules.half_products import (
+    half_contraction,
+    is_fast_half,
+    is_half_product,
+    pair_contraction,
+    pays_in_halves,
+    unpacked,
+)
 from vivace.lower.tile import panel_lanes
 from vivace.lower.views import View
 
@@ -234,6 +241,8 @@ def lower_conv(ctx: Lowering, g: Group, is_exact: bool = False) -> None:
     last = attrs["layout"] == "NHWC"
     to_last = tuple(range(rank)) if last else (0, *range(2, rank), 1)
     half = reads_half(node, 0) and is_half_product(ctx, x_value, None if is_depthwise(node) else w_value)
+    if half and not is_depthwise(node):
+        half = pays_in_halves(ctx.operand(x_value).transpose(to_last), node, ctx.isa)
     x = (ctx.operand(x_value) if half else ctx.view(x_value)).transpose(to_last)
     if x.strides[-1] != 1 and x.shape[-1] != 1:
         x = ctx.contiguous(x, f"{x_value.name}_nhwc")
