@@ -313,6 +313,16 @@ def test_large_products_are_cut_for_the_caches() -> None:
     assert choose_tile(matmul(64, 64, 64, isa).c, isa, replace(host(), caches=())).k_block == 0
 
 
+@pytest.mark.parametrize("pixels", [3136, 196])
+def test_few_rows_make_units_for_threads_where_their_number_shows_at_run_time(pixels: int) -> None:
+    images, isa = symbol("N"), ISAS["avx512"]
+    c = matmul(pixels, 256, 2048, isa).c
+    merged = replace(c, rows=(replace(c.rows[0], extent=images * pixels),))
+    apart = replace(c, rows=(Axis("i", images, pixels * 256 + 1, 0, pixels * 2048), *c.rows))
+    for open_c in (merged, apart):
+        assert evaluate(emit_contraction(open_c, isa).units, {"N": 1}) >= 8
+
+
 @each_isa
 def test_nan_and_infinity_propagate(isa: Isa) -> None:
     case = matmul(20, 12, 40, isa, "plain")

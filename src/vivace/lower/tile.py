@@ -14,7 +14,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from vivace.base.dims import Dim, bounds, prod
+from vivace.base.dims import Dim, Symbol, evaluate, prod, symbols
 from vivace.base.machine import Isa, Machine, host
 from vivace.loops.contraction import Axis, Contraction, merge_axes
 from vivace.lower.arithmetic import F32, Arithmetic, arithmetic_of
@@ -32,6 +32,9 @@ _FLOPS_PER_NS = 100
 _BYTES_PER_NS = 30
 _LEAST_TILES_TO_STAGE = 20  # of 14 rows: between 197 and 1500 rows
 MOST_VECTORS = 4  # per panel: 6 rows of 4 reach the peak with 32 registers
+_FEWEST_ROWS = 64  # that a product is cut for, where their number only shows at run time
+_MANY_TILES = 64  # all rows that come, up to 2048
+_FEW_UNITS = 8
 _LEAST_K_BLOCK = 512  # below it, reading and writing the accumulators once more per pass begins to show
 
 
@@ -140,28 +143,30 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None, choice
         outer, inner = _split_for_tiles(_at_pitch(c.rows, pitch) if pitch else c.rows)
     else:
         outer, inner = _split_rows(c.rows, most)
-    n_panels = max(1, -(-_known([c.n]) // lanes))
+    sizes = _sizes(c)
+    n_panels = max(1, -(-_known([c.n], sizes) // lanes))
     colliding = not ar.is_tile and collides(c.rows, outer, inner, machine, ar.a_bytes)
     can_stage = not ar.is_tile and len(c.taps) == 1 and c.taps[0].a == 1
     stage_a = can_stage and (colliding and n_panels > 1 if choice.stage_a is None else choice.stage_a)
     if colliding and len(c.taps) > 1 and not choice.rows:
         outer, inner = _split_rows(c.rows, max(1, most // 2))
-    n_tiles = max(1, _known([r.extent for r in c.rows[:-2]]) * _known([pieces(outer)]) * _known([pieces(inner)]))
+    n_tiles = max(1, _known([*(r.extent for r in c.rows[:-2]), pieces(outer), pieces(inner)], sizes))
     stage_b = c.packing.kind == "transposed" or (c.packing.kind == "plain" and _pays_to_stage_b(c, isa, n_tiles, lanes))
     if c.packing.kind == "plain" and choice.stage_b is not None:
         stage_b = choice.stage_b
-    k_block = _k_block(c, ar, machine)
+    k_block = _k_block(c, ar, machine, sizes)
     if choice.k_block is not None and _is_k_block(choice.k_block, c, ar):
         k_block = choice.k_block
     steps = k // ar.group if isinstance(k := _channel(c), int) else None
     unroll = next((u for u in (4, 3, 2, 5) if steps is not None and steps % u == 0), 4)
-    tiles, panels, rows_outer = _unit(c, ar, n_tiles, n_panels, k_block, machine)
-    tiles, panels = min(choice.tiles or tiles, n_tiles), min(choice.panels or panels, n_panels)
+    tiles, panels, rows_outer = _unit(c, ar, n_tiles, n_panels, k_block, machine, sizes)
+    tiles = min(choice.tiles, n_tiles) if choice.tiles else tiles
+    panels = min(choice.panels or panels, n_panels)
     rows_outer = rows_outer if choice.rows_outer is None else choice.rows_outer
     if stage_b:
         rows_outer = False
-        panels = max(1, min(panels, _half_l2(machine) // max(1, _known([_k(c)]) * lanes * 4)))
-    b_block = panels * lanes * _known([_k(c)]) * ar.b_bytes
+        panels = max(1, min(panels, _half_l2(machine) // max(1, _known([_k(c)], sizes) * lanes * 4)))
+    b_block = panels * lanes * _known([_k(c)], sizes) * ar.b_bytes
     fits = rows_outer and b_block <= machine.cache_bytes(2) // 16
     fits = fits if choice.tiles_outside is None else choice.tiles_outside
     tiles_outside = panels > 1 and not k_block and fits
@@ -172,7 +177,7 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None, choice
 
 
 def _unit(
-    c: Contraction, ar: Arithmetic, n_tiles: int, n_panels: int, k_block: int, machine: Machine
+    c: Contraction, ar: Arithmetic, n_tiles: int, n_panels: int, k_block: int, machine: Machine, sizes: dict[str, int]
 ) -> tuple[int, int, bool]:
     """Tiles and panels per unit, and whether blocks of tiles vary slowest.
 
@@ -180,10 +185,13 @@ def _unit(
     so that the smaller one is read again, until there are enough units for the threads. A B that does not stay near
     is cut in any case, so that many rows meet a panel when it comes: 2048 x 2048 x 2048 in bf16 takes 0.75 of the time
     of single tiles of rows, 1024 x 1024 x 1024 0.65 (Emerald Rapids).
+
+    Where panels alone make a few units, and more rows may come than are known of, those that come meet a panel at once:
+    384 columns of a 1024 x 1536 A took a twentieth more of MiniLM in bf16 with a unit for each tile.
     """
-    rows, k, n = _known([r.extent for r in c.rows]), _known([_k(c)]), _known([c.n])
-    n_batch = max(1, _known([b.extent for b in c.batch]))
-    channels = k_block if len(c.taps) == 1 and k_block else _known([_channel(c)])
+    rows, k, n = _known([r.extent for r in c.rows], sizes), _known([_k(c)], sizes), _known([c.n], sizes)
+    n_batch = max(1, _known([b.extent for b in c.batch], sizes))
+    channels = k_block if len(c.taps) == 1 and k_block else _known([_channel(c)], sizes)
     a_bytes, b_bytes = rows * channels * ar.a_bytes, n * k * ar.b_bytes
     work_ns = max(2 * rows * n * k / (_FLOPS_PER_NS * ar.group), (b_bytes + a_bytes) / _BYTES_PER_NS)
     wanted = max(1, math.ceil(min(_UNITS_WANTED, n_batch * work_ns / _UNIT_NS) / n_batch))
@@ -191,18 +199,22 @@ def _unit(
     panels = n_panels
     if (k_block and len(c.taps) == 1) or b_bytes > min(a_bytes, _half_l2(machine)):
         panels = max(1, n_panels // max(1, -(-wanted // -(-n_tiles // tiles))))
-    if (have := -(-n_tiles // tiles) * -(-n_panels // panels)) < wanted:
+    have = -(-n_tiles // tiles) * -(-n_panels // panels)
+    is_open = any(symbols(prod([r.extent for r in c.rows])))
+    if is_open and b_bytes > a_bytes and tiles == n_tiles and have >= min(wanted, _FEW_UNITS):
+        return _MANY_TILES, -(-n_panels // have), False
+    if have < wanted:
         tiles = max(1, tiles // -(-wanted // have))
     tiles, panels = (-(-total // -(-total // size)) for total, size in ((n_tiles, tiles), (n_panels, panels)))
     return tiles, panels, b_bytes <= a_bytes
 
 
-def _k_block(c: Contraction, ar: Arithmetic, machine: Machine) -> int:
+def _k_block(c: Contraction, ar: Arithmetic, machine: Machine, sizes: dict[str, int]) -> int:
     """Steps of the outermost tap per pass where A and B are too large to stay in the second-level cache over all; 0
     for all at once.
     """
     first = c.taps[0].extent if c.taps else 1
-    rows, k, n = _known([r.extent for r in c.rows]), _k(c), _known([c.n])
+    rows, k, n = _known([r.extent for r in c.rows], sizes), _k(c), _known([c.n], sizes)
     room, least = _half_l2(machine), _LEAST_K_BLOCK * ar.group
     if ar.is_tile or not isinstance(first, int) or not isinstance(k, int):
         return 0
@@ -284,17 +296,28 @@ def staged_stride(k: Dim, a_bytes: int = F32.a_bytes) -> Dim:
     return (lines + 1 - lines % 2) * per_line
 
 
-def _guess(d: Dim, guess: int) -> int:
-    """The guess, or the largest that a dim can be."""
-    most = bounds(d)[1]
-    return guess if most is None else max(1, min(guess, most))
+def _sizes(c: Contraction) -> dict[str, int]:
+    """What the sizes that only show at run time are taken to be: those of rows alike, and as small as makes some rows.
+
+    More rows make more units of the same size, fewer leave threads without work: cut for 64 images, most convolutions
+    of ResNet-50 are one or two units when one image comes.
+    """
+    rows = prod([r.extent for r in c.rows])
+    free = {s for d in (*(x.extent for x in (*c.batch, *c.rows, *c.taps)), c.n) for s in symbols(d)}
+    of_rows, size = set(symbols(rows)), 1
+    while True:
+        sizes = {s.name: _within(s, size if s in of_rows else _FEWEST_ROWS) for s in free}
+        if size >= _FEWEST_ROWS or evaluate(rows, sizes) >= _FEWEST_ROWS:
+            return sizes
+        size *= 2
 
 
-def _known(dims: list[Dim], guess: int = 64) -> int:
-    total = 1
-    for d in dims:
-        total *= d if isinstance(d, int) else _guess(d, guess)
-    return total
+def _within(s: Symbol, size: int) -> int:
+    return max(1, s.lo or 0, size if s.hi is None else min(size, s.hi))
+
+
+def _known(dims: list[Dim], sizes: dict[str, int]) -> int:
+    return evaluate(prod(dims), sizes)
 
 
 def _split_rows(rows: tuple[Axis, ...], most: int) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
