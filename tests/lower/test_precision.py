@@ -331,6 +331,16 @@ def test_runs_that_fill_no_tile_register_are_multiplied_in_f32(channels: int, k:
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_sums_that_a_product_reads_through_movers_are_stored_narrow() -> None:
+    def net(b: Builder, x: Value) -> Value:
+        power = b.reduce_sum(b.mul(x, x), axes=(4,), keepdims=False)
+        wide = b.pad(power, before=(0, 0, 2, 0), after=(0, 0, 0, 0), mode="constant", value=0.0)
+        return b.relu(conv(b, b.concat(wide, wide, axis=3), 20, 3))
+
+    found = narrow(build(net, Type(F32, (1, 32, 30, 8, 2))))
+    assert found.n_products == 1
+
+
 def test_rounding() -> None:
     x = np.array([1.0, 1 + 2**-9, 1 + 3 * 2**-9, -np.inf, 3.4e38], np.float32)
     y = rounded(x)

@@ -16,7 +16,8 @@ Rules:
   stays f32: 3.3 dB less error in ViT-B at equal time. So does what a norm makes of it for the next addition and for
   products (BERT), which read a cast of it: 2.8 dB less error in MiniLM, and with that less than OpenVINO's bf16 has,
   for one pass over it. In ResNet-50 and MobileNetV2 it would change nothing.
-* STATISTICS: what a reduction makes, and what is computed from such values alone, stays f32 where no product reads it.
+* STATISTICS: what a reduction makes, and what is computed from such values alone, stays f32 where neither a product nor
+  a mover reads it (the spectrogram of Basic Pitch is a sum of squares, and convolutions read it padded and joined).
   A variance is the small difference of a mean of squares and a squared mean: with both rounded to bf16, Magika's norms,
   which its file spells out so, gave 20 dB on one input where they now give 54.
 * DEPTHWISE: weights of depthwise convolutions stay f32. Few terms make a sum there, so that what rounding adds to a
@@ -133,12 +134,13 @@ class _Storage:
             return not (self.producer[v].op.name in _NORMS and "add" in wanted)  # STREAM
         if (layer := self.layer[v]) is not None and layer not in self.allowed:
             return False
-        if v in self.statistics:
+        is_moved = any(name in MOVERS for name in wanted)
+        if v in self.statistics and not is_moved:
             return False
         if len(readers) > 1 and "add" in wanted and _STREAM_READERS.issuperset(wanted):  # STREAM
             return False
         size = v.type.size
-        is_small = isinstance(size, int) and size <= _SMALL and not any(name in MOVERS for name in wanted)  # SMALL
+        is_small = isinstance(size, int) and size <= _SMALL and not is_moved  # SMALL
         return all(able) and not is_small
 
     def _converts(self, n: Node, operand: int) -> bool:
