@@ -25,7 +25,7 @@ settings.register_profile(
 )
 settings.load_profile("vivace")
 
-# A shell starts what it runs in the background with interrupts ignored, and the processes that tests start inherit that.
+# A shell starts what it runs in the background with interrupts ignored, which the processes of tests inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
