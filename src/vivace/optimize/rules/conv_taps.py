@@ -9,11 +9,15 @@ from vivace.graph.graph import Node, Value
 from vivace.graph.rewrite import At, Example, Outcome, rule
 
 
-def _met(size: int, out: int, taps: int, stride: int, dilation: int, before: int) -> range:
+def met(size: int, out: int, taps: int, stride: int, dilation: int, before: int) -> range:
     """The taps from the first to the last that meet an element for some output."""
-    at = np.arange(out)[:, None] * stride + np.arange(taps) * dilation - before
-    met = np.flatnonzero(((at >= 0) & (at < size)).any(axis=0))
-    return range(int(met[0]), int(met[-1]) + 1) if met.size else range(0)
+    found = []
+    for tap in range(taps):
+        first = tap * dilation - before  # where it stands for output 0
+        o = max(-(first // stride), 0)  # the first output for which it does not stand before the image
+        if o < out and first + o * stride < size:
+            found.append(tap)
+    return range(found[0], found[-1] + 1) if found else range(0)
 
 
 def _thin(e: Example) -> Value:
@@ -38,7 +42,7 @@ def crop_taps(n: Node, at: At) -> Outcome:
         isinstance(d, int) for d in attrs["after"]
     ):
         return None
-    kept = [_met(*axis) for axis in axes]
+    kept = [met(*axis) for axis in axes]
     if [len(k) for k in kept] == list(w.shape[2:]) or not all(kept):
         return None
     steps = attrs["dilations"]
