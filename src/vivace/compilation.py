@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vivace.base.dtypes import DType
 from vivace.base.errors import ModelError, ProviderError, UnsupportedError, VivaceError
 from vivace.base.events import warn
+from vivace.base.heap import trim
 from vivace.base.specs import TensorSpec
 from vivace.base.version import __version__
 from vivace.building import (
@@ -79,7 +80,9 @@ class Compilation:
         graph, batch = self._slice(graph)
         plan, image, graph = build(graph, options, batch)
         image.facts["compile_seconds"] = time.perf_counter() - started
-        return make_engine(plan, image, options, placements(image, float_islands(graph)), self.portable)
+        engine = make_engine(plan, image, options, placements(image, float_islands(graph)), self.portable)
+        trim()
+        return engine
 
     def _slice(self, graph: Graph) -> tuple[Graph, Batch | None]:
         """The graph for a few rows of its batch, where the size of the batch is fixed and its values would not stay
