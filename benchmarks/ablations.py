@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, make in SPELLED_OUT.items():
         if name in options.only and (not options.names or name in options.names):
             measure_spelled(name, make, options)
-    records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
+    records = [r for path in sorted(RECORDS.glob("*.json")) if "ratio" in (r := json.loads(path.read_text()))]
     (RESULTS / "ablations.json").write_text(json.dumps(records, indent=1) + "\n")
     (RESULTS / "ablations.md").write_text(markdown(records))
     return 0
