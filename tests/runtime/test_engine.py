@@ -17,7 +17,8 @@ from vivace.graph.graph import Graph, Type
 from vivace.graph.reference import evaluate
 from vivace.lower.image import Part
 from vivace.options import choose_isa
-from vivace.runtime.engine import Engine, apart
+from vivace.runtime.arguments import apart
+from vivace.runtime.engine import Engine
 from vivace.runtime.partitioned import PartitionedEngine
 from vivace.runtime.saved import Program
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from numpy import empty, ndarray
@@ -28,6 +27,7 @@ from vivace.base.machine import isa
 from vivace.base.mapped import forget
 from vivace.base.specs import TensorSpec
 from vivace.lower.image import ForeignEntry, Image, LineEntry, Part, estimate_ns
+from vivace.runtime.arguments import apart, check_outputs, checked, refuse_inputs, result_for
 from vivace.runtime.binding import MemoryPlanner, ShapeSolver
 from vivace.runtime.buffer import Buffer
 from vivace.runtime.executable import Chunk, Context, Executable
@@ -143,7 +143,7 @@ class Engine:
         else:
             check_outputs(outputs, self.outputs)
             results = [
-                _result(s.name, shape, dtype, outputs)
+                result_for(s.name, shape, dtype, outputs)
                 for s, shape, dtype in zip(self.outputs, call.shapes, call.dtypes, strict=True)
             ]
             given = apart(given, [r for s, r in zip(self.outputs, results, strict=True) if s.name in outputs])
@@ -364,79 +364,9 @@ class Engine:
                 return steps.Output(s.index, offset)
 
 
-def refuse_inputs(inputs: object, specs: Sequence[TensorSpec]) -> NoReturn:
-    """Raises: InputError that says which names are missing or unknown, or that names are wanted at all."""
-    wanted = ", ".join(map(str, specs))
-    if not isinstance(inputs, Mapping):
-        raise InputError(
-            f"the inputs are of type {type(inputs).__name__}", where="engine.run",
-            expected=f"a dict of arrays by name, with {wanted}",
-            hint='engine.run({"name": array}), or engine(array, ...)',
-        )  # fmt: skip
-    names = [s.name for s in specs]
-    missing, unknown = [n for n in names if n not in inputs], [n for n in inputs if n not in names]
-    what = [f"{kind} inputs {found}" for kind, found in (("missing", missing), ("unknown", unknown)) if found]
-    raise InputError(" and ".join(what), where="engine.run", expected=wanted)
-
-
-def check_outputs(outputs: object, specs: Sequence[TensorSpec]) -> None:
-    """Raises: InputError for an array that belongs to no output."""
-    if not isinstance(outputs, Mapping):
-        raise InputError(f"the outputs are of type {type(outputs).__name__}", where="engine.run",
-                         expected=f"a dict of arrays by name, out of {', '.join(map(str, specs))}")  # fmt: skip
-    names = {s.name for s in specs}
-    if unknown := [n for n in outputs if n not in names]:
-        raise InputError(f"unknown outputs {unknown}", where="engine.run", expected=", ".join(map(str, specs)))
-
-
-def apart(given: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Inputs, copied where a result is written over them.
-
-    Cost: arrays that own their memory share it with their views only, so that those of a decoder's 60 caches are not
-    all compared with each other.
-    """
-    views, owners = [r for r in results if not r.flags.owndata], {id(r) for r in results}
-    return [
-        a.copy()
-        if id(a) in owners or any(np.may_share_memory(a, r) for r in (views if a.flags.owndata else results))
-        else a
-        for a in given
-    ]
-
-
 def describe(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], more: str) -> str:
     """An engine in a line, for people."""
     return f"<vivace engine ({', '.join(map(str, inputs))}) -> ({', '.join(map(str, outputs))}), {more}>"
-
-
-def checked(spec: TensorSpec, given: object) -> np.ndarray:
-    """An input as kernels read it: of the right dtype and C-contiguous. Raises: InputError for another dtype."""
-    array = np.asarray(given)
-    if array.dtype != spec.dtype.numpy:
-        raise InputError(
-            f"the array has dtype {array.dtype}", where=f"input {spec.name!r}", expected=str(spec),
-            hint=f"array.astype({spec.dtype.numpy.name!r})",
-        )  # fmt: skip
-    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
-
-
-def fitting(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The caller's array for a result. Raises: InputError for one that cannot take it."""
-    if not isinstance(array, ndarray):
-        raise InputError(f"is of type {type(array).__name__}", where=f"output {name!r}", expected="an array")
-    fits = array.dtype == dtype and array.shape == shape
-    if not fits or not array.flags.c_contiguous or not array.flags.writeable:
-        raise InputError(
-            f"the array is {array.dtype}{list(array.shape)}",
-            where=f"output {name!r}",
-            expected=f"writable C-contiguous {dtype}{list(shape)}",
-        )
-    return array
-
-
-def _result(name: str, shape: tuple[int, ...], dtype: np.dtype, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
-    array = outputs.get(name)
-    return empty(shape, dtype) if array is None else fitting(name, array, shape, dtype)
 
 
 def _symbols_of(image: Image) -> dict[str, Dim]:
@@ -456,6 +386,7 @@ def _aligned(array: np.ndarray) -> np.ndarray:
         part = source[i : i + step]
         whole[i : i + step] = part
         forget(part)  # of a mapped file, no more than a part stands beside its copy
+    forget(array)  # where its parts were copies
     return out
 
 

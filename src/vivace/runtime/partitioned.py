@@ -24,18 +24,9 @@ from vivace.base.errors import InputError, ShapeError
 from vivace.base.events import Event, warn
 from vivace.lower.image import Part
 from vivace.providers.provider import LoadOptions, Session, find
+from vivace.runtime.arguments import apart, check_outputs, checked, fitting, refuse_inputs
 from vivace.runtime.binding import ShapeSolver
-from vivace.runtime.engine import (
-    Arrays,
-    Engine,
-    Placement,
-    apart,
-    check_outputs,
-    checked,
-    describe,
-    fitting,
-    refuse_inputs,
-)
+from vivace.runtime.engine import Arrays, Engine, Placement, describe
 from vivace.runtime.saved import Program, save
 
 _SUMMED = ("n_steps", "n_kernels", "n_foreign", "weights_bytes", "code_bytes")

@@ -1,0 +1,81 @@
+"""What a call is given: names, arrays, and the caller's own arrays for results, checked before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NoReturn
+
+import numpy as np
+
+from vivace.base.errors import InputError
+from vivace.base.specs import TensorSpec
+
+
+def refuse_inputs(inputs: object, specs: Sequence[TensorSpec]) -> NoReturn:
+    """Raises: InputError that says which names are missing or unknown, or that names are wanted at all."""
+    wanted = ", ".join(map(str, specs))
+    if not isinstance(inputs, Mapping):
+        raise InputError(
+            f"the inputs are of type {type(inputs).__name__}", where="engine.run",
+            expected=f"a dict of arrays by name, with {wanted}",
+            hint='engine.run({"name": array}), or engine(array, ...)',
+        )  # fmt: skip
+    names = [s.name for s in specs]
+    missing, unknown = [n for n in names if n not in inputs], [n for n in inputs if n not in names]
+    what = [f"{kind} inputs {found}" for kind, found in (("missing", missing), ("unknown", unknown)) if found]
+    raise InputError(" and ".join(what), where="engine.run", expected=wanted)
+
+
+def check_outputs(outputs: object, specs: Sequence[TensorSpec]) -> None:
+    """Raises: InputError for an array that belongs to no output."""
+    if not isinstance(outputs, Mapping):
+        raise InputError(f"the outputs are of type {type(outputs).__name__}", where="engine.run",
+                         expected=f"a dict of arrays by name, out of {', '.join(map(str, specs))}")  # fmt: skip
+    names = {s.name for s in specs}
+    if unknown := [n for n in outputs if n not in names]:
+        raise InputError(f"unknown outputs {unknown}", where="engine.run", expected=", ".join(map(str, specs)))
+
+
+def apart(given: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Inputs, copied where a result is written over them.
+
+    Cost: arrays that own their memory share it with their views only, so that those of a decoder's 60 caches are not
+    all compared with each other.
+    """
+    views, owners = [r for r in results if not r.flags.owndata], {id(r) for r in results}
+    return [
+        a.copy()
+        if id(a) in owners or any(np.may_share_memory(a, r) for r in (views if a.flags.owndata else results))
+        else a
+        for a in given
+    ]
+
+
+def checked(spec: TensorSpec, given: object) -> np.ndarray:
+    """An input as kernels read it: of the right dtype and C-contiguous. Raises: InputError for another dtype."""
+    array = np.asarray(given)
+    if array.dtype != spec.dtype.numpy:
+        raise InputError(
+            f"the array has dtype {array.dtype}", where=f"input {spec.name!r}", expected=str(spec),
+            hint=f"array.astype({spec.dtype.numpy.name!r})",
+        )  # fmt: skip
+    return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def fitting(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The caller's array for a result. Raises: InputError for one that cannot take it."""
+    if not isinstance(array, np.ndarray):
+        raise InputError(f"is of type {type(array).__name__}", where=f"output {name!r}", expected="an array")
+    fits = array.dtype == dtype and array.shape == shape
+    if not fits or not array.flags.c_contiguous or not array.flags.writeable:
+        raise InputError(
+            f"the array is {array.dtype}{list(array.shape)}",
+            where=f"output {name!r}",
+            expected=f"writable C-contiguous {dtype}{list(shape)}",
+        )
+    return array
+
+
+def result_for(name: str, shape: tuple[int, ...], dtype: np.dtype, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+    array = outputs.get(name)
+    return np.empty(shape, dtype) if array is None else fitting(name, array, shape, dtype)
