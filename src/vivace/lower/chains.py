@@ -8,12 +8,13 @@ only the number may be unknown, and a last convolution of single pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vivace.base.dims import Dim, exact_div
 from vivace.loops.contraction import Contraction, Depthwise, contraction_params
 from vivace.loops.kernel import Buffer, Const, For, Kernel, Store
+from vivace.lower.joining import may_move
 from vivace.lower.plan import Instruction, Operand, Step
 from vivace.lower.views import Storage
 
@@ -113,7 +114,7 @@ def operand_of(s: Step, b: Buffer) -> Operand:
     return s.operands[contraction_params(s.spec).index(b)]
 
 
-def chain_at(body: Sequence[Instruction | None], touched: dict[Storage, list[int]], at: int) -> Chain | None:
+def chain_at(body: Sequence[Instruction | None], touched: Mapping[Storage, Sequence[int]], at: int) -> Chain | None:
     """The steps to join with the depthwise convolution at a position of the plan's body. `touched` are the positions
     that touch each storage."""
     middle = body[at]
@@ -153,12 +154,12 @@ def _has_images(s: Storage, d: Depthwise) -> bool:
     return isinstance(exact_div(s.size, d.rows[0].extent), int)
 
 
-def _is_inner(touched: dict[Storage, list[int]], s: Storage, steps: Sequence[int]) -> bool:
+def _is_inner(touched: Mapping[Storage, Sequence[int]], s: Storage, steps: Sequence[int]) -> bool:
     return s.kind == "arena" and touched[s] == list(steps)
 
 
 def _after(
-    body: Sequence[Instruction | None], touched: dict[Storage, list[int]], at: int, middle: Step, d: Depthwise
+    body: Sequence[Instruction | None], touched: Mapping[Storage, Sequence[int]], at: int, middle: Step, d: Depthwise
 ) -> int | None:
     """The step that alone reads what the convolution makes, pixel by pixel."""
     q = operand_of(middle, d.out)
@@ -178,7 +179,7 @@ def _after(
 
 
 def _before(
-    body: Sequence[Instruction | None], touched: dict[Storage, list[int]], at: int, middle: Step, d: Depthwise
+    body: Sequence[Instruction | None], touched: Mapping[Storage, Sequence[int]], at: int, middle: Step, d: Depthwise
 ) -> tuple[Step, list[int], Padded] | None:
     """The step that alone makes what the convolution reads, those that pad it, and their positions."""
     p = operand_of(middle, d.a)
@@ -221,16 +222,3 @@ def _fill_value(s: Instruction | None) -> Const | None:
         body = body[0].body
     store = body[0] if len(body) == 1 else None
     return store.value if isinstance(store, Store) and isinstance(store.value, Const) else None
-
-
-def may_move(body: Sequence[Instruction | None], steps: Sequence[int]) -> bool:
-    """Whether all may run where the last one stands (rule ALONE)."""
-    inside = set(steps)
-    read = {s for k in steps if isinstance(x := body[k], Step) for s in x.reads}
-    for k in range(steps[0], steps[-1]):
-        between = body[k]
-        if k in inside or between is None:
-            continue
-        if not isinstance(between, Step) or read.intersection(between.writes):
-            return False
-    return True

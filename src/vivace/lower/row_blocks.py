@@ -21,7 +21,7 @@ as its tiles are chosen by default: it is no site of tuning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from vivace.base.dims import Dim, linear, symbol, symbols
@@ -29,8 +29,7 @@ from vivace.base.machine import Machine, host
 from vivace.loops.blocked import BLOCK, Blocked, Stage, block_sizes
 from vivace.loops.contraction import Contraction, contraction_params, merge_axes, substitute_expr
 from vivace.loops.kernel import Buffer, Index, Load, walk
-from vivace.lower.chains import may_move
-from vivace.lower.in_place import storages_of
+from vivace.lower.joining import Joined, join_steps, may_move
 from vivace.lower.plan import Instruction, Plan, Step
 from vivace.lower.views import Storage
 
@@ -41,30 +40,14 @@ BLOCKS_OF_A_THREAD = 4  # where there are several threads
 
 def in_row_blocks(plan: Plan, threads: int = 1, machine: Machine | None = None) -> Plan:
     """The plan with products joined to those that read their rows, where it pays."""
-    machine = machine or host()
-    body: list[Instruction | None] = list(plan.body)
-    touched: dict[Storage, list[int]] = {}
-    for i, item in enumerate(plan.body):
-        for s in storages_of(item):
-            touched.setdefault(s, []).append(i)
-    gone: set[Storage] = set()
-    for i, item in enumerate(plan.body):
-        chain = _chain_at(body, touched, i) if isinstance(item, Step) and body[i] is item else None
-        rows = 0 if chain is None else _rows_per_block(chain, threads, machine)
-        if chain is None or not rows:
-            continue
-        for k in chain.steps:
-            body[k] = None
-        body[i] = _joined(chain, rows)
-        gone |= chain.inner
-    if not gone:
-        return plan
-    return replace(
-        plan,
-        body=tuple(x for x in body if x is not None),
-        storages=tuple(s for s in plan.storages if s not in gone),
-        views={value: view for value, view in plan.views.items() if view.storage not in gone},
-    )
+    here = machine or host()
+
+    def join(body: Sequence[Instruction | None], touched: Mapping[Storage, Sequence[int]], at: int) -> Joined | None:
+        chain = _chain_at(body, touched, at)
+        rows = 0 if chain is None else _rows_per_block(chain, threads, here)
+        return Joined(_joined(chain, rows), chain.steps, chain.inner) if chain is not None and rows else None
+
+    return join_steps(plan, join)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +112,7 @@ def _product(item: Instruction | None) -> _Product | None:
     return _Product(item, c, per_row)
 
 
-def _chain_at(body: Sequence[Instruction | None], touched: dict[Storage, list[int]], at: int) -> _Chain | None:
+def _chain_at(body: Sequence[Instruction | None], touched: Mapping[Storage, Sequence[int]], at: int) -> _Chain | None:
     """The products to join with the one at a position: the one that makes its rows, and that one's gate."""
     last = _product(body[at])
     if last is None:
@@ -159,7 +142,7 @@ def _row_axis(gate: _Product, b: Buffer) -> int | None:
     return next((i for i in reversed(range(len(b.shape) - 1)) if b.strides[i] == stride), None)
 
 
-def _maker(touched: dict[Storage, list[int]], s: Storage, reader: int) -> int | None:
+def _maker(touched: Mapping[Storage, Sequence[int]], s: Storage, reader: int) -> int | None:
     """The step that makes what only one reads (rule ALONE)."""
     found = touched[s]
     return found[0] if s.kind == "arena" and len(found) == 2 and found[1] == reader else None

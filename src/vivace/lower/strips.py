@@ -18,7 +18,7 @@ joined is made as its tiles are chosen by default: it is no site of tuning.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -28,7 +28,7 @@ from vivace.loops.blocked import BLOCK, PART, Blocked, Stage
 from vivace.loops.contraction import Contraction, Depthwise, contraction_params, substitute_expr
 from vivace.loops.kernel import Buffer, For, Kernel, Store
 from vivace.lower.chains import Chain, Padded, chain_at, contraction_of, known
-from vivace.lower.in_place import storages_of
+from vivace.lower.joining import Joined, join_steps
 from vivace.lower.plan import Instruction, Operand, Plan, Step
 from vivace.lower.views import Storage
 
@@ -38,32 +38,15 @@ _BYTES_PER_NS, _FLOPS_PER_NS = 15.0, {4: 100.0, 2: 400.0, 1: 800.0}  # from beyo
 
 def in_strips(plan: Plan, machine: Machine | None = None) -> Plan:
     """The plan with the steps around its depthwise convolutions joined, where it pays."""
-    machine = machine or host()
-    body: list[Instruction | None] = list(plan.body)
-    touched: dict[Storage, list[int]] = {}
-    for i, item in enumerate(plan.body):
-        for s in storages_of(item):
-            touched.setdefault(s, []).append(i)
-    gone: set[Storage] = set()
-    for i, item in enumerate(plan.body):
-        if not isinstance(item, Step) or not isinstance(item.spec, Depthwise) or body[i] is not item:
-            continue
-        chain = chain_at(body, touched, i)
-        rows = 0 if chain is None else _rows_per_strip(chain, machine)
-        if chain is None or not rows:
-            continue
-        for k in chain.steps:
-            body[k] = None
-        body[chain.steps[-1]] = _joined(chain, rows)
-        gone |= chain.inner
-    if not gone:
-        return plan
-    return replace(
-        plan,
-        body=tuple(x for x in body if x is not None),
-        storages=tuple(s for s in plan.storages if s not in gone),
-        views={value: view for value, view in plan.views.items() if view.storage not in gone},
-    )
+    here = machine or host()
+
+    def join(body: Sequence[Instruction | None], touched: Mapping[Storage, Sequence[int]], at: int) -> Joined | None:
+        step = body[at]
+        chain = chain_at(body, touched, at) if isinstance(step, Step) and isinstance(step.spec, Depthwise) else None
+        rows = 0 if chain is None else _rows_per_strip(chain, here)
+        return Joined(_joined(chain, rows), chain.steps, chain.inner) if chain is not None and rows else None
+
+    return join_steps(plan, join)
 
 
 def _rows_per_strip(chain: Chain, machine: Machine) -> int:
