@@ -10,7 +10,7 @@ from tests.targets.test_contraction_amx import TILES, lacks_amx
 from vivace.base.dims import Dim, evaluate, symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import isa
-from vivace.loops.blockwise import BlockwiseProduct
+from vivace.loops.blockwise import MOST_DIRECT_ROWS, BlockwiseProduct
 from vivace.loops.contraction import Axis
 from vivace.loops.kernel import Binary, Buffer, Load, Read
 from vivace.loops.split import Split, split_sizes
@@ -20,7 +20,7 @@ from vivace.targets.cpu.split import emit_split
 
 TARGET = isa(f"{TILES.name}+avx512_bf16+avx512_vnni")
 pytestmark = lacks_amx
-LEAST = 5
+LEAST = MOST_DIRECT_ROWS + 1
 
 
 def split(a: np.ndarray, filled: int) -> tuple[np.ndarray, np.ndarray]:

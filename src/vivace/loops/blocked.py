@@ -25,7 +25,7 @@ from vivace.loops.contraction import Contraction, Depthwise, contraction_dims, c
 from vivace.loops.kernel import Buffer, Kernel, dims_of
 from vivace.loops.pack import Pack, pack_dims
 
-BLOCK, PART, STEP = "block", "part", "step"
+PLACES = BLOCK, PART, STEP = "block", "part", "step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def blocked_dims(k: Blocked) -> tuple[str, ...]:
         names.update(_dims(s.spec))
         dims += [s.when, *(offset for _, offset in s.offsets)]
     names.update(x.name for d in dims for x in symbols(d))
-    return tuple(sorted(names - {BLOCK, PART, STEP}))
+    return tuple(sorted(names.difference(PLACES)))
 
 
 def _dims(spec: Kernel | Contraction | Depthwise | Pack) -> tuple[str, ...]:

@@ -22,6 +22,9 @@ from dataclasses import dataclass
 from vivace.loops.contraction import Axis, Contraction, Packing, contraction_dims
 from vivace.loops.kernel import Buffer, Expr
 
+MOST_DIRECT_ROWS = 4
+"""Beyond, making whole panels once is cheaper than unpacking the weights for every two rows."""
+
 
 @dataclass(frozen=True, slots=True)
 class BlockwiseProduct:

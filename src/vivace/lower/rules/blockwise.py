@@ -15,7 +15,7 @@ from vivace.base.dims import Dim, bounds, prod, symbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import UnsupportedError
 from vivace.base.mapped import forget
-from vivace.loops.blockwise import BlockwiseProduct
+from vivace.loops.blockwise import MOST_DIRECT_ROWS, BlockwiseProduct
 from vivace.loops.contraction import Axis, Contraction, Packing, merge_axes
 from vivace.loops.kernel import Buffer, Expr
 from vivace.loops.split import TILE_STEPS, Split, split_sizes
@@ -25,8 +25,6 @@ from vivace.lower.pack_blockwise import PackedBlocks, blockwise_lanes, has_shift
 from vivace.lower.rules.contraction import finish
 from vivace.lower.rules.epilogue import Epilogue, tail_flops
 from vivace.lower.views import View
-
-_LEAST_ROWS_IN_PARTS = 5  # fewer are multiplied as they are
 
 
 def lower_matmul_blocks(ctx: Lowering, g: Group) -> None:
@@ -113,7 +111,7 @@ def _emit(ctx: Lowering, g: Group, a: View, out: View, m: str, epilogue: Epilogu
 def _has_parts(ctx: Lowering, w: BlockwiseProduct) -> bool:
     """Whether many rows go through matrix units."""
     most = bounds(w.m.extent)[1]
-    is_many = most is None or most >= _LEAST_ROWS_IN_PARTS
+    is_many = most is None or most > MOST_DIRECT_ROWS
     return ctx.isa.has("amx_bf16") and w.a.dtype is DType.f32 and w.block % TILE_STEPS == 0 and is_many
 
 
@@ -124,7 +122,7 @@ def _parts(ctx: Lowering, g: Group, w: BlockwiseProduct, a: View) -> tuple[View,
         n_parts, n_sums = split_sizes(w.m.extent, filled)
         views = ctx.temporary("parts", DType.bf16, (n_parts,)), ctx.temporary("sums", DType.f32, (n_sums,))
         buffers = a.buffer("a"), views[0].buffer("parts", writable=True), views[1].buffer("sums", writable=True)
-        split = Split("k", w.m.extent, w.m.a, w.k, filled, _LEAST_ROWS_IN_PARTS, *buffers)
+        split = Split("k", w.m.extent, w.m.a, w.k, filled, MOST_DIRECT_ROWS + 1, *buffers)
         ctx.emit("split", split, [a, *views], (1, 2), (g.anchor,), 0)
         ctx.splits[a, filled] = views
     return ctx.splits[a, filled]

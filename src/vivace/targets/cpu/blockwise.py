@@ -16,7 +16,7 @@ from vivace.base.dims import Dim, bounds, ceildiv
 from vivace.base.dtypes import DType
 from vivace.base.errors import UnsupportedError
 from vivace.base.machine import Isa, host
-from vivace.loops.blockwise import BlockwiseProduct
+from vivace.loops.blockwise import MOST_DIRECT_ROWS, BlockwiseProduct
 from vivace.loops.kernel import Buffer
 from vivace.loops.split import N_PARTS, TILE_ROWS
 from vivace.lower.arithmetic import arithmetic_of
@@ -52,7 +52,6 @@ from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.isa import kernel_attributes
 
-_MOST_DIRECT_ROWS = 4  # beyond, making whole panels once is cheaper than unpacking the weights for every two rows
 _LINE = 64
 
 
@@ -66,8 +65,8 @@ def emit_blockwise(w: BlockwiseProduct, isa: Isa) -> KernelCode:
         raise UnsupportedError("f16 scales", where=w.name, expected="f32")
     p = _plan(w, isa)
     most, least = bounds(w.m.extent)[1], bounds(w.m.extent)[0] or 0
-    is_direct = least <= _MOST_DIRECT_ROWS
-    is_staged = most is None or most > _MOST_DIRECT_ROWS
+    is_direct = least <= MOST_DIRECT_ROWS
+    is_staged = most is None or most > MOST_DIRECT_ROWS
     tails = [tail for tail, there in ((False, w.n >= w.lanes), (True, w.n % w.lanes > 0)) if there]
     sizes = _direct_sizes(w, isa)
     texts = [_driver(w, p, is_direct, is_staged, tails)]
@@ -78,7 +77,7 @@ def emit_blockwise(w: BlockwiseProduct, isa: Isa) -> KernelCode:
     if is_staged and w.parts is not None:
         texts += [tiles_function(w, isa, 1), tiles_function(w, isa, GROUPS)]
         texts += [row_function(w, p, tail) for tail in tails]
-        texts += [float_function(w, p, 1, tail) for tail in tails if not is_direct or 1 not in sizes]
+        texts += [] if is_direct else [float_function(w, p, 1, tail) for tail in tails]
     elif is_staged:
         texts += [kernel_of_tile(p, *v) for v in variants(p)]
     declares: dict[str, str] = {}
@@ -92,7 +91,7 @@ def emit_blockwise(w: BlockwiseProduct, isa: Isa) -> KernelCode:
     units: Dim = w.n_panels
     if w.parts is not None:
         units = units * ceildiv(w.m.extent, _block_rows(w))
-    direct = _MOST_DIRECT_ROWS * (row_bytes(w) + record_row_bytes(w)) + _LINE if is_direct and has_dot(w, isa) else 0
+    direct = MOST_DIRECT_ROWS * (row_bytes(w) + record_row_bytes(w)) + _LINE if is_direct and has_dot(w, isa) else 0
     return KernelCode(w.name, text, w.params, w.dims, units, 1, max(staged, direct), "light")
 
 
@@ -130,7 +129,7 @@ def _driver(
         t.put("store i64 0, ptr %tiles, align 8")
     few, many, done = t.label(), t.label(), t.label()
     if is_direct and is_staged:
-        t.branch(t.less(_MOST_DIRECT_ROWS, n_rows), many, few)
+        t.branch(t.less(MOST_DIRECT_ROWS, n_rows), many, few)
     else:
         t.jump(few if is_direct else many)
     whole = Panel(b, scales, shifts)
@@ -192,7 +191,7 @@ def _few_rows(
         _panels(t, w, p, n_rows, whole, out, tails, floats)
         return
     fetch(t, whole.block(t, w, t.mul("%begin", w.n_blocks)).b)
-    records = t.at("%scratch", -(-_MOST_DIRECT_ROWS * row_bytes(w) // _LINE) * _LINE)
+    records = t.at("%scratch", -(-MOST_DIRECT_ROWS * row_bytes(w) // _LINE) * _LINE)
     t.put("%digital = alloca i1, align 1")
     t.put("store i1 true, ptr %digital, align 1")
     with t.loop(0, n_rows) as row:

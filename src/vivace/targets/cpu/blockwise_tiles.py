@@ -5,8 +5,9 @@ which bf16 holds. So three tile products per block give the sum of a * q in f32,
 
     totals[row, column] += scale[block, column] * sum of a * q + shift[block, column] * sum of a
 
-where shifts that are floats stand in for zero points. Error: each product is exact, and each addition rounds once, as
-with multiply-add. Rows with NaN, infinity or numbers whose sums might overflow go the f32 way (`blockwise_floats.py`).
+where shifts that are floats stand in for zero points; q is then not centred, and the two terms may cancel. Error: each
+product is exact, and each addition rounds once, as with multiply-add. Rows with NaN, infinity or numbers whose sums
+might overflow go the f32 way (`blockwise_floats.py`).
 
 Scratch: the panel as bf16, 32 columns after the other; sums of 32 rows and 32 columns; totals of 32 rows and a panel.
 """

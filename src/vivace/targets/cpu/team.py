@@ -54,7 +54,14 @@ class Seat(IntEnum):
     GATE = 0  # 1 while it sleeps
     TID = 8
     CPU = 16  # where it was last seen, -1 while it sleeps
-    STEERED = 24  # length of the affinity mask that it must restore, or 0
+    STEERED = 24  # length of the affinity mask that it must restore, 0, or -1 while another thread narrows it
     SINCE = 32  # cycles when it last gave way or woke (rule WAY)
     SAVED = 64  # that mask
     SIZE = 256
+
+
+def held(name: str, at: Team, type: str = "i64") -> str:
+    """LLVM text that loads what the team holds since it was made, as `%name`."""
+    return f"""\
+  %{name}.p = getelementptr i8, ptr %team, i64 {at}
+  %{name} = load {type}, ptr %{name}.p"""

@@ -4,7 +4,8 @@ Rules:
 * PARK: a thread that finds nothing to claim spins for `SPIN_NS`, then sleeps in a futex on its own gate. Spinning
   longer than a hand-over takes buys nothing, and it holds a core that the kernel could give to a descheduled member
   of the team.
-* WAY: a thread that had its core for `TURN_NS` lets others have it at the next moment at which it holds no grain. Where
+* WAY: a thread that had its core for `TURN_NS` lets others have it at the next moment at which it holds no grain; what
+  the caller did between two runs counts. Where
   nobody else wants the core that is a call of half a microsecond; where another process keeps it busy, the kernel
   takes it now rather than in the midst of a grain, for which the whole team would wait.
 * STEER: see `vivace.targets.cpu.steering`.
@@ -15,7 +16,7 @@ Not handled: without a futex (not Linux) parked threads poll once in 100 us, not
 from __future__ import annotations
 
 from vivace.targets.cpu.steering import steering_text
-from vivace.targets.cpu.team import Seat, Team
+from vivace.targets.cpu.team import Seat, Team, held
 
 # A hand-over between running threads takes 0.1 us, waking a sleeping one costs the leader 15 us and comes 35 us
 # later, so spinning bridges short serial steps and the Python between two runs. With one of two cores kept busy by
@@ -104,13 +105,11 @@ interrupted:
   br label %awake
 awake:
   %steered = load atomic i64, ptr %steered.p acquire, align 8
-  %free = icmp eq i64 %steered, 0
+  %free = icmp sle i64 %steered, 0
   br i1 %free, label %note, label %restore
 restore:
-  %syscall.p = getelementptr i8, ptr %team, i64 {t.SYSCALL}
-  %syscall = load ptr, ptr %syscall.p
-  %set.p = getelementptr i8, ptr %team, i64 {t.SET_AFFINITY}
-  %set = load i64, ptr %set.p
+{held("syscall", t.SYSCALL, "ptr")}
+{held("set", t.SET_AFFINITY)}
   %saved = getelementptr i8, ptr %gate, i64 {s.SAVED}
   %restored = call i64 (i64, ...) %syscall(i64 %set, i64 0, i64 %steered, ptr %saved)
   store atomic i64 0, ptr %steered.p release, align 8
@@ -132,8 +131,7 @@ done:
 define internal i1 @is_over(ptr %team, ptr %seat) alwaysinline {{
   %since.p = getelementptr i8, ptr %seat, i64 {s.SINCE}
   %since = load i64, ptr %since.p
-  %turn.p = getelementptr i8, ptr %team, i64 {t.TURN_CYCLES}
-  %turn = load i64, ptr %turn.p
+{held("turn", t.TURN_CYCLES)}
   %now = call i64 @{cycle_counter}()
   %passed = sub i64 %now, %since
   %over = icmp ugt i64 %passed, %turn
@@ -149,8 +147,7 @@ define internal void @note_turn(ptr %seat) alwaysinline {{
 
 ; Lets whoever else wants this core have it.
 define internal void @give_way(ptr %team, ptr %seat) noinline {{
-  %syscall.p = getelementptr i8, ptr %team, i64 {t.SYSCALL}
-  %syscall = load ptr, ptr %syscall.p
+{held("syscall", t.SYSCALL, "ptr")}
   %none = icmp eq ptr %syscall, null
   br i1 %none, label %note, label %yield
 yield:
@@ -165,8 +162,7 @@ note:
 
 ; Sleeps while the gate holds 1; may return early.
 define internal void @sleep(ptr %team, ptr %gate) {{
-  %syscall.p = getelementptr i8, ptr %team, i64 {t.SYSCALL}
-  %syscall = load ptr, ptr %syscall.p
+{held("syscall", t.SYSCALL, "ptr")}
   %none = icmp eq ptr %syscall, null
   br i1 %none, label %poll, label %futex
 futex:
@@ -175,8 +171,7 @@ futex:
   %r = call i64 (i64, ...) %syscall(i64 %number, ptr %gate, i64 128, i64 1, ptr null, ptr null, i64 0)
   ret void
 poll:
-  %usleep.p = getelementptr i8, ptr %team, i64 {t.USLEEP}
-  %usleep = load ptr, ptr %usleep.p
+{held("usleep", t.USLEEP, "ptr")}
   %r2 = call i32 %usleep(i32 100)
   ret void
 }}
@@ -202,8 +197,7 @@ take:
   %mine = and i64 %before, %chosen
   %my.seat = call ptr @seat(ptr %team, i64 %me)
   call void @note_cpu(ptr %team, ptr %my.seat)
-  %syscall.p = getelementptr i8, ptr %team, i64 {t.SYSCALL}
-  %syscall = load ptr, ptr %syscall.p
+{held("syscall", t.SYSCALL, "ptr")}
   %futex.p = getelementptr i8, ptr %team, i64 {t.FUTEX}
   %number = load i64, ptr %futex.p
   %polled = icmp eq ptr %syscall, null
