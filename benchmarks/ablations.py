@@ -31,7 +31,7 @@ import numpy as np
 import onnx
 from benchmarks.models import ModelUnavailable, inputs, materialise
 from benchmarks.spelled_out import spelled_forest, spelled_lstm
-from benchmarks.times import ROOT, versions
+from benchmarks.times import ROOT, kept, versions
 
 import vivace
 from vivace.base.machine import host
@@ -102,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, make in SPELLED_OUT.items():
         if name in options.only and (not options.names or name in options.names):
             measure_spelled(name, make, options)
-    records = [r for path in sorted(RECORDS.glob("*.json")) if "ratio" in (r := json.loads(path.read_text()))]
+    records = [r for path in sorted(RECORDS.glob("*.json")) if (r := kept(path, "ratio"))]
     (RESULTS / "ablations.json").write_text(json.dumps(records, indent=1) + "\n")
     (RESULTS / "ablations.md").write_text(markdown(records))
     return 0
@@ -150,7 +150,7 @@ def _record_file(case: str, ablation: str, options: argparse.Namespace) -> Any:
 
 def _is_due(case: str, ablation: str, options: argparse.Namespace) -> bool:
     path = _record_file(case, ablation, options)
-    return options.again or not path.exists() or json.loads(path.read_text())["versions"] != versions()
+    return options.again or kept(path, "ratio") is None
 
 
 def _keep(case: str, ablation: str, record: Record, options: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.compiled_torch import PAUSE_SECONDS, torch_contestant, why_not
 from benchmarks.models import find, materialise
 from benchmarks.models.quantized import materialise_quantized
-from benchmarks.times import PROVIDERS, ROOT, output_names, versions
+from benchmarks.times import PROVIDERS, ROOT, kept, output_names, versions
 
 from vivace.base.machine import host
 
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name, precision, threads, batch = job
         key = f"{name}-{precision}-{threads}-{batch:03}"
         path = RECORDS / f"{key}.json"
-        if path.exists() and not options.again and _is_current(json.loads(path.read_text())):
+        if not options.again and kept(path, "rounds"):
             continue
         command = [sys.executable, "-m", "benchmarks.batches", name, "--one", "--threads", str(threads)]
         command += ["--batches", str(batch), "--precision", precision]
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         path.write_text(done.stdout.strip().splitlines()[-1] + "\n")
         print(f"{key:32} {describe(json.loads(path.read_text()))}", flush=True)
-    records = [r for path in sorted(RECORDS.glob("*.json")) if _is_current(r := json.loads(path.read_text()))]
+    records = [r for path in sorted(RECORDS.glob("*.json")) if (r := kept(path, "rounds"))]
     (RESULTS / "batches.json").write_text(json.dumps(records, indent=1) + "\n")
     (RESULTS / "batches.md").write_text(markdown(records))
     return 0
@@ -119,11 +119,6 @@ def measure_one(name: str, precision: str, threads: int, batch: int, options: ar
         "foreign_cores": report.bench.noise.foreign_cores,
         "machine": host().model, "versions": versions(),
     }  # fmt: skip
-
-
-def _is_current(record: Record) -> bool:
-    """Whether a record is of these versions, of this benchmark too."""
-    return "rounds" in record and record["versions"] == versions()
 
 
 def describe(record: Record) -> str:

@@ -233,7 +233,8 @@ def measure(form: str, threads: int, phases: Sequence[str], llama_python: str) -
     contestants = engines(form, threads, given, llama_python)
     foreign: dict[str, list[float]] = {phase: [] for phase in phases}
     cache_bytes = sum(v.nbytes for k, v in given["decode"].items() if k.startswith("past"))
-    bare = {n: bare_reading(n + 2 * cache_bytes, threads) for n in {e.weight_bytes for e in contestants} if n}
+    sizes = {e.weight_bytes for e in contestants if e.weight_bytes} if "decode" in phases else set()
+    bare = {n: bare_reading(n + 2 * cache_bytes, threads) for n in sizes}
     read: dict[int, list[float]] = {n: [] for n in bare}
     seconds: dict[tuple[str, str], list[float]] = {}
     for phase in phases:

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.models import MODELS, ModelUnavailable, inputs, materialise
 from benchmarks.models.quantized import QUANTIZED, materialise_quantized
-from benchmarks.times import ROOT, versions
+from benchmarks.times import ROOT, kept, versions
 
 import vivace
 from vivace.base.machine import host
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path = (
             RECORDS / f"{name}{'-' + options.form if options.form else ''}-{options.precision}-{options.threads}.json"
         )
-        if path.exists() and not options.again and json.loads(path.read_text())["versions"] == versions():
+        if not options.again and kept(path):
             continue
         try:
             record = measure(name, options.form, options.precision, options.threads)
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"{path.stem:40} {record['seconds'] * 1e3:9.3f} ms in layers, {record['share_of_limit']:.0%} of the limit"
         )
-    records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
+    records = [r for path in sorted(RECORDS.glob("*.json")) if (r := kept(path))]
     (RESULTS / "layers.json").write_text(json.dumps(records, separators=(",", ":")) + "\n")
     (RESULTS / "layers.md").write_text(markdown(records))
     return 0

@@ -33,7 +33,7 @@ from benchmarks.compiled_torch import PAUSE_SECONDS, torch_contestant, why_not
 from benchmarks.limits import limit_line
 from benchmarks.models import MODELS, ModelUnavailable, inputs, materialise
 from benchmarks.models.quantized import QUANTIZED, materialise_quantized
-from benchmarks.times import RESULTS, ROOT, output_names, versions
+from benchmarks.times import RESULTS, ROOT, kept, output_names, versions
 
 PEERS = ("onnxruntime", "openvino", "torch")
 BASE = "vivace f32"
@@ -90,10 +90,9 @@ def _records(form: str) -> Path:
 def _measured(options: argparse.Namespace, name: str, threads: int) -> Record:
     """The record of one measurement: read where it is finished, else taken in a process of its own."""
     path = _records(options.format) / f"{name}-{threads}.json"
-    if path.exists() and not options.again:
-        record: Record = json.loads(path.read_text())
-        if record["versions"] == versions() and (record.get("torch") or not options.torch):
-            return record
+    record = kept(path, "limit_seconds") if not options.again else None
+    if record and (record.get("torch") or not options.torch):
+        return record
     command = [sys.executable, "-m", "benchmarks.lowprecision", options.format, name, "--one"]
     command += ["--threads", str(threads), "--budget", str(options.budget)]
     command += ["--torch"] if options.torch else []
@@ -175,7 +174,7 @@ def measure_one(form: str, name: str, threads: int, budget: float, with_torch: b
 def summarise(form: str) -> Record:
     """The figures of the table, from all finished records; times in seconds."""
     order = {name: i for i, name in enumerate(names_of(form))}
-    records = [json.loads(path.read_text()) for path in sorted(_records(form).glob("*.json"))]
+    records = [r for path in sorted(_records(form).glob("*.json")) if (r := kept(path, "limit_seconds"))]
     records.sort(key=lambda r: (order.get(r["model"], len(order)), r["model"], r["threads"]))
     rows = [_row(record) for record in records]
     means = {}

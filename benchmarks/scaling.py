@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.models import MODELS, ModelUnavailable, inputs, materialise
-from benchmarks.times import ROOT, versions
+from benchmarks.times import ROOT, kept, versions
 
 import vivace
 from vivace.base.machine import host
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     RECORDS.mkdir(parents=True, exist_ok=True)
     for name in options.names or [model.name for model in MODELS if model.variant_of is None]:
         path = RECORDS / f"{name}.json"
-        if path.exists() and not options.again and json.loads(path.read_text())["versions"] == versions():
+        if not options.again and kept(path):
             continue
         try:
             record = measure(name)
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         path.write_text(json.dumps(record))
         print(f"{name:26} {', '.join(f'{t}: {p:.1f}x' for t, p in speed_ups(record).items())}", flush=True)
     order = {model.name: i for i, model in enumerate(MODELS)}
-    records = [json.loads(path.read_text()) for path in RECORDS.glob("*.json")]
+    records = [r for path in RECORDS.glob("*.json") if (r := kept(path))]
     records.sort(key=lambda r: order.get(r["model"], 0))
     (RESULTS / "scaling.json").write_text(json.dumps(records, separators=(",", ":")) + "\n")
     (RESULTS / "scaling.md").write_text(markdown(records))

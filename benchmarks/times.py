@@ -211,6 +211,12 @@ def versions() -> dict[str, str]:
     return {**{name: version(name) for name in packages}, "python": platform.python_version()}
 
 
+def kept(path: Path, *keys: str) -> Record | None:
+    """A record that was taken before, where it is of these versions and has these keys, as this form of it does."""
+    record: Record = json.loads(path.read_text()) if path.exists() else {}
+    return record if record.get("versions") == versions() and record.keys() >= set(keys) else None
+
+
 def read_records() -> list[Record]:
     """All finished measurements, in the order of the catalogue."""
     order = {model.name: i for i, model in enumerate(MODELS)}

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from benchmarks.models import ModelUnavailable, inputs, materialise
 from benchmarks.models.quantized import QUANTIZED, materialise_quantized
-from benchmarks.times import RESULTS, ROOT, versions
+from benchmarks.times import RESULTS, ROOT, kept, versions
 
 import vivace
 from vivace.base.knobs import knobs
@@ -134,7 +134,7 @@ def main() -> None:
     RECORDS.mkdir(parents=True, exist_ok=True)
     for name, threads in ((n, t) for n in options.models for t in options.threads):
         path = RECORDS / f"{name}-{options.precision}-{options.tune}-{threads}.json"
-        if path.exists() and not options.again and json.loads(path.read_text())["versions"] == versions():
+        if not options.again and kept(path):
             continue
         with tempfile.TemporaryDirectory() as folder, knobs.scope(**_caches(options.known, Path(folder))):
             try:
@@ -144,7 +144,9 @@ def main() -> None:
                 continue
         path.write_text(json.dumps(record))
         print(markdown([record]).splitlines()[8])
-    records = [json.loads(path.read_text()) for path in sorted(RECORDS.glob("*.json"))]
+    records = [r for path in sorted(RECORDS.glob("*.json")) if (r := kept(path))]
+    if not records:
+        return
     (RESULTS / "tuning.json").write_text(json.dumps(records, separators=(",", ":")) + "\n")
     (RESULTS / "tuning.md").write_text(markdown(records))
 
