@@ -97,7 +97,7 @@ def test_metrics() -> None:
 def test_many_products_are_cut_into_runs() -> None:
     b = Builder()
     values = [b.input(f"x{i}", Type(F32, (1,))) for i in range(100)]
-    found = regions([([f"n{i}"], v) for i, v in enumerate(values)])
+    found = regions([([f"n{i}"], v) for i, v in enumerate(values)], MOST_LAYERS)
     assert len(found) <= MOST_LAYERS and [v for r in found.values() for v in r.values] == values
     assert next(iter(found)) == "n0 .. n3"
 

@@ -134,7 +134,7 @@ def _automatic(
 ) -> Engine | PartitionedEngine:
     """The engine whose layers have the formats that measuring chose; see `vivace.formats`."""
     from vivace.base.dtypes import DType
-    from vivace.formats import METRICS, Engines, decide, regions
+    from vivace.formats import METRICS, MOST_LAYERS, Engines, Region, decide, regions
     from vivace.graph.sizes import late_nodes
     from vivace.lower.choices import FLOATS, Choice, Choices
     from vivace.lower.precision import narrow, products
@@ -150,11 +150,18 @@ def _automatic(
     halves = [h for h in (DType.bf16, DType.f16) if is_fast_half(h, options.target) or knobs.emulate]
     loaded = load_graph(job.source, job.shapes)
     graph = optimize_for_native(loaded, options.level, options.kept)
-    floats = regions([(onnx_names(n), n.outputs[0]) for n in products(graph)] if halves else [])
+    products_of = [(onnx_names(n) or (n.outputs[0].name,), n.outputs[0]) for n in products(graph)] if halves else []
+    floats = regions(products_of, MOST_LAYERS)
     is_cut = bool(late_nodes(loaded) or textual_nodes(loaded))
     lowering = (options.target, options.providers, options.without)
-    plain = [] if is_cut else _byte_sites(loaded, make_plan(graph, *lowering, threads=options.threads))
-    integers = regions(plain, len(plain))
+
+    def byte_layers(graph: Graph) -> dict[str, Region[str]]:
+        if is_cut or not any(n.op.name in ("conv_integer", "matmul_integer") for n in graph.nodes):
+            return {}
+        sites = _byte_sites(loaded, make_plan(graph, *lowering, threads=options.threads))
+        return regions(sites, len(sites))
+
+    integers = byte_layers(graph)
     layers = {x: r.nodes for x, r in integers.items()} | {x: r.nodes for x, r in floats.items()}
     if not layers or is_cut:
         why = (
@@ -172,7 +179,9 @@ def _automatic(
         for half in halves:
             only = [v for x, f in formats.items() if f == half.value for v in floats[x].values]
             narrowed = narrow(narrowed, half, only).graph if only else narrowed
-        choices = Choices({key: Choice(way=FLOATS) for x in formats if x in integers for key in integers[x].values})
+        chosen = integers.keys() & formats.keys()
+        here = integers if narrowed is graph or not chosen else byte_layers(narrowed)  # what is stored is in the key
+        choices = Choices({key: Choice(way=FLOATS) for x in chosen if x in here for key in here[x].values})
         plan = make_plan(narrowed, *lowering, choices, threads=options.threads)
         image = link_image(plan, options.target, options.cache, options.progress, choices)
         return make_engine(plan, image, options, placements(image), job.portable)
@@ -202,7 +211,7 @@ def _byte_sites(loaded: Graph, plan: Plan) -> list[tuple[list[str], str]]:
         if step.site is not None and FLOATS in step.site.ways:
             names = [x for n in step.nodes for x in onnx_names(n)]
             found.setdefault(step.site.key, []).extend(dict.fromkeys(x for x in names if x in products))
-    return [(names, key) for key, names in found.items()]
+    return [(names or [key], key) for key, names in found.items()]
 
 
 def load(path: str | Path, *, threads: int | None = None) -> Engine | PartitionedEngine:

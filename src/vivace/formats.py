@@ -97,13 +97,13 @@ class Region(Generic[T]):
     values: tuple[T, ...]
 
 
-def regions(products: Sequence[tuple[Sequence[str], T]], most: int | None = None) -> dict[str, Region[T]]:
-    """At most `most` regions of the products, by name; `MOST_LAYERS` unless told (rule LAYER)."""
-    size = -(-len(products) // (most or MOST_LAYERS))
+def regions(products: Sequence[tuple[Sequence[str], T]], most: int) -> dict[str, Region[T]]:
+    """At most `most` regions of the products, by name (rule LAYER). Each product has a name at least."""
+    size = -(-len(products) // max(most, 1))
     found: dict[str, Region[T]] = {}
     for i in range(0, len(products), max(size, 1)):
         some = products[i : i + size]
-        names = [nodes[0] if nodes else str(v) for nodes, v in some]
+        names = [nodes[0] for nodes, _ in some]
         label = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
         label = label if label not in found else f"{label} ({i})"
         found[label] = Region(tuple(n for nodes, _ in some for n in nodes), tuple(v for _, v in some))
@@ -111,7 +111,7 @@ def regions(products: Sequence[tuple[Sequence[str], T]], most: int | None = None
 
 
 class Measure(Protocol):
-    """What deciding needs to know of an assignment; layers that it does not name are f32."""
+    """What deciding needs to know of an assignment; layers that it does not name have formats of their own."""
 
     def seconds(self, formats: Assignment) -> Mapping[str, float]:
         """Time by layer."""
@@ -126,8 +126,8 @@ class Measure(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What became of a layer. `error` is that of its format alone (of the best one, where it stayed f32 for its error);
-    `saved_ms` is what its format saves.
+    """What became of a layer. `error` is that of its format alone, or of the best one where that was too
+    much; `saved_ms` is what its format saves.
     """
 
     layer: str
@@ -164,6 +164,8 @@ def decide(
     best: dict[str, tuple[str, float]] = {}
     for f in (*formats, *([F32] if integers else [])):
         able = [x for x in layers if (own[x] == BYTES) == (f == F32)]
+        if not able:
+            continue
         narrow = measure.seconds(dict.fromkeys(able, f))
         for x in able:
             gain = exact[x] - narrow[x]

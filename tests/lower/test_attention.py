@@ -17,6 +17,7 @@ from vivace.loops.kernel import Kernel
 from vivace.loops.verify import verify_kernel
 from vivace.lower.lowering import lower
 from vivace.lower.plan import Plan, steps_of
+from vivace.lower.tile import choose_tile
 
 RNG = np.random.default_rng(5)
 F32 = DType.f32
@@ -135,6 +136,16 @@ def test_blocks_of_known_sizes_with_queries_turned_once() -> None:
         s for s in step.spec.each if isinstance(s.spec, Kernel) and [p.name for p in s.params] == ["q", "turned_q"]
     ]
     assert [substitute(s.when, {"part": 9, "step": n}) for s in turns for n in range(2)] == [0, 0, 1, 0]
+
+
+def test_blocks_of_open_sizes_are_cut_as_whole_ones() -> None:
+    """Scores of 64 queries by 128 keys: not one tile by one panel, as for blocks beyond the last."""
+    n = symbol("N", 1)
+    (step,) = steps_of(lower(attention((1, 2, n, 64), (1, 2, n, 64), 64), ISAS["avx512"]).body)
+    assert isinstance(step.spec, Blocked)
+    products = [s.spec for s in step.spec.each if isinstance(s.spec, Contraction)]
+    tiles = [choose_tile(c, ISAS["avx512"]) for c in products]
+    assert len(tiles) == 2 and min(t.tiles_per_unit for t in tiles) > 1
 
 
 def test_more_queries_than_keys_when_causal() -> None:

@@ -205,3 +205,28 @@ def test_products_of_bytes_may_be_chosen_to_run_in_f32(kind: str) -> None:
     choices_near = neighbours(site, Choice(), ISA, Rates({"f32": 100.0, "i8": 3000.0}, 100.0, 20.0, 1))
     assert Choice(way=FLOATS) in choices_near
     assert not any(c.way == FLOATS and c != Choice(way=FLOATS) for c in choices_near)
+
+
+def test_what_a_product_of_bytes_reads_is_put_in_order_once() -> None:
+    """The copy that turns the image is what is widened, and every lowering takes the same weights."""
+
+    def make(b: Builder, q: Value) -> Value:
+        return bytes_of(b, b.transpose(q, perm=(0, 2, 3, 1)), "conv")
+
+    graph, packed = build(make, Type(DType.u8, (1, 24, 9, 11))), dict[object, object]()
+    (site,) = sites_of(lower(graph, ISA))
+    choices = Choices({site.key: Choice(way=FLOATS)})
+    plan = lower(graph, ISA, choices=choices, packed=packed)  # type: ignore[arg-type]
+    n_packed, steps = len(packed), steps_of(plan.body)
+    assert all(any(s.writes[0] in r.reads for r in steps) for s in steps[:-1])  # nobody makes what nobody reads
+    lower(graph, ISA, choices=choices, packed=packed)  # type: ignore[arg-type]
+    assert len(packed) == n_packed
+    q = np.random.default_rng(0).integers(0, 256, (1, 24, 9, 11)).astype(np.uint8)
+    np.testing.assert_array_equal(run(plan, choices, q), reference.evaluate(graph, [q])[0])
+
+
+def test_open_sizes_leave_bytes_their_candidates() -> None:
+    graph = build(lambda b, q: bytes_of(b, q, "matmul"), Type(DType.u8, (symbol("N", 0), 24)))
+    (site,) = sites_of(lower(graph, ISA))
+    found = neighbours(site, Choice(), ISA, Rates({"f32": 100.0, "i8": 3000.0}, 100.0, 20.0, 1))
+    assert len([c for c in found if c.way != FLOATS]) > 3

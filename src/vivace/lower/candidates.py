@@ -49,7 +49,8 @@ def neighbours(site: Site, now: Choice, isa: Isa, rates: Rates) -> list[Choice]:
         found.setdefault(_made(site, c, isa, machine), c)
     found.pop(_made(site, now, isa, machine), None)
     ns = {c: predict(site, c, isa, machine, rates) for c in found.values()}
-    hopeless = HOPELESS * min([predict(site, now, isa, machine, rates), *ns.values()])
+    alike = [t for c, t in {now: predict(site, now, isa, machine, rates), **ns}.items() if c.way != FLOATS]
+    hopeless = HOPELESS * min(alike, default=0.0)
     tried = [c for c in ns if ns[c] <= hopeless or (c.way == FLOATS and ns[c] <= CHEAP_NS)]
     return sorted(tried, key=lambda c: (c.way != FLOATS, ns[c]))
 
@@ -62,7 +63,8 @@ def predict(site: Site, choice: Choice, isa: Isa, machine: Machine, rates: Rates
         return 0.0  # all alike to the model: bound by the caches
     c = merge_axes(c)
     if way == FLOATS:
-        return 2.0 * _known(prod([x.extent for x in (*c.batch, *c.rows, *c.taps)]) * c.n) / rates.operations["f32"]
+        batch, rows, k = (_known(prod([x.extent for x in axes])) for axes in (c.batch, c.rows, c.taps))
+        return 2.0 * batch * rows * k * _known(c.n) / rates.operations["f32"]
     kind = "f32" if c.a.dtype.is_float and c.a.dtype.size_bytes > 2 else "bf16" if c.a.dtype.is_float else "i8"
     peak = rates.operations.get(kind, rates.operations["f32"])
     if way != DIRECT:

@@ -1,25 +1,25 @@
 """The conversions that a plan has: steps that change the order or the format of values, and compute nothing.
 
-What is fused is no step, so it is only counted: casts, quantizations and transposes that other steps do on the way, as
-they load or store, or that strides say. Of each step that is left the report tells what it converts, what that costs
-(`base/conversions.py`) and why somebody else does not do it on the way.
+What is fused is no step: a change of order that strides say is nothing, and casts and quantizations that other steps do
+on the way, as they load or store, are only counted. Of each step that is left the report tells what it converts, what
+that costs (`base/conversions.py`) and why somebody else does not do it on the way.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 
 from vivace.base.conversions import format_ps, transpose_ps
-from vivace.base.dims import Expr, substitute, symbols
 from vivace.loops.kernel import Kernel
 from vivace.lower.group import VIEWS
 from vivace.lower.plan import Plan, Step, steps_of
-from vivace.lower.schedule import GUESS
+from vivace.lower.schedule import guess
 from vivace.lower.views import Storage
 
 FORMATS = frozenset({"cast", "quantize", "dequantize"})
 _CONVERTING = FORMATS | VIEWS | {"pixels"}
-_LABELS = frozenset({"copy", "pack", "widen"})  # steps that stand for no node, or for the node that wants them
+_LABELS = frozenset({"copy", "pack", "split", "widen"})  # steps that stand for no node, or for the node that wants them
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,11 @@ def conversions(plan: Plan) -> list[Conversion]:
 
 
 def report(plan: Plan) -> dict[str, object]:
-    """For an engine's facts: the steps, and how many conversions of each kind are no step."""
+    """For an engine's facts: the steps, and how many conversions of formats are no step."""
     left = conversions(plan)
     apart = {id(n) for s in steps_of(plan.body) if _is_conversion(s) for n in s.nodes}
-    fused = [n.op.name for n in plan.graph.walk() if n.op.name in FORMATS | {"transpose"} and id(n) not in apart]
-    counts = {name: fused.count(name) for name in dict.fromkeys(sorted(fused))}
+    fused = [n.op.name for n in plan.graph.walk() if n.op.name in FORMATS and id(n) not in apart]
+    counts = dict(Counter(sorted(fused)))
     return {"conversions": [asdict(c) for c in left], "conversions_fused": counts}
 
 
@@ -63,10 +63,10 @@ def _is_conversion(s: Step) -> bool:
 def _conversion(s: Step, readers: dict[Storage, list[Step]]) -> Conversion:
     out = s.writes[0]
     source = next((x for x in s.reads if x.kind != "constant" and x is not out), out)
-    n = _known(out.size)
+    n = guess(out.size)
     ps = transpose_ps(n, out.dtype.size_bytes) if _is_turned(s) else format_ps(n)
     return Conversion(
-        out.name, s.label, str(source.dtype), str(out.dtype), _known(s.bytes), round(ps * 1e-6, 3),
+        out.name, s.label, str(source.dtype), str(out.dtype), guess(s.bytes), round(ps * 1e-6, 3),
         _why(s, source, out, readers),
     )  # fmt: skip
 
@@ -89,14 +89,8 @@ def _why(s: Step, source: Storage, out: Storage, readers: dict[Storage, list[Ste
         return "an output of the model keeps its type and order"
     if source.kind == "input":
         return f"an input of the model keeps its type and order; read by {by}"
-    if s.label == "pack":
+    if s.label in ("pack", "split"):
         return f"in the order of the instructions of {by}, as it is not constant"
     others = [r for r in readers.get(source, []) if r is not s]
     shared = f", while {', '.join(dict.fromkeys(r.label for r in others))} reads it as it was" if others else ""
     return f"{by or 'a reader'} converts nothing as it loads{shared}"
-
-
-def _known(d: object) -> int:
-    if isinstance(d, Expr):
-        d = substitute(d, {x.name: GUESS for x in symbols(d)})
-    return d if isinstance(d, int) else 0

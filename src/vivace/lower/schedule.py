@@ -50,7 +50,8 @@ class Schedule:
     lifetimes: dict[Storage, tuple[int, int]]
 
 
-def _guess(d: Dim) -> int:
+def guess(d: Dim) -> int:
+    """A size as a number, symbols taken as `GUESS`."""
     if isinstance(d, Expr):
         d = substitute(d, {s.name: GUESS for s in symbols(d)})
     return d if isinstance(d, int) else 0
@@ -71,7 +72,7 @@ def _append(lines: list[Line], body: Sequence[Instruction], loops: list[tuple[in
     for item in body:
         match item:
             case Step():
-                serial = estimate_ns(_guess(item.flops), _guess(item.bytes)) < SERIAL_NS
+                serial = estimate_ns(guess(item.flops), guess(item.bytes)) < SERIAL_NS
                 beside = (
                     not serial
                     and bool(writes)

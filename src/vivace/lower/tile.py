@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from vivace.base.dims import Dim, Symbol, evaluate, prod, symbols
 from vivace.base.machine import Isa, Machine, host
+from vivace.loops.blocked import PLACES
 from vivace.loops.contraction import Axis, Contraction, merge_axes
 from vivace.lower.arithmetic import F32, Arithmetic, arithmetic_of
 from vivace.lower.choices import DEFAULT, Choice
@@ -304,9 +305,10 @@ def _sizes(c: Contraction) -> dict[str, int]:
     """
     rows = prod([r.extent for r in c.rows])
     free = {s for d in (*(x.extent for x in (*c.batch, *c.rows, *c.taps)), c.n) for s in symbols(d)}
+    places = dict.fromkeys(PLACES, 0)  # the first block is a whole one
     of_rows, size = set(symbols(rows)), 1
     while True:
-        sizes = {s.name: _within(s, size if s in of_rows else _FEWEST_ROWS) for s in free}
+        sizes = {s.name: _within(s, size if s in of_rows else _FEWEST_ROWS) for s in free} | places
         if size >= _FEWEST_ROWS or evaluate(rows, sizes) >= _FEWEST_ROWS:
             return sizes
         size *= 2

@@ -63,8 +63,8 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
     block, part = symbol(BLOCK, 0), symbol(PART, 0)
     site = _site(ctx, node, q, k, out)
     choice = _possible(ctx.choices.of(site.spec))
-    sizes = sizes_of(node, choice) if half else (choice.rows or QUERIES, 0)
-    n_parts = ceildiv(n_queries, sizes[0])
+    queries, keys = sizes_of(node, choice) if half else (choice.rows or QUERIES, choice.tiles)
+    n_parts = ceildiv(n_queries, queries)
     here, shared = (block // heads, block % heads), (block // heads, block % heads // share)
     if half:  # the heads that share keys follow each other, so that these are packed once
         of_group = part // n_parts if share > 1 else 0
@@ -72,12 +72,12 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
         shared = (block // groups, block % groups)
     a = Attention(
         node, operand(q, "q", here), operand(k, "k", shared), operand(v, "v", shared),
-        operand(out, "o", here, writable=True), *_masks(ctx, node, here, half or decodes == 1), sizes[0], choice.tiles
+        operand(out, "o", here, writable=True), *_masks(ctx, node, here, half or decodes == 1), queries, keys
     )  # fmt: skip
     found = Blocks([], [], [], 0)
     if decodes != 1:
         in_head = part % n_parts if share > 1 else part
-        found = HalfAttention(a, in_head, ctx.isa, sizes).blocks() if half else a.blocks()
+        found = HalfAttention(a, in_head, ctx.isa).blocks() if half else a.blocks()
         if decodes != 0:
             found = found.unless(decodes)
     last, local = list(found.last), list(found.local)

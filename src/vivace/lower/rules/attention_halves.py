@@ -46,7 +46,7 @@ from vivace.loops.kernel import (
 )
 from vivace.loops.pack import Pack
 from vivace.lower.arithmetic import choose_arithmetic
-from vivace.lower.choices import DEFAULT, Choice
+from vivace.lower.choices import Choice
 from vivace.lower.rules.attention_stages import (
     F32,
     LOG2E,
@@ -75,7 +75,7 @@ def room() -> int:
     return host().cache_bytes(2) // 8 // F32.size_bytes
 
 
-def sizes_of(node: Node, choice: Choice = DEFAULT) -> tuple[int, int]:
+def sizes_of(node: Node, choice: Choice) -> tuple[int, int]:
     """Queries of a block and keys of a chunk, at most, where nothing else is chosen.
 
     The fewer the chunks, the less is rescaled, as long as the scores of a block fill no more than an eighth of the
@@ -98,12 +98,11 @@ def sizes_of(node: Node, choice: Choice = DEFAULT) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class HalfAttention:
-    """The stages of `a`; `part` numbers the blocks of queries of one head, `sizes` are those of `sizes_of`."""
+    """The stages of `a`; `part` numbers the blocks of queries of one head."""
 
     a: Attention
     part: Dim
     isa: Isa
-    sizes: tuple[int, int]
 
     @property
     def factor(self) -> float:
@@ -117,7 +116,8 @@ class HalfAttention:
     def blocks(self) -> Blocks:
         a = self.a
         n_queries, n_keys = a.n_queries, a.n_keys
-        block, most = self.sizes
+        block, most = a.queries, a.keys
+        assert most is not None
         n_parts = ceildiv(n_queries, block)
         first = self.part * block
         causal = bool(a.node.attrs["causal"]) and n_queries != 1

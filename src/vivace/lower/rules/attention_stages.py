@@ -122,8 +122,8 @@ class Attention:
     out: Operand
     mask: Operand | None
     turned: Operand | None
-    queries: int = QUERIES
-    keys: int | None = None  # of a chunk, where that was chosen
+    queries: int  # of a block
+    keys: int | None  # of a chunk, where that was chosen
 
     @property
     def n_queries(self) -> Dim:

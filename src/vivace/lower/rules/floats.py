@@ -13,12 +13,12 @@ Not handled: zero points that only show when the model runs, sums that are read 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from vivace.base.dtypes import DType
-from vivace.graph.build import constant
 from vivace.graph.graph import Node, Type, Value, freeze
 from vivace.graph.ops import OPS
 from vivace.loops.contraction import Contraction, Depthwise
@@ -29,6 +29,7 @@ from vivace.lower.lowering import Lowering
 from vivace.lower.plan import Step
 from vivace.lower.rules.contraction import lower_conv, lower_matmul
 from vivace.lower.rules.elementwise import emit_pointwise
+from vivace.lower.views import View
 
 F32 = DType.f32
 
@@ -38,8 +39,10 @@ def byte_site(ctx: Lowering, g: Group, spec: Contraction | Depthwise) -> Site:
     return Site(ctx.choices.key(spec), spec, () if _cast(ctx, g) is None else (DIRECT, FLOATS))
 
 
-def lower_in_floats(ctx: Lowering, g: Group, site: Site) -> bool:
-    """Whether a product of bytes was chosen to be one of f32; it is lowered then."""
+def lower_in_floats(ctx: Lowering, g: Group, site: Site, a: View, order: Sequence[int]) -> bool:
+    """Whether a product of bytes was chosen to be one of f32; it is lowered then. `a` is its first operand as the
+    product of bytes would read it, with the axes of the value in `order`.
+    """
     cast = _cast(ctx, g)
     if cast is None or ctx.choices.of(site.spec).way != FLOATS:
         return False
@@ -48,13 +51,14 @@ def lower_in_floats(ctx: Lowering, g: Group, site: Site) -> bool:
     assert q is not None and w is not None and zero is not None and zero.data is not None
     bias = None if not rest or rest[0] is None else _floats(ctx, rest[0])
     x = Value(f"{q.name}_f32", Type(F32, q.shape))
-    ctx.views[x] = ctx.temporary(x.name, F32, q.shape)
+    widened = ctx.temporary(x.name, F32, a.shape)
+    ctx.views[x] = widened.transpose(tuple(int(i) for i in np.argsort(order)))
     offset = Const(float(zero.data.reshape(-1)[0]), F32)
 
-    def widened(xs: list[Expr]) -> Expr:
+    def centred(xs: list[Expr]) -> Expr:
         return Binary("sub", Cast(F32, xs[0]), offset) if offset.value else Cast(F32, xs[0])
 
-    emit_pointwise(ctx, "widen", [ctx.view(q)], ctx.views[x], widened, (node,))
+    emit_pointwise(ctx, "widen", [a], widened, centred, (node,))
     weights, nodes = _floats(ctx, w), [n for n in g.nodes if n not in (node, cast)]
     if node.op.name == "conv_integer":
         anchor = Node(OPS["conv"], (x, weights, bias), cast.outputs, node.attrs, node.origin)
@@ -76,13 +80,13 @@ def _cast(ctx: Lowering, g: Group) -> Node | None:
     readers = [n for n in g.nodes if total in n.inputs]
     is_known = all(v is None or v.data is not None for v in (w, zero, *rest))
     is_cast = len(readers) == 1 and readers[0].op.name == "cast" and readers[0].output.dtype is F32
-    return readers[0] if is_known and is_cast and ctx.graph.users().get(total, []) == readers else None
+    return readers[0] if is_known and is_cast else None
 
 
 def _floats(ctx: Lowering, v: Value) -> Value:
     """A constant of integers in f32, the same array for each lowering of a graph."""
-    assert v.data is not None
-    key = (FLOATS, id(v.data))
-    if key not in ctx.answers:
-        ctx.answers[key] = True, np.ascontiguousarray(v.data, np.float32)
-    return constant(ctx.answers[key][1], v.name)
+    data = v.data
+    assert data is not None
+    made = ctx.made_of((data,), (FLOATS,), v.name, lambda: np.ascontiguousarray(data, np.float32)).storage
+    assert made is not None and made.data is not None
+    return Value(v.name, Type(F32, data.shape), made.data)

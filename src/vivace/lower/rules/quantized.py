@@ -21,6 +21,7 @@ from vivace.graph.graph import Value
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
 from vivace.loops.kernel import Binary, Buffer, Cast, Expr, Read
 from vivace.lower.arithmetic import activation_offset, arithmetic_of, depthwise_offset
+from vivace.lower.choices import Site
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.pack import contiguous_run, pack_groups
@@ -124,10 +125,11 @@ def lower_matmul_integer(ctx: Lowering, g: Group) -> None:
     start = _Start(ctx, g, w_value, _sums(w_value, (0,)), c.a_offset)
     epilogue = Epilogue(ctx, g, lambda p: start.expr(p, y.shape, index, y.rank - 1), index)
     c = replace(c, epilogue=epilogue.expr, extra=epilogue.extra)
-    if lower_in_floats(ctx, g, byte_site(ctx, g, c)):
+    site = byte_site(ctx, g, c)
+    if lower_in_floats(ctx, g, site, a, range(y.rank)):
         return
     w, packing = _packed(ctx, w_value, c, w_value.data[None])
-    _emit(ctx, "matmul_integer", replace(c, b=w.buffer("b"), packing=packing), a, w, out, epilogue, g)
+    _emit(ctx, "matmul_integer", replace(c, b=w.buffer("b"), packing=packing), a, w, out, epilogue, g, site)
     if out is not target:
         ctx.copy(out, target)
 
@@ -177,16 +179,19 @@ def lower_conv_integer(ctx: Lowering, g: Group) -> None:
         w = ctx.made_of((weights,), ("depthwise",), f"{w_value.name}_taps", lambda: data)
         with_b = tuple(replace(t, b=s) for t, s in zip(taps, w.strides[:-1], strict=True))
         d = Depthwise("k", rows, with_b, oc, a_buf, w.buffer("b"), out_buf, epilogue.expr, epilogue.extra, c.a_offset)
-        if lower_in_floats(ctx, g, byte_site(ctx, g, d)):
+        site = byte_site(ctx, g, d)
+        if lower_in_floats(ctx, g, site, x, to_last):
             return
-        _emit(ctx, "depthwise_integer", d, x, w, out, epilogue, g)
+        _emit(ctx, "depthwise_integer", d, x, w, out, epilogue, g, site)
     else:
         c = replace(c, epilogue=epilogue.expr, extra=epilogue.extra)
-        if lower_in_floats(ctx, g, byte_site(ctx, g, c)):
+        site = byte_site(ctx, g, c)
+        if lower_in_floats(ctx, g, site, x, to_last):
             return
         w, packing = _packed(ctx, w_value, c, _matrices(weights, groups))
         batch = tuple(replace(b, b=prod(w.shape[1:])) for b in batch)
-        _emit(ctx, "conv_integer", replace(c, batch=batch, b=w.buffer("b"), packing=packing), x, w, out, epilogue, g)
+        c = replace(c, batch=batch, b=w.buffer("b"), packing=packing)
+        _emit(ctx, "conv_integer", c, x, w, out, epilogue, g, site)
     if out is not target:
         ctx.copy(out, target)
 
@@ -199,10 +204,10 @@ def _matrices(w: Array, groups: int) -> Array:
 
 
 def _emit(
-    ctx: Lowering, label: str, spec: Contraction | Depthwise, a: View, w: View, out: View, e: Epilogue, g: Group
-) -> None:
+    ctx: Lowering, label: str, spec: Contraction | Depthwise, a: View, w: View, out: View, e: Epilogue, g: Group,
+    site: Site,
+) -> None:  # fmt: skip
     views: dict[Buffer, View] = {spec.a: a, spec.b: w, spec.out: out, **dict(zip(e.extra, e.views, strict=True))}
-    site = byte_site(ctx, g, spec)
     if isinstance(spec, Contraction):
         emit_contraction(ctx, label, spec, views, g, tail_flops(g), site.ways)
     else:
