@@ -57,6 +57,7 @@ def test_run_with_files(cli, model: Path, tmp_path: Path) -> None:  # type: igno
         (["--input", "x={x}", "--shapes", "ids:3x2"], "other inputs make it 2"),
         (["--shapes", "x:2x9"], "does not fit"),
         (["--shapes", "q:2"], "no input 'q'"),
+        (["--shapes", "x:2x8", "--shapes", "x:3x8"], "given twice"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )

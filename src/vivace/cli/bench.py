@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def bench_model(
     model: options.Model,
     against: Annotated[str, typer.Option(help="Engines to compare with: onnxruntime, openvino.")] = "onnxruntime",
-    shapes: options.Shapes = "",
-    inputs: options.Inputs = [],  # noqa: B006  typer reads it and never changes it
+    shapes: options.Shapes = [],
+    inputs: options.Inputs = [],
     seed: options.Seed = 0,
     provider: options.Provider = "native,onnxruntime",
     threads: options.Threads = 0,
@@ -62,11 +62,10 @@ def bench_model(
     from vivace.cli.contestants import Job
     from vivace.measure.bench import Settings
     from vivace.measure.compare import LEAST_SNR_DB, Tolerance
-    from vivace.measure.inputs import parse_shapes
 
     options.check_output(html)
     options.check_timings(timing_cache)
-    given = parse_shapes(shapes)
+    given = options.shapes_of(shapes)
     job = Job(model, options.threads_of(threads), precision, given, level=options.level_of(level), target=target,
               tune=tune, tune_budget=tune_budget, timing_cache=str(timing_cache or ""))  # fmt: skip
     others = [name for name in options.split(against) if name != "native"]

@@ -33,19 +33,19 @@ def compile_model(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The engine file. [default: MODEL.vivace]", show_default=False)
     ] = None,
-    shapes: options.Shapes = "",
+    shapes: options.Shapes = [],
     threads: options.Threads = 0,
     precision: options.Precision = "f32",
     max_drop: options.MaxDrop = None,
     metric: options.Metric = "relative",
-    calibration: options.Calibration = [],  # noqa: B006 (typer reads it)
+    calibration: options.Calibration = [],
     provider: options.Provider = "native,onnxruntime",
     target: options.Target = "host",
     tune: options.Tune = "off",
     tune_budget: options.TuneBudget = 0.0,
     timing_cache: options.TimingCache = None,
     level: options.Level = "all",
-    disable: options.Disable = "",
+    disable: options.Disable = [],
     cache: Annotated[bool, typer.Option(help="Use the cache of compiled kernels.")] = True,
     as_json: options.Json = False,
 ) -> None:
@@ -55,7 +55,6 @@ def compile_model(
     """
     import vivace
     from vivace.cli.console import duration, print_json, progress, size
-    from vivace.measure.inputs import parse_shapes
 
     options.check_model(model)
     path = output or model.with_suffix(".vivace")
@@ -73,9 +72,9 @@ def compile_model(
             tune_budget=tune_budget or None,
             timing_cache=timing_cache,
             cache=cache,
-            shapes=parse_shapes(shapes) or None,
+            shapes=options.shapes_of(shapes) or None,
             level=options.level_of(level),
-            disable=options.split(disable),
+            disable=options.split(*disable),
             progress=show,
             calibration=options.read_samples(calibration),
             max_drop=max_drop,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def inspect_model(
     model: Annotated[Path, typer.Argument(help="The ONNX file, or a saved engine.", show_default=False)],
-    shapes: options.Shapes = "",
+    shapes: options.Shapes = [],
     level: options.Level = "extended",
     layers: Annotated[bool, typer.Option(help="Print every layer, not only the most expensive ones.")] = False,
     html: Annotated[
@@ -46,9 +46,8 @@ def inspect_model(
     if options.is_saved(model):
         _inspect_engine(model, as_json, scaling)
         return
-    from vivace.measure.inputs import parse_shapes
 
-    found, before, after = examine(model, parse_shapes(shapes), options.level_of(level))
+    found, before, after = examine(model, options.shapes_of(shapes), options.level_of(level))
     if html is not None:
         from vivace.base.cache import write_atomic
         from vivace.cli.picture import graph_page

@@ -17,8 +17,8 @@ def run_passes(
     passes: Annotated[
         str, typer.Option("--passes", "-p", metavar="PASS,...", help="Passes in order; all where none is named.")
     ] = "",
-    shapes: options.Shapes = "",
-    disable: options.Disable = "",
+    shapes: options.Shapes = [],
+    disable: options.Disable = [],
     explain: Annotated[str, typer.Option(metavar="RULE,...", help="Say why these rules did not fire.")] = "",
     print_between: Annotated[bool, typer.Option("--print-between", help="Print the graph after each pass.")] = False,
     time: Annotated[bool, typer.Option("--time", help="Print how long each pass took and what it did.")] = False,
@@ -31,7 +31,6 @@ def run_passes(
     from vivace.cli.console import duration, print_json
     from vivace.graph.passes import Run, run_passes
     from vivace.graph.text import print_graph
-    from vivace.measure.inputs import parse_shapes
     from vivace.onnx.importer import import_model
     from vivace.optimize.pipeline import PIPELINE
 
@@ -41,8 +40,8 @@ def run_passes(
         raise InputError(f"unknown pass {unknown[0]!r}", where="--passes", expected=f"some of {', '.join(known)}")
     options.check_model(model)
     chosen = [known[name] for name in options.split(passes)] or list(PIPELINE)
-    graph = import_model(model, overrides=parse_shapes(shapes) or None)
-    disabled = frozenset(options.split(disable))
+    graph = import_model(model, overrides=options.shapes_of(shapes) or None)
+    disabled = frozenset(options.split(*disable))
     done = []
     for item in chosen:
         record = Run()

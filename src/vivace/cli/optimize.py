@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +19,9 @@ def optimize(
     model: options.Model,
     output: Annotated[Path | None, typer.Argument(help="The file to write.", show_default=False)] = None,
     level: options.Level = "extended",
-    disable: options.Disable = "",
+    disable: options.Disable = [],
     opset: Annotated[int, typer.Option(help="Opset of the file; 0 is the model's, at least 20.")] = 0,
-    shapes: options.Shapes = "",
+    shapes: options.Shapes = [],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
     explain: Annotated[str, typer.Option(metavar="RULE,...", help="Say why these rules did not fire.")] = "",
     as_json: options.Json = False,
@@ -43,7 +44,7 @@ def optimize(
             model,
             output,
             level=options.level_of(level),
-            disable=options.split(disable),
+            disable=options.split(*disable),
             explain=options.split(explain),
             opset=opset or None,
             sizes=_sizes(model, shapes) if shapes else None,
@@ -56,14 +57,14 @@ def optimize(
         print(f"wrote {output}" if not dry_run else "wrote nothing (--dry-run)")
 
 
-def _sizes(model: Path, shapes: str) -> dict[str, int]:
+def _sizes(model: Path, shapes: Sequence[str]) -> dict[str, int]:
     """Sizes of symbols, for the check on random inputs."""
     from vivace.base.specs import TensorSpec
-    from vivace.measure.inputs import bind, parse_shapes
+    from vivace.measure.inputs import bind
     from vivace.onnx.importer import import_model
 
     inputs = import_model(model).inputs
-    return bind([TensorSpec(v.name, v.dtype, v.shape) for v in inputs], parse_shapes(shapes))
+    return bind([TensorSpec(v.name, v.dtype, v.shape) for v in inputs], options.shapes_of(shapes))
 
 
 def report_dict(report: Report) -> dict[str, Any]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vivace.base.specs import TensorSpec
 
 Model = Annotated[Path, typer.Argument(help="The ONNX file.", show_default=False)]
-Shapes = Annotated[str, typer.Option("--shapes", metavar="NAME:1x3x224x224,...", help="Shapes of inputs.")]
+Shapes = Annotated[list[str], typer.Option("--shapes", metavar="NAME:1x3x224x224,...", help="Shapes of inputs.")]
 Inputs = Annotated[
     list[str],
     typer.Option("--input", "-i", metavar="NAME=FILE.npy | FILE.npz", help="Arrays for inputs; others are generated."),
@@ -57,7 +57,7 @@ Provider = Annotated[
     ),
 ]
 Level = Annotated[str, typer.Option(help="Optimization: 0, 1, 2, 3, 99 or disable, basic, extended, layout, all.")]
-Disable = Annotated[str, typer.Option(metavar="RULE,...", help="Rules to leave out.")]
+Disable = Annotated[list[str], typer.Option(metavar="RULE,...", help="Rules to leave out.")]
 Target = Annotated[str, typer.Option(help="host, or an instruction set: sse, avx2, avx512, avx512+avx512_vnni, ...")]
 Tune = Annotated[str, typer.Option(help="How much to measure for choosing kernels: off, fast, full.")]
 TuneBudget = Annotated[float, typer.Option(metavar="SECONDS", help="Seconds of tuning; 0 is the effort's own.")]
@@ -73,9 +73,16 @@ _MOST_BYTES = 1 << 42  # of an array: as of a tensor in a model
 LEVELS = {"disable": 0, "basic": 1, "extended": 2, "layout": 3, "all": 99, "0": 0, "1": 1, "2": 2, "3": 3, "99": 99}
 
 
-def split(text: str) -> tuple[str, ...]:
+def split(*texts: str) -> tuple[str, ...]:
     """Words with commas between."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+    return tuple(word.strip() for text in texts for word in text.split(",") if word.strip())
+
+
+def shapes_of(texts: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Those of `--shapes`, which may be given several times. Raises: InputError, as `parse_shapes` does."""
+    from vivace.measure.inputs import parse_shapes
+
+    return parse_shapes(",".join(texts))
 
 
 def level_of(text: str) -> int:

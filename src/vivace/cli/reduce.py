@@ -28,15 +28,15 @@ def reduce_model(
         Path | None,
         typer.Option("--output", "-o", help="The small model; its inputs go beside it as .npz.", show_default=False),
     ] = None,
-    inputs: options.Inputs = [],  # noqa: B006  typer reads it and never changes it
-    shapes: options.Shapes = "",
+    inputs: options.Inputs = [],
+    shapes: options.Shapes = [],
     seed: options.Seed = 0,
     provider: options.Provider = "native,onnxruntime",
     threads: options.Threads = 0,
     precision: options.FixedPrecision = "f32",
     target: options.Target = "host",
     level: options.Level = "all",
-    disable: options.Disable = "",
+    disable: options.Disable = [],
     absolute: Annotated[float, typer.Option("--atol", help="Tolerance of the outputs, absolute.")] = 1e-3,
     relative: Annotated[float, typer.Option("--rtol", help="Tolerance of the outputs, relative.")] = 1e-3,
     as_json: options.Json = False,
@@ -49,7 +49,6 @@ def reduce_model(
     from vivace.cli.console import print_json, progress
     from vivace.cli.contestants import Job, input_specs
     from vivace.measure.compare import Tolerance
-    from vivace.measure.inputs import parse_shapes
     from vivace.onnx.exporter import save
     from vivace.onnx.shrink import names_of, read_whole
 
@@ -57,8 +56,8 @@ def reduce_model(
     options.check_model(model)
     options.check_output(path)
     job = Job(
-        model, options.threads_of(threads), precision, parse_shapes(shapes), {}, options.level_of(level),
-        options.split(disable), target,
+        model, options.threads_of(threads), precision, options.shapes_of(shapes), {}, options.level_of(level),
+        options.split(*disable), target,
     )  # fmt: skip
     arrays, _ = options.gather(input_specs(job), job.shapes, inputs, seed)
     with progress() as show:

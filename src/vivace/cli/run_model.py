@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 def run_model(
     model: Annotated[Path, typer.Argument(help="The ONNX file, or a saved engine.", show_default=False)],
-    inputs: options.Inputs = [],  # noqa: B006  typer reads it and never changes it
-    shapes: options.Shapes = "",
+    inputs: options.Inputs = [],
+    shapes: options.Shapes = [],
     seed: options.Seed = 0,
     provider: options.Provider = "native,onnxruntime",
     threads: options.Threads = 0,
@@ -46,11 +46,10 @@ def run_model(
     """
     from vivace.cli.console import duration, plain, print_json, print_table, progress
     from vivace.cli.contestants import Job, open_engine
-    from vivace.measure.inputs import parse_shapes
 
     _check_archive(save)
     options.check_timings(timing_cache)
-    given = parse_shapes(shapes)
+    given = options.shapes_of(shapes)
     job = Job(model, options.threads_of(threads), precision, given, level=options.level_of(level), target=target,
               tune=tune, tune_budget=tune_budget, timing_cache=str(timing_cache or ""))  # fmt: skip
     with progress() as show:

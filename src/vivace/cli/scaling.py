@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,21 +24,20 @@ def thread_counts(text: str) -> tuple[int, ...]:
     return counts
 
 
-def scaling_of(model: Path, shapes: str, counts: tuple[int, ...]) -> Scaling:
+def scaling_of(model: Path, shapes: Sequence[str], counts: tuple[int, ...]) -> Scaling:
     """Compiles the model for one thread, times its steps on generated inputs, and predicts.
 
     Raises: InputError for a model that our kernels do not run.
     """
     import vivace
     from vivace.cli.options import is_saved
-    from vivace.measure.inputs import parse_shapes
     from vivace.measure.scaling import examine
     from vivace.runtime.engine import Engine
 
     engine = vivace.load(model, threads=1) if is_saved(model) else vivace.compile(model, threads=1)
     if not isinstance(engine, Engine):
         raise InputError("another engine runs this model", where=str(model), expected="a model with native kernels")
-    arrays, _ = options.gather(engine.inputs, parse_shapes(shapes), (), 0)
+    arrays, _ = options.gather(engine.inputs, options.shapes_of(shapes), (), 0)
     return examine(engine, arrays, counts)
 
 
