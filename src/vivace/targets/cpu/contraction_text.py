@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from vivace.base.dims import Apply, Dim, Expr, Symbol
+from vivace.base.dims import Apply, Dim, Expr, Symbol, bounds
 
 Int = int | str
 
@@ -90,6 +90,20 @@ class Text:
         q = self.op(f"udiv i64 {a}, {b}")
         return q, self.sub(a, self.mul(q, b))
 
+    def floor_divmod(self, a: Int, b: Int) -> tuple[Int, Int]:
+        """Python's quotient and remainder of any integer by a positive one: sizes that divide leave a division when
+        dims are simplified, and what stays in it may be negative.
+        """
+        if isinstance(a, int) and isinstance(b, int):
+            return divmod(a, b)
+        if b == 1:
+            return a, 0
+        towards_zero = self.op(f"sdiv i64 {a}, {b}")
+        rest = self.sub(a, self.mul(towards_zero, b))
+        borrow = self.op(f"ashr i64 {rest}, 63")
+        q = self.add(towards_zero, borrow)
+        return q, self.sub(a, self.mul(q, b))
+
     def minimum(self, a: Int, b: Int) -> Int:
         if isinstance(a, int) and isinstance(b, int):
             return min(a, b)
@@ -106,7 +120,7 @@ class Text:
         return self.op(f"icmp slt i64 {a}, {b}")
 
     def dim(self, d: Dim, env: Mapping[str, Int]) -> Int:
-        """The value of a dim; every symbol must be in `env`. `//` and `%` are taken of non-negative numbers."""
+        """The value of a dim; every symbol must be in `env`."""
         if not isinstance(d, Expr):
             return int(d)
         total: Int = 0
@@ -121,11 +135,13 @@ class Text:
         if isinstance(atom, Symbol):
             return env[atom.name]
         a, b = self.dim(atom.a, env), self.dim(atom.b, env)
+        least = bounds(atom.a)[0]
+        divide = self.divmod if least is not None and least >= 0 else self.floor_divmod
         match atom.fn:
             case "//":
-                return self.divmod(a, b)[0]
+                return divide(a, b)[0]
             case "%":
-                return self.divmod(a, b)[1]
+                return divide(a, b)[1]
             case "min":
                 return self.minimum(a, b)
             case _:
