@@ -14,8 +14,8 @@ def test_a_table_from_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     times = (("vivace", 2.0), ("vivace f32", 9.0), ("openvino", 4.0), ("onnxruntime", 8.0))
     engines = {name: {"median": ms / 1e3, "snr_db": 30.0, "failure": None} for name, ms in times}
     for threads in (1, 2):
-        record = {"model": "resnet50-qdq", "threads": threads, "engines": engines, "versions": versions(), "machine": {},
-                  "foreign_cores": 0.0, "measured_at": "now", "limit_seconds": 1e-3}  # fmt: skip
+        record = {"model": "resnet50-qdq", "threads": threads, "engines": engines, "versions": versions(),
+                  "machine": {}, "foreign_cores": 0.0, "measured_at": "now", "limit_seconds": 1e-3}  # fmt: skip
         (tmp_path / f"resnet50-qdq-{threads}.json").write_text(json.dumps(record))
     monkeypatch.setattr(lowprecision, "_records", lambda form: tmp_path)
     summary = lowprecision.summarise("int8")
