@@ -142,20 +142,11 @@ def bias_into_conv(n: Node, at: At) -> Outcome:
     return at.op.emit(m.op, (m.inputs[0], m.inputs[1], bias), dict(m.attrs))
 
 
-@rule(
-    "conv",
-    examples=(lambda e: _conv_on(e, e.mul(e.x("f32[1,4,5,5]"), e.w("f32[4,1,1]")), "f32[6,2,3,3]", 2, 1),),
-)
-def scale_before_conv(n: Node, at: At) -> Outcome:
-    """conv(x * s, w, b) = conv(x, w * s, b) for a constant per input channel; zero padding stays zero"""
-    m = at.by(n.inputs[0], "mul")
-    if (
-        m is None
-        or m.inputs[0] is None
-        or m.inputs[1] is None
-        or m.inputs[1].data is None
-        or m.inputs[0].type != m.output.type
-    ):
+def _before(n: Node, at: At, op: str) -> tuple[Node, Array, Array | None, Array] | str | None:
+    """What applies a constant per input channel (a vector) to what a conv reads, and the conv's filter and bias."""
+    m = at.by(n.inputs[0], op)
+    x, c = (None, None) if m is None else m.inputs
+    if m is None or x is None or c is None or c.data is None or x.type != m.output.type:
         return None
     found = _weights(n, at)
     if found is None:
@@ -163,11 +154,22 @@ def scale_before_conv(n: Node, at: At) -> Outcome:
     if not at.only_use(m.output):
         return f"%{m.output.name} is used elsewhere too"
     w, b = found
+    channels, axis = w.shape[1] * n.attrs["group"], 1 if n.attrs["layout"] == "NCHW" else n.output.rank - 1
+    vector = per_channel(c, channels, axis, m.output.rank)
+    return "the constant is not one per channel" if vector is None else (m, w, b, vector)
+
+
+@rule(
+    "conv",
+    examples=(lambda e: _conv_on(e, e.mul(e.x("f32[1,4,5,5]"), e.w("f32[4,1,1]")), "f32[6,2,3,3]", 2, 1),),
+)
+def scale_before_conv(n: Node, at: At) -> Outcome:
+    """conv(x * s, w, b) = conv(x, w * s, b) for a constant per input channel; zero padding stays zero"""
+    found = _before(n, at, "mul")
+    if not isinstance(found, tuple):
+        return found
+    m, w, b, s = found
     g = n.attrs["group"]
-    channels, axis = w.shape[1] * g, 1 if n.attrs["layout"] == "NCHW" else n.output.rank - 1
-    s = per_channel(m.inputs[1], channels, axis, m.output.rank)
-    if s is None:
-        return "the factor is not one per channel"
     split = w.reshape(g, w.shape[0] // g, *w.shape[1:]) * s.reshape(g, 1, w.shape[1], *(1,) * (w.ndim - 2))
     bias = n.inputs[2] if b is not None else None
     weight = at.const(np.ascontiguousarray(split.reshape(w.shape).astype(w.dtype)), "weight")
@@ -180,28 +182,13 @@ def scale_before_conv(n: Node, at: At) -> Outcome:
 )
 def bias_before_conv(n: Node, at: At) -> Outcome:
     """conv(x + c, w, b) = conv(x, w, b + sum(w * c)) without padding (zeros at the border would have to be c)"""
-    m = at.by(n.inputs[0], "add")
-    if (
-        m is None
-        or m.inputs[0] is None
-        or m.inputs[1] is None
-        or m.inputs[1].data is None
-        or m.inputs[0].type != m.output.type
-    ):
-        return None
-    found = _weights(n, at)
-    if found is None:
-        return "the filters are not constant, or shared"
+    found = _before(n, at, "add")
+    if not isinstance(found, tuple):
+        return found
     if any(p != 0 for p in (*n.attrs["before"], *n.attrs["after"])):
         return "the conv pads with zeros"
-    if not at.only_use(m.output):
-        return f"%{m.output.name} is used elsewhere too"
-    w, b = found
+    m, w, b, c = found
     g = n.attrs["group"]
-    channels, axis = w.shape[1] * g, 1 if n.attrs["layout"] == "NCHW" else n.output.rank - 1
-    c = per_channel(m.inputs[1], channels, axis, m.output.rank)
-    if c is None:
-        return "the summand is not one per channel"
     taps = w.astype(np.float64).reshape(g, w.shape[0] // g, w.shape[1], -1).sum(axis=-1)
     extra = np.einsum("goc,gc->go", taps, c.astype(np.float64).reshape(g, -1)).reshape(-1)
     bias = (extra if b is None else b + extra).astype(w.dtype)
