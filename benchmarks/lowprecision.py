@@ -162,9 +162,12 @@ def measure_one(form: str, name: str, threads: int, budget: float, with_torch: b
             "snr_db": None if snr is None or math.isinf(snr) else snr,
             "failure": times.failure or None,
         }
+    limit = None  # of a model that we cannot compile, it is not known either
+    if not engines["vivace"]["failure"]:
+        limit = total(optimize(load_graph(path, shapes)), {}, machine_peaks(), threads, precision).seconds
     return {
         "model": name, "threads": threads, "engines": engines, "versions": versions(),
-        "limit_seconds": total(optimize(load_graph(path, shapes)), {}, machine_peaks(), threads, precision).seconds,
+        "limit_seconds": limit,
         "torch": (no_torch or version("torch")) if with_torch else "",
         "machine": machine_facts(host()), "foreign_cores": found.noise.foreign_cores,
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -13,10 +13,13 @@ from tests.lower.test_choices import ISA, conv, graph_of, random, sites_of
 
 from vivace.base.dtypes import DType
 from vivace.base.errors import InputError
+from vivace.base.machine import ISAS, with_extras
+from vivace.building import apply_precision
 from vivace.graph.graph import Type
 from vivace.lower.candidates import Rates, neighbours
-from vivace.lower.choices import DEFAULT, Choice, Site
+from vivace.lower.choices import DEFAULT, Choice, Choices, Site
 from vivace.lower.lowering import lower
+from vivace.lower.plan import steps_of
 from vivace.lower.timings import TimingCache, merge, read, summary, write
 from vivace.lower.tune import WHOLE, Run, Tuning
 
@@ -232,3 +235,18 @@ def test_candidates_are_other_kernels(make: Callable[..., object], shape: tuple[
     assert len(found) >= 3 and DEFAULT not in found and len(set(found)) == len(found)
     further = neighbours(site, found[0], ISA, RATES)
     assert further and found[0] not in further
+
+
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+def test_blocks_of_an_attention_that_come_to_the_same_are_one_candidate(precision: str) -> None:
+    """Of 300 queries and keys: chunks of at most 256, 192 or, in f32, 128 keys have 160, 160 and 100."""
+    isa = with_extras(ISAS["avx512"], {"avx512_bf16"})
+    wide = build(lambda b, x: b.attention(y := b.tanh(x), y, y, scale=0.5, causal=False, softcap=0.0),
+                 Type(DType.f32, (1, 2, 300, 16)))  # fmt: skip
+    graph, _ = apply_precision(wide, precision, isa)
+    (site,) = sites_of(lower(graph, isa))
+    kernels = []
+    for choice in (DEFAULT, *neighbours(site, DEFAULT, isa, RATES)):
+        (step,) = (s for s in steps_of(lower(graph, isa, choices=Choices({site.key: choice})).body) if s.site)
+        kernels.append(step.spec)
+    assert len(kernels) >= 5 and all(x != y for i, x in enumerate(kernels) for y in kernels[:i])

@@ -23,11 +23,12 @@ pytestmark = lacks_amx
 LEAST = MOST_DIRECT_ROWS + 1
 
 
-def split(a: np.ndarray, filled: int) -> tuple[np.ndarray, np.ndarray]:
+def split(a: np.ndarray, filled: int, has_sums: bool = True) -> tuple[np.ndarray, np.ndarray]:
     m, k = a.shape
-    parts, sums = (np.full(evaluate(n, {}), 9, t) for n, t in zip(split_sizes(m, filled), (np.uint16, np.float32)))
+    sizes = [evaluate(n, {}) for n in split_sizes(m, filled, has_sums)]
+    parts, sums = (np.full(n, 9, t) for n, t in zip(sizes, (np.uint16, np.float32)))
     buffers = [buffer("a", a), Buffer("parts", DType.bf16, parts.shape, (1,), True), buffer("sums", sums, True)]
-    code = emit_split(Split("split", m, k, k, filled, LEAST, *buffers), TARGET)
+    code = emit_split(Split("split", m, k, k, filled, LEAST, has_sums, *buffers), TARGET)
     run_code(code, TARGET, dict(zip(buffers, (a, parts, sums))), {})
     return parts, sums
 
@@ -46,7 +47,7 @@ def product(
         "real": random.uniform(0, 1 << bits, (n_blocks, n)).astype(np.float32),
     }[zeros]
     packed = pack_blockwise(q, scales, points, bits, block, TARGET)
-    parts, sums = split(a, n_blocks * block)
+    parts, sums = split(a, n_blocks * block, packed.shifts is not None and packed.shifts.dtype.kind == "f")
     bias, out = random.standard_normal(n, dtype=np.float32), np.full((m, n + 3), UNTOUCHED, np.float32)
     arrays = {"a": a, "b": packed.b, "scales": packed.scales, "out": out, "bias": bias, "sums": sums}
     buffers = {name: buffer(name, x, name == "out") for name, x in arrays.items()}
@@ -115,6 +116,7 @@ def test_parts_make_up_the_row() -> None:
     a = numbers(21, 77)
     a[2, 3] = np.float32(np.inf)
     parts, sums = split(a, 128)
+    assert split(a, 128, has_sums=False)[1].size == sums.size // 5  # marks only
     rows = (parts.astype(np.uint32) << 16).view(np.float32).reshape(2, 4, 3, 16, 32)
     with np.errstate(invalid="ignore"):
         whole = rows.sum(2, dtype=np.float64).transpose(0, 2, 1, 3).reshape(32, 128)[:21]

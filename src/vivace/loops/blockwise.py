@@ -11,8 +11,8 @@ that hold neighbouring steps of k of one column:
     shifts   [panel][k / block][lanes]: the weight is (q - center + shift) * scale for i8, where center is 8 (or 128),
              and q * scale + shift for f32 and f16; (q - center) * scale where there are none
 
-`parts` and `sums`, where there, hold the rows of an A of f32 once more, as a `Split` leaves them: many rows are then
-multiplied on matrix units.
+`parts` and `sums`, where there, hold the rows of an A of f32 once more, as a `Split` leaves them (with sums where
+`has_sums`): many rows are then multiplied on matrix units.
 """
 
 from __future__ import annotations
@@ -65,6 +65,11 @@ class BlockwiseProduct:
         return Contraction(
             self.name, (), (self.m,), taps, self.n, self.a, self.b, self.out, packing, self.epilogue, self.extra
         )
+
+    @property
+    def has_sums(self) -> bool:
+        """Whether what is added to weights is no whole number, so that sums of A are multiplied with it."""
+        return self.shifts is not None and self.shifts.dtype.is_float
 
     @property
     def n_blocks(self) -> int:

@@ -1,7 +1,7 @@
 """Rows of f32 as sums of bf16, in the layout of tile registers: what a product on matrix units reads in place of f32.
 
     parts[row / 16][k / 32][part][row % 16][32]     bf16; row[k] = part 0 + part 1 + part 2
-    sums[row / 16][k / 32][row % 16]                f32: the sum of 32 neighbours
+    sums[row / 16][k / 32][row % 16]                f32: the sum of 32 neighbours, where `has_sums`
     sums[row / 16][-1][row % 16]                    not 0: the row has NaN, infinity or numbers of LIMIT and more
 
 A part holds the upper 8 significant bits of what the parts before it left, so that three hold all 24 of a number that
@@ -36,6 +36,7 @@ class Split:
     k: int
     filled: int
     least: int
+    has_sums: bool
     a: Buffer
     parts: Buffer
     sums: Buffer
@@ -55,7 +56,12 @@ class Split:
         return minimum(self.rows // self.least, 1) * ceildiv(self.rows, TILE_ROWS)
 
 
-def split_sizes(rows: Dim, filled: int) -> tuple[Dim, Dim]:
+def n_sums(filled: int, has_sums: bool) -> int:
+    """Of a row, its mark among them."""
+    return filled // TILE_STEPS * has_sums + 1
+
+
+def split_sizes(rows: Dim, filled: int, has_sums: bool) -> tuple[Dim, Dim]:
     """Elements of `parts` and `sums`."""
     groups = ceildiv(rows, TILE_ROWS)
-    return groups * (TILE_ROWS * N_PARTS * filled), groups * (TILE_ROWS * (filled // TILE_STEPS + 1))
+    return groups * (TILE_ROWS * N_PARTS * filled), groups * (TILE_ROWS * n_sums(filled, has_sums))

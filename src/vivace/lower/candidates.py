@@ -121,7 +121,9 @@ def _made(site: Site, choice: Choice, isa: Isa, machine: Machine) -> object:
     """What a choice comes to: choices that make the same kernel are one."""
     c = site.spec
     way = choice.way or (site.ways[0] if site.ways else DIRECT)
-    if isinstance(c, Depthwise) or way != DIRECT:  # BLOCKS, too
+    if site.sizes is not None:
+        return (way, site.sizes(choice))
+    if isinstance(c, Depthwise) or way != DIRECT:
         return (way, replace(choice, way=None))
     return (way, choose_tile(_packed(c, choice, isa), isa, machine, choice))
 

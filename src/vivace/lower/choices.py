@@ -9,7 +9,7 @@ says what is made otherwise than the cost models would. It is obeyed by `lower/t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 from vivace.loops.contraction import Contraction, Depthwise, Packing, contraction_dims
@@ -66,11 +66,14 @@ DEFAULT = Choice()
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A step with several ways to make it. `ways` are its algorithms, the default one first, where it has several."""
+    """A step with several ways to make it. `ways` are its algorithms, the default one first, where it has several.
+    `sizes`, where the rule that made the site knows, is what a choice comes to: choices of equal sizes are one kernel.
+    """
 
     key: str
     spec: Contraction | Depthwise
     ways: tuple[str, ...] = ()
+    sizes: Callable[[Choice], object] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,7 +55,7 @@ class Lowering:
         self.producer = graph.producers()
         self.placement: dict[Value, Placement] = {}
         self.copies: dict[View, View] = {}
-        self.splits: dict[tuple[View, int], tuple[View, View]] = {}  # rows in parts (`loops.split`)
+        self.splits: dict[tuple[View, int, bool], tuple[View, View]] = {}  # rows in parts (`loops.split`)
 
     # ---- storages and views -----------------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ Not handled so, but as three steps over scores in memory: other types than f32, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -19,8 +20,8 @@ from vivace.loops.kernel import Binary, Buffer, Const, Expr, Load
 from vivace.lower.choices import BLOCKS, Choice, Site
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
-from vivace.lower.rules.attention_halves import RUN, HalfAttention, sizes_of
-from vivace.lower.rules.attention_stages import F32, QUERIES, Attention, Blocks, Operand, operand
+from vivace.lower.rules.attention_halves import RUN, HalfAttention, sizes_of_halves
+from vivace.lower.rules.attention_stages import F32, Attention, Blocks, Operand, operand, sizes_of
 from vivace.lower.rules.epilogue import ACC
 from vivace.lower.views import View
 
@@ -61,9 +62,14 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
         v = ctx.contiguous(v, f"{v_value.name}_rows")
     share = heads // groups
     block, part = symbol(BLOCK, 0), symbol(PART, 0)
-    site = _site(ctx, node, q, k, out)
-    choice = _possible(ctx.choices.of(site.spec))
-    queries, keys = sizes_of(node, choice) if half else (choice.rows or QUERIES, choice.tiles)
+    causal = bool(node.attrs["causal"])
+
+    def sizes(choice: Choice) -> tuple[int, int]:
+        c, n_keys = _possible(choice), k.shape[2]
+        return sizes_of_halves(n_queries, n_keys, causal, c) if half else sizes_of(n_queries, n_keys, c)
+
+    site = _site(ctx, node, q, k, out, sizes)
+    queries, keys = sizes(ctx.choices.of(site.spec))
     n_parts = ceildiv(n_queries, queries)
     here, shared = (block // heads, block % heads), (block // heads, block % heads // share)
     if half:  # the heads that share keys follow each other, so that these are packed once
@@ -105,7 +111,7 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
         ctx.copy(out, target)
 
 
-def _site(ctx: Lowering, node: Node, q: View, k: View, out: View) -> Site:
+def _site(ctx: Lowering, node: Node, q: View, k: View, out: View, sizes: Callable[[Choice], tuple[int, int]]) -> Site:
     """The attention as a site: its scores, with all that tells it from others in their epilogue."""
     a, b, result = (x.buffer(name) for x, name in ((q, "a"), (k, "b"), (out, "attention")))
     names, masks = ("m0", "m1", "m2"), [x for x in node.inputs[3:] if x is not None]
@@ -118,7 +124,7 @@ def _site(ctx: Lowering, node: Node, q: View, k: View, out: View) -> Site:
         epilogue = Binary("add", epilogue, Load(Buffer("mask", x.dtype, x.shape, x.shape), (0,) * x.rank))
     packing = Packing("transposed", n_stride=k.strides[2])
     scores = Contraction("k", batch, rows, taps, k.shape[2], a, b, result, packing, epilogue)
-    return Site(ctx.choices.key(scores), scores, (BLOCKS,))
+    return Site(ctx.choices.key(scores), scores, (BLOCKS,), sizes)
 
 
 def _possible(choice: Choice) -> Choice:

@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from vivace.base.dims import Dim, ceildiv, maximum, minimum, symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import Isa, host
-from vivace.graph.graph import Node
 from vivace.loops.blocked import STEP, Stage, block_sizes
 from vivace.loops.contraction import Axis, Contraction, Packing
 from vivace.loops.kernel import (
@@ -75,24 +74,24 @@ def room() -> int:
     return host().cache_bytes(2) // 8 // F32.size_bytes
 
 
-def sizes_of(node: Node, choice: Choice) -> tuple[int, int]:
-    """Queries of a block and keys of a chunk, at most, where nothing else is chosen.
+def sizes_of_halves(n_queries: Dim, n_keys: Dim, causal: bool, choice: Choice) -> tuple[int, int]:
+    """Queries of a block and keys of a chunk, at most; where sizes are known, those that are there.
 
     The fewer the chunks, the less is rescaled, as long as the scores of a block fill no more than an eighth of the
     second-level cache: 1500 queries and keys take 72 % of the time in blocks of 32 and one chunk of what they take in
     blocks of 64 and chunks of 256. Blocks are whole tile registers.
     """
-    q, k = node.inputs[0], node.inputs[1]
-    assert q is not None and k is not None
-    n_queries, n_keys = q.shape[2], k.shape[2]
     queries, keys = QUERIES, KEYS
-    if isinstance(n_keys, int) and not node.attrs["causal"]:
+    if isinstance(n_keys, int) and not causal:
         queries = QUERIES if QUERIES * n_keys <= room() else ROWS
         keys = max(KEYS, room() // queries)
     queries, keys = choice.rows or queries, choice.tiles or keys
     if isinstance(n_queries, int):
         even = -(-n_queries // max(1, -(-n_queries // queries)))
         queries = max(1, min(n_queries, -(-even // ROWS) * ROWS))
+    if isinstance(n_keys, int):
+        n_chunks = -(-n_keys // keys)
+        keys = -(-n_keys // (n_chunks * RUN)) * RUN
     return queries, keys
 
 
@@ -116,16 +115,12 @@ class HalfAttention:
     def blocks(self) -> Blocks:
         a = self.a
         n_queries, n_keys = a.n_queries, a.n_keys
-        block, most = a.queries, a.keys
-        assert most is not None
+        block, chunk = a.queries, a.keys
         n_parts = ceildiv(n_queries, block)
         first = self.part * block
         causal = bool(a.node.attrs["causal"]) and n_queries != 1
         seen = maximum(1, minimum(n_keys, n_keys - n_queries + first + block)) if causal else n_keys
-        chunk, alone = most, False
-        if isinstance(n_keys, int):
-            n_chunks = -(-n_keys // most)
-            chunk, alone = -(-n_keys // (n_chunks * RUN)) * RUN, n_chunks == 1
+        alone = isinstance(n_keys, int) and n_keys <= chunk
         packs = self._packs(0 if alone else chunk)
         state = _State.of(block, chunk, a.v.view.shape[3])
         steps: Dim = 1 if alone else ceildiv(seen, chunk)

@@ -51,6 +51,7 @@ from vivace.loops.kernel import (
     Store,
     Unary,
 )
+from vivace.lower.choices import Choice
 from vivace.lower.rules.epilogue import ACC
 from vivace.lower.views import View
 
@@ -61,6 +62,17 @@ QUERIES = 64  # of a block: four 512-bit vectors, which hide the latency of thei
 KEYS, ALONE = 128, 256
 LOG2E = math.log2(math.e)
 LOWEST = float(np.finfo(np.float32).min)
+
+
+def sizes_of(n_queries: Dim, n_keys: Dim, choice: Choice) -> tuple[int, int]:
+    """Queries of a block and keys of a chunk, at most; where sizes are known, those that are there."""
+    queries, keys = choice.rows or QUERIES, choice.tiles or KEYS
+    if isinstance(n_queries, int):
+        queries = max(1, min(queries, n_queries))
+    if isinstance(n_keys, int):
+        n_chunks = -(-n_keys // keys) if n_keys > (choice.tiles or ALONE) else 1
+        keys = -(-n_keys // n_chunks)
+    return queries, keys
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +135,7 @@ class Attention:
     mask: Operand | None
     turned: Operand | None
     queries: int  # of a block
-    keys: int | None  # of a chunk, where that was chosen
+    keys: int  # of a chunk
 
     @property
     def n_queries(self) -> Dim:
@@ -153,17 +165,13 @@ class Attention:
     def blocks(self) -> Blocks:
         """The general way. Kernels of a single chunk need no sums from step to step."""
         n_queries, n_keys, width = self.n_queries, self.n_keys, self.v.view.shape[3]
+        block, chunk = self.queries, self.keys
         part, step = symbol(PART, 0), symbol(STEP, 0)
-        first = part * self.queries
+        first = part * block
         causal = bool(self.node.attrs["causal"]) and n_queries != 1
-        block: int = self.queries if not isinstance(n_queries, int) else min(self.queries, n_queries)
         # Keys beyond what the last query of the block sees are not computed.
         seen = maximum(1, minimum(n_keys, n_keys - n_queries + first + block)) if causal else n_keys
-        n_chunks, chunk = 0, self.keys or KEYS
-        if isinstance(n_keys, int):
-            n_chunks = -(-n_keys // chunk) if n_keys > (self.keys or ALONE) else 1
-            chunk = -(-n_keys // n_chunks)
-        alone = n_chunks == 1
+        alone = isinstance(n_keys, int) and n_keys <= chunk
         steps: Dim = 1 if alone else ceildiv(seen, chunk)
         start: Dim = 0 if alone else step * chunk
         keys: Dim = seen if alone else minimum(chunk, seen - start)

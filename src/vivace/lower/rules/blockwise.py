@@ -118,14 +118,14 @@ def _has_parts(ctx: Lowering, w: BlockwiseProduct) -> bool:
 def _parts(ctx: Lowering, g: Group, w: BlockwiseProduct, a: View) -> tuple[View, View]:
     """A in parts of bf16 and its sums, once for all products that read them."""
     filled = w.n_blocks * w.block
-    if (a, filled) not in ctx.splits:
-        n_parts, n_sums = split_sizes(w.m.extent, filled)
+    if (a, filled, w.has_sums) not in ctx.splits:
+        n_parts, n_sums = split_sizes(w.m.extent, filled, w.has_sums)
         views = ctx.temporary("parts", DType.bf16, (n_parts,)), ctx.temporary("sums", DType.f32, (n_sums,))
         buffers = a.buffer("a"), views[0].buffer("parts", writable=True), views[1].buffer("sums", writable=True)
-        split = Split("k", w.m.extent, w.m.a, w.k, filled, MOST_DIRECT_ROWS + 1, *buffers)
+        split = Split("k", w.m.extent, w.m.a, w.k, filled, MOST_DIRECT_ROWS + 1, w.has_sums, *buffers)
         ctx.emit("split", split, [a, *views], (1, 2), (g.anchor,), 0)
-        ctx.splits[a, filled] = views
-    return ctx.splits[a, filled]
+        ctx.splits[a, filled, w.has_sums] = views
+    return ctx.splits[a, filled, w.has_sums]
 
 
 def _weights(ctx: Lowering, g: Group) -> tuple[View, View, View | None]:

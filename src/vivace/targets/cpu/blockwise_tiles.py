@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from vivace.base.machine import Isa
 from vivace.loops.blockwise import BlockwiseProduct
-from vivace.loops.split import N_PARTS, TILE_BYTES, TILE_ROWS, TILE_STEPS
+from vivace.loops.split import N_PARTS, TILE_BYTES, TILE_ROWS, TILE_STEPS, n_sums
 from vivace.lower.arithmetic import TILE16
 from vivace.targets.cpu.blockwise_floats import float_symbol
 from vivace.targets.cpu.blockwise_store import store_rows
@@ -50,7 +50,7 @@ def rows_at_once(w: BlockwiseProduct, cache_bytes: int) -> int:
 
 def sums_bytes(w: BlockwiseProduct) -> int:
     """Of one group of rows."""
-    return (w.n_blocks * w.block // TILE_STEPS + 1) * TILE_ROWS * 4
+    return n_sums(w.n_blocks * w.block, w.has_sums) * TILE_ROWS * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,15 +207,14 @@ def _scale(
     weights, first = Weights(w, isa), column_part * _COLUMNS // _WIDTH
     vectors = range(first, first + _COLUMNS // _WIDTH)
     factors = [weights.scale(t, numbers.scales, v) for v in vectors]
-    is_whole = w.shifts is None or not w.shifts.dtype.is_float
-    shifts = [] if is_whole else [weights.shift(t, numbers.shifts, v) for v in vectors]
+    shifts = [weights.shift(t, numbers.shifts, v) for v in vectors] if w.has_sums else []
     per_block = w.block // TILE_STEPS
     of_a = t.at("%sums", t.mul(i, per_block * TILE_ROWS * 4))
     for r in range(groups * TILE_ROWS):
         group, line = divmod(r, TILE_ROWS)
         places = [t.at("%totals", r * w.lanes * 4 + v * _LINE) for v in vectors]
         totals = [load(t, isa, place, None) for place in places]
-        for c in range(0 if is_whole else per_block):
+        for c in range(per_block if w.has_sums else 0):
             there = t.at(of_a, group * sums_bytes(w) + (c * TILE_ROWS + line) * 4)
             a = splat(t, isa, t.op(f"load float, ptr {there}, align 4"), "float")
             totals = [multiply_add(t, isa, a, shift, total) for shift, total in zip(shifts, totals)]

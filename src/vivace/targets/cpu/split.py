@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vivace.base.errors import UnsupportedError
 from vivace.base.machine import Isa
-from vivace.loops.split import LIMIT_BITS, N_PARTS, TILE_BYTES, TILE_ROWS, TILE_STEPS, Split
+from vivace.loops.split import LIMIT_BITS, N_PARTS, TILE_BYTES, TILE_ROWS, TILE_STEPS, Split, n_sums
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.contraction_vector import F32_BYTES, load, mask_text, vector_type
@@ -30,7 +30,7 @@ def emit_split(s: Split, isa: Isa) -> KernelCode:
     with t.loop("%begin", "%end") as unit:
         first = t.mul(unit, TILE_ROWS)
         lines = t.at(parts, t.mul(unit, n_chunks * _CHUNK_BYTES))
-        totals = t.at(sums, t.mul(unit, (n_chunks + 1) * TILE_ROWS * F32_BYTES))
+        totals = t.at(sums, t.mul(unit, n_sums(s.filled, s.has_sums) * TILE_ROWS * F32_BYTES))
         with t.loop(0, t.minimum(t.sub(rows, first), TILE_ROWS)) as row:
             source = t.at(a, t.mul(t.add(first, row), step))
             _Row(t, s, isa, source, t.at(lines, t.mul(row, _LINE)), t.at(totals, t.mul(row, F32_BYTES))).emit()
@@ -67,7 +67,7 @@ class _Row:
         largest = t.op(f"call i32 @llvm.vector.reduce.umax.v{w}i32({self.wide} {most})")
         is_odd = t.op(f"icmp uge i32 {largest}, {LIMIT_BITS}")
         mark = t.op(f"select i1 {is_odd}, float 1.0, float 0.0")
-        t.put(f"store float {mark}, ptr {self._sum(n_chunks)}, align 4")
+        t.put(f"store float {mark}, ptr {self._sum(n_sums(self.s.filled, self.s.has_sums) - 1)}, align 4")
 
     def _sum(self, chunk: Int) -> str:
         return self.t.at(self.sums, self.t.mul(chunk, TILE_ROWS * F32_BYTES))
@@ -83,9 +83,10 @@ class _Row:
             else "zeroinitializer"
             for first in (0, w)
         ]
-        both = t.op(f"fadd {self.kind} {halves[0]}, {halves[1]}")
-        total = t.op(f"call reassoc float @llvm.vector.reduce.fadd.v{w}f32(float 0.0, {self.kind} {both})")
-        t.put(f"store float {total}, ptr {self._sum(chunk)}, align 4")
+        if self.s.has_sums:
+            both = t.op(f"fadd {self.kind} {halves[0]}, {halves[1]}")
+            total = t.op(f"call reassoc float @llvm.vector.reduce.fadd.v{w}f32(float 0.0, {self.kind} {both})")
+            t.put(f"store float {total}, ptr {self._sum(chunk)}, align 4")
         odd = ", ".join(f"i32 {2 * i + 1}" for i in range(2 * w))
         to = t.at(self.lines, t.mul(chunk, _CHUNK_BYTES))
         for part, pair in enumerate(zip(*map(self._parts, halves))):

@@ -5,9 +5,9 @@ Rules:
   longer than a hand-over takes buys nothing, and it holds a core that the kernel could give to a descheduled member
   of the team.
 * WAY: a thread that had its core for `TURN_NS` lets others have it at the next moment at which it holds no grain; what
-  the caller did between two runs counts. Where
-  nobody else wants the core that is a call of half a microsecond; where another process keeps it busy, the kernel
-  takes it now rather than in the midst of a grain, for which the whole team would wait.
+  the caller did between two runs counts. Where nobody else wants the core that is a call of half a microsecond; where
+  another process keeps it busy, the kernel takes it now rather than in the midst of a grain, for which the whole team
+  would wait.
 * STEER: see `vivace.targets.cpu.steering`.
 
 Not handled: without a futex (not Linux) parked threads poll once in 100 us, nothing is steered, and nobody gives way.
