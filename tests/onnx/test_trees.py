@@ -95,13 +95,16 @@ def check(proto: ModelProto, tmp_path: Any, atol: float = 1e-6) -> None:
     path.write_bytes(proto.SerializeToString())
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     graph = native(proto)
-    again = native(export(graph))
+    written = export(graph)
+    again = native(written)
+    session_again = ort.InferenceSession(written.SerializeToString(), providers=["CPUExecutionProvider"])
     engine = vivace.compile(path, threads=2, providers=("native",))
     assert isinstance(engine, Engine)
     for n in (1, 7, 40):
         x = rows(n, seed=n)
         want = session.run(None, {"x": x})
-        found = [evaluate(graph, [x]), evaluate(again, [x]), list(engine.run({"x": x}).values())]
+        found = [evaluate(graph, [x]), evaluate(again, [x]), session_again.run(None, {"x": x})]
+        found.append(list(engine.run({"x": x}).values()))
         for got in found:
             for g, w in zip(got, want, strict=True):
                 assert (g.shape, g.dtype) == (w.shape, w.dtype)
@@ -145,7 +148,9 @@ def test_probit(tmp_path: Any) -> None:
 def test_classifiers_with_ties(n_trees: int, tmp_path: Any) -> None:
     """Votes are few multiples of an eighth, so that classes are often level: the first wins."""
     nodes, leaves = trees(n_trees, n_trees, 5)
-    check(classifier(nodes | votes("class", leaves, 3, 2), [0, 1, 2]), tmp_path)
+    proto = classifier(nodes | votes("class", leaves, 3, 2), [0, 1, 2])
+    check(proto, tmp_path)
+    assert [n.op_type for n in export(native(proto)).graph.node] == ["TreeEnsembleClassifier"]
     check(classifier(nodes | votes("class", leaves, 3, 2) | {"base_values": [0.5, 0.0, 0.25]}, [7, -5, 6]), tmp_path)
 
 

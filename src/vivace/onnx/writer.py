@@ -41,7 +41,7 @@ class Writer:
         self.dims: dict[Dim, str] = {}
         self.shapes: list[tuple[str, tuple[Dim, ...]]] = []
         self.made: dict[Value, Node] = {}
-        self.readers: dict[Value, int] = {}
+        self.readers: dict[Value, list[Node]] = {}
         self.outputs: set[Value] = set()
         self.done: set[Node] = set()
         self.splits: dict[Node, tuple[int, list[Node]]] = {}
@@ -205,14 +205,14 @@ class Writer:
                 self.made[v] = n
             for u in n.inputs:
                 if u is not None:
-                    self.readers[u] = self.readers.get(u, 0) + 1
+                    self.readers.setdefault(u, []).append(n)
         for v in graph.outputs:
             self.outputs.add(v)
 
     def by(self, v: Value | None, *ops: str) -> Node | None:
         """The node that makes `v` and that nothing else reads, if its op is one of `ops`."""
         n = self.made.get(v) if v is not None else None
-        if n is None or n.op.name not in ops or v in self.outputs or self.readers.get(v) != 1:  # type: ignore[arg-type]
+        if v is None or n is None or n.op.name not in ops or v in self.outputs or len(self.readers.get(v, ())) != 1:
             return None
         return n
 
