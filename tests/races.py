@@ -16,7 +16,7 @@ import numpy as np
 from vivace.base.knobs import knobs
 from vivace.lower import schedule
 from vivace.lower.image import Image
-from vivace.runtime import engine as engines
+from vivace.runtime import sharing
 from vivace.runtime.engine import Engine, MakeForeign
 
 THREADS = (1, 2, 3, 4, 5)
@@ -25,7 +25,10 @@ THREADS = (1, 2, 3, 4, 5)
 @contextmanager
 def sharing_all() -> Iterator[None]:
     """Programs that are linked, and runs that are bound, in here share out even what is too small to pay for it."""
-    with mock.patch.object(schedule, "SERIAL_NS", 0), mock.patch.object(engines, "SHARED_NS", 0):
+    with (
+        mock.patch.object(schedule, "SERIAL_NS", 0),
+        mock.patch.multiple(sharing, WAKE_NS=0, MEETING_NS=0),
+    ):
         yield
 
 

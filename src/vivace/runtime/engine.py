@@ -26,20 +26,18 @@ from vivace.base.events import Event
 from vivace.base.machine import isa
 from vivace.base.mapped import forget
 from vivace.base.specs import TensorSpec
-from vivace.lower.image import ForeignEntry, Image, LineEntry, Part, estimate_ns
+from vivace.lower.image import ForeignEntry, Image, LineEntry, Part
 from vivace.runtime.arguments import apart, check_outputs, checked, refuse_inputs, result_for
 from vivace.runtime.binding import MemoryPlanner, ShapeSolver
 from vivace.runtime.buffer import Buffer
 from vivace.runtime.executable import Chunk, Context, Executable
 from vivace.runtime.pages import collapse
 from vivace.runtime.saved import Program, save
+from vivace.runtime.sharing import threads_for
 from vivace.runtime.slices import Dims, Slice, slices_of, whole_specs
 from vivace.targets.cpu import jit, steps
 from vivace.targets.cpu.amx import missing_here
 
-# Below this much work a run stays on the calling thread: waking a sleeping worker takes 30 to 50 us, and two threads
-# broke even with one near 100 us of shared work.
-SHARED_NS = 100_000
 Arrays = dict[str, np.ndarray]
 ForeignRunner = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 MakeForeign = Callable[[ForeignEntry], ForeignRunner]
@@ -192,8 +190,7 @@ class Engine:
 
     def _bind(self, context: Context, dims: dict[str, int]) -> None:
         offsets, _ = self._planner.plan(dims)
-        work_ns = sum(estimate_ns(_value(line.flops, dims), _value(line.n_bytes, dims)) for line in self.image.lines)
-        context.bind({**dims, **offsets}, n_threads=1 if work_ns < SHARED_NS else self.threads)
+        context.bind({**dims, **offsets}, threads_for(self.image.lines, dims, self.threads))
 
     def __repr__(self) -> str:
         return describe(self.inputs, self.outputs, f"{self.image.isa}, {self.threads} threads")
