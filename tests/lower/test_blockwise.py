@@ -12,12 +12,13 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from tests.lower.harness import BEST, HERE, check, check_engine
 
 import vivace
-from vivace.base.dims import symbol
+from vivace.base.dims import evaluate, symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import isa
 from vivace.graph import reference
 from vivace.graph.build import Builder, constant
 from vivace.graph.graph import Graph, Type, Value
+from vivace.loops.digits import Digits
 from vivace.lower.lowering import lower
 from vivace.lower.plan import steps_of
 from vivace.onnx.exporter import export
@@ -290,3 +291,17 @@ def test_rows_are_split_once_for_the_products_that_share_them() -> None:
 
     assert labels("avx512+amx_bf16+amx_tile") == ["matmul_blocks", "split", "matmul_blocks", "matmul_blocks"]
     assert "split" not in labels("avx512")
+
+
+def test_digits_are_made_once_for_the_products_that_share_rows() -> None:
+    b = Builder()
+    x = b.input("x", Type(DType.f32, (symbol("S"), 96)))
+    made = [weights(96, n, 4, 32, zeros) for n, zeros in ((40, "real"), (70, "real"), (40, "none"))]
+    graph = b.finish([b.matmul_blocks(x, *w, block=32) for w in made])
+
+    def digits(target: str) -> list[Digits]:
+        return [s.spec for s in steps_of(lower(graph, isa(target)).body) if isinstance(s.spec, Digits)]
+
+    assert [d.center for d in digits("avx512+avx512_vnni")] == [0, 8]  # what sums start from differs
+    assert not digits("avx512")
+    assert [evaluate(digits("avx512+avx512_vnni")[0].units, {"S": n}) for n in (0, 1, 4, 5, 40)] == [0, 1, 4, 0, 0]

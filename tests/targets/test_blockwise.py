@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tests.targets.low_precision import UNTOUCHED, at_page_end, buffer, isas, run_code
@@ -10,13 +12,28 @@ from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import UnsupportedError
 from vivace.base.machine import Isa, isa
-from vivace.loops.blockwise import BlockwiseProduct
+from vivace.loops.blockwise import MOST_DIRECT_ROWS, BlockwiseProduct
 from vivace.loops.contraction import Axis
-from vivace.loops.kernel import Binary, Load, Read
+from vivace.loops.digits import Digits
+from vivace.loops.kernel import Binary, Buffer, Load, Read
 from vivace.lower.pack_blockwise import blockwise_lanes, pack_blockwise
 from vivace.targets.cpu.blockwise import emit_blockwise
+from vivace.targets.cpu.digits import emit_digits
 
 each_isa = pytest.mark.parametrize("target", isas("sse", "avx2", "avx2+avx_vnni", "avx512", "avx512+avx512_vnni"))
+
+
+def run(w: BlockwiseProduct, target: Isa, arrays: dict[Buffer, np.ndarray], dims: dict[str, int]) -> None:
+    """The product, after the digits of its rows where the instruction set has their dot product."""
+    if "_vnni" in target.name and w.block % target.n_f32_lanes == 0:
+        digits = np.full(w.digit_rows.n_bytes(MOST_DIRECT_ROWS), 85, np.uint8)
+        made = buffer("digits", digits, True)
+        step = Digits("digits", w.m.extent, w.m.a, w.k, w.block, w.center, MOST_DIRECT_ROWS, w.a, made)
+        run_code(emit_digits(step, target), target, {w.a: arrays[w.a], made: digits}, dims)
+        w = replace(w, digits=buffer("digits", digits))
+        assert w.digits is not None
+        arrays = arrays | {w.digits: digits}
+    run_code(emit_blockwise(w, target), target, arrays, dims)
 
 
 def check(
@@ -44,7 +61,7 @@ def check(
     arrays = dict(zip(buffers, (a, packed.b, packed.scales, bias))) | {out_buffer: out}
     if shifts is not None:
         arrays[shifts] = packed.shifts  # type: ignore[assignment]
-    run_code(emit_blockwise(w, target), target, arrays, {"M": m} if symbolic else {})
+    run(w, target, arrays, {"M": m} if symbolic else {})
     center = (1 << (bits - 1)) if points is None else np.repeat(points.astype(np.float64), block, 0)[:k]
     weights = (q.astype(np.float64) - center) * np.repeat(scales.astype(np.float64), block, 0)[:k]
     expected = a.astype(np.float64) @ weights + bias
@@ -93,7 +110,7 @@ def test_an_outlier_does_not_hide_its_neighbours(target: Isa, outlier: float, bi
     buffers = {name: buffer(name, x, name == "out") for name, x in arrays.items()}
     w = BlockwiseProduct("blocks", Axis("m", 1, k, 0, n), k, n, bits, block, lanes, buffers["a"], buffers["b"],
                          buffers["scales"], None, buffers["out"])  # fmt: skip
-    run_code(emit_blockwise(w, target), target, {buffers[name]: x for name, x in arrays.items()}, {})
+    run(w, target, {buffers[name]: x for name, x in arrays.items()}, {})
     weights = (q.astype(np.float64) - center) * np.repeat(scales.astype(np.float64), block, 0)
     error = np.abs(out - a.astype(np.float64) @ weights) / (np.abs(a) @ np.abs(weights))
     assert error.max() < 2e-6

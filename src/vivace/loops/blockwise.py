@@ -12,7 +12,8 @@ that hold neighbouring steps of k of one column:
              and q * scale + shift for f32 and f16; (q - center) * scale where there are none
 
 `parts` and `sums`, where there, hold the rows of an A of f32 once more, as a `Split` leaves them (with sums where
-`has_sums`): many rows are then multiplied on matrix units.
+`has_sums`): many rows are then multiplied on matrix units. `digits`, where there, holds few rows as `Digits` leaves
+them: they are then multiplied as integers.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vivace.loops.contraction import Axis, Contraction, Packing, contraction_dims
+from vivace.loops.digits import DigitRows, digit_rows
 from vivace.loops.kernel import Buffer, Expr
 
 MOST_DIRECT_ROWS = 4
@@ -46,11 +48,12 @@ class BlockwiseProduct:
     extra: tuple[Buffer, ...] = ()
     parts: Buffer | None = None
     sums: Buffer | None = None
+    digits: Buffer | None = None
 
     @property
     def params(self) -> tuple[Buffer, ...]:
         """The buffers in calling order."""
-        optional = [x for x in (self.shifts, self.parts, self.sums) if x is not None]
+        optional = [x for x in (self.shifts, self.parts, self.sums, self.digits) if x is not None]
         return tuple(dict.fromkeys((self.a, self.b, self.scales, *optional, *self.extra, self.out)))
 
     @property
@@ -74,6 +77,11 @@ class BlockwiseProduct:
     @property
     def n_blocks(self) -> int:
         return -(-self.k // self.block)
+
+    @property
+    def digit_rows(self) -> DigitRows:
+        """How `digits` lie."""
+        return digit_rows(self.a.dtype, self.k, self.block)
 
     @property
     def n_panels(self) -> int:

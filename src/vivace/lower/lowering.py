@@ -56,6 +56,7 @@ class Lowering:
         self.placement: dict[Value, Placement] = {}
         self.copies: dict[View, View] = {}
         self.splits: dict[tuple[View, int, bool], tuple[View, View]] = {}  # rows in parts (`loops.split`)
+        self.digits: dict[tuple[View, int, int], View] = {}  # rows as signed bytes (`loops.digits`)
 
     # ---- storages and views -----------------------------------------------------------------------------------------
 

@@ -11,13 +11,14 @@ from vivace.graph.graph import Graph, Node, Value
 from vivace.loops.blocked import Blocked
 from vivace.loops.blockwise import BlockwiseProduct
 from vivace.loops.contraction import Contraction, Depthwise
+from vivace.loops.digits import Digits
 from vivace.loops.kernel import Kernel
 from vivace.loops.pack import Pack
 from vivace.loops.split import Split
 from vivace.lower.choices import Site
 from vivace.lower.views import Storage, View
 
-Spec = Kernel | Contraction | Depthwise | BlockwiseProduct | Blocked | Pack | Split
+Spec = Kernel | Contraction | Depthwise | BlockwiseProduct | Blocked | Pack | Split | Digits
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from vivace.base.errors import UnsupportedError
 from vivace.base.mapped import forget
 from vivace.loops.blockwise import MOST_DIRECT_ROWS, BlockwiseProduct
 from vivace.loops.contraction import Axis, Contraction, Packing, merge_axes
+from vivace.loops.digits import LARGEST_BLOCK, Digits
 from vivace.loops.kernel import Buffer, Expr
 from vivace.loops.split import TILE_STEPS, Split, split_sizes
 from vivace.lower.group import Group
@@ -100,6 +101,10 @@ def _emit(ctx: Lowering, g: Group, a: View, out: View, m: str, epilogue: Epilogu
         split = _parts(ctx, g, w, a)
         w = replace(w, parts=split[0].buffer("parts"), sums=split[1].buffer("sums"))
         views |= dict(zip((w.parts, w.sums), split))  # type: ignore[arg-type]
+    if _has_digits(ctx, w):
+        view = _digits(ctx, g, w, a)
+        w = replace(w, digits=view.buffer("digits"))
+        views[w.digits] = view  # type: ignore[index]
     if w.shifts is not None and shifts is not None:
         views[w.shifts] = shifts
     if epilogue is not None:
@@ -126,6 +131,25 @@ def _parts(ctx: Lowering, g: Group, w: BlockwiseProduct, a: View) -> tuple[View,
         ctx.emit("split", split, [a, *views], (1, 2), (g.anchor,), 0)
         ctx.splits[a, filled, w.has_sums] = views
     return ctx.splits[a, filled, w.has_sums]
+
+
+def _has_digits(ctx: Lowering, w: BlockwiseProduct) -> bool:
+    """Whether few rows are multiplied as integers: blocks are whole vectors there, and not too long."""
+    has_dot = ctx.isa.has("avx512_vnni") or ctx.isa.has("avx_vnni")
+    fits = w.block % ctx.isa.n_f32_lanes == 0 and w.block <= LARGEST_BLOCK
+    return has_dot and fits and (bounds(w.m.extent)[0] or 0) <= MOST_DIRECT_ROWS
+
+
+def _digits(ctx: Lowering, g: Group, w: BlockwiseProduct, a: View) -> View:
+    """The digits of A, once for all products that read them."""
+    key = a, w.block, w.center
+    if key not in ctx.digits:
+        view = ctx.temporary("digits", DType.u8, (w.digit_rows.n_bytes(MOST_DIRECT_ROWS),))
+        buffers = a.buffer("a"), view.buffer("digits", writable=True)
+        digits = Digits("k", w.m.extent, w.m.a, w.k, w.block, w.center, MOST_DIRECT_ROWS, *buffers)
+        ctx.emit("digits", digits, [a, view], 1, (g.anchor,), 0)
+        ctx.digits[key] = view
+    return ctx.digits[key]
 
 
 def _weights(ctx: Lowering, g: Group) -> tuple[View, View, View | None]:

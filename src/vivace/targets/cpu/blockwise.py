@@ -25,11 +25,7 @@ from vivace.targets.cpu.blockwise_dot import (
     dot_function,
     dot_symbol,
     fetch,
-    has_dot,
-    n_digits,
-    prepare,
-    record_row_bytes,
-    row_bytes,
+    have_digits,
 )
 from vivace.targets.cpu.blockwise_floats import float_function, float_symbol
 from vivace.targets.cpu.blockwise_tiles import (
@@ -52,8 +48,6 @@ from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.isa import kernel_attributes
 
-_LINE = 64
-
 
 def emit_blockwise(w: BlockwiseProduct, isa: Isa) -> KernelCode:
     """The kernel of a product with block-wise weights.
@@ -68,11 +62,11 @@ def emit_blockwise(w: BlockwiseProduct, isa: Isa) -> KernelCode:
     is_direct = least <= MOST_DIRECT_ROWS
     is_staged = most is None or most > MOST_DIRECT_ROWS
     tails = [tail for tail, there in ((False, w.n >= w.lanes), (True, w.n % w.lanes > 0)) if there]
-    sizes = _direct_sizes(w, isa)
+    sizes = _direct_sizes(w)
     texts = [_driver(w, p, is_direct, is_staged, tails)]
     if is_direct:
         texts += [float_function(w, p, size, tail) for size in sizes for tail in tails]
-        if has_dot(w, isa):
+        if w.digits is not None:
             texts += [dot_function(w, p, size, tail) for size in sizes for tail in tails]
     if is_staged and w.parts is not None:
         texts += [tiles_function(w, isa, 1), tiles_function(w, isa, GROUPS)]
@@ -91,17 +85,16 @@ def emit_blockwise(w: BlockwiseProduct, isa: Isa) -> KernelCode:
     units: Dim = w.n_panels
     if w.parts is not None:
         units = units * ceildiv(w.m.extent, _block_rows(w))
-    direct = MOST_DIRECT_ROWS * (row_bytes(w) + record_row_bytes(w)) + _LINE if is_direct and has_dot(w, isa) else 0
-    return KernelCode(w.name, text, w.params, w.dims, units, 1, max(staged, direct), "light")
+    return KernelCode(w.name, text, w.params, w.dims, units, 1, staged, "light")
 
 
 def _block_rows(w: BlockwiseProduct) -> int:
     return rows_at_once(w, host().cache_bytes(2))
 
 
-def _direct_sizes(w: BlockwiseProduct, isa: Isa) -> tuple[int, ...]:
+def _direct_sizes(w: BlockwiseProduct) -> tuple[int, ...]:
     """Rows multiplied at once: as many as have their sums in registers."""
-    return (1,) if has_dot(w, isa) and n_digits(w) > 3 else (2, 1)
+    return (1,) if w.digits is not None and w.digit_rows.n_digits > 3 else (2, 1)
 
 
 def _plan(w: BlockwiseProduct, isa: Isa) -> Plan:
@@ -182,26 +175,19 @@ def _few_rows(
         left = f"ptr %args, ptr {_row(t, dims, a, w.m.a, size, row)}"
         _call(t, p, dims, float_symbol(w, rows, tail), left, panel, corner, w, n, row)
 
-    def digits(n: Int, panel: Panel, corner: str, rows: int, row: Int, tail: bool) -> None:
-        at = t.at("%scratch", t.mul(row, row_bytes(w)))
-        left = f"ptr %args, ptr {at}, ptr {t.at(records, t.mul(row, record_row_bytes(w)))}"
-        _call(t, p, dims, dot_symbol(w, rows, tail), left, panel, corner, w, n, row)
-
-    if not has_dot(w, p.isa):
+    if w.digits is None:
         _panels(t, w, p, n_rows, whole, out, tails, floats)
         return
+    layout, planes = w.digit_rows, base_of(t, p, w.digits)
+    records = t.at(planes, layout.records_at(MOST_DIRECT_ROWS))
+
+    def digits(n: Int, panel: Panel, corner: str, rows: int, row: Int, tail: bool) -> None:
+        at, record = t.at(planes, t.mul(row, layout.row_bytes)), t.at(records, t.mul(row, layout.record_row_bytes))
+        _call(t, p, dims, dot_symbol(w, rows, tail), f"ptr %args, ptr {at}, ptr {record}", panel, corner, w, n, row)
+
     fetch(t, whole.block(t, w, t.mul("%begin", w.n_blocks)).b)
-    records = t.at("%scratch", -(-MOST_DIRECT_ROWS * row_bytes(w) // _LINE) * _LINE)
-    t.put("%digital = alloca i1, align 1")
-    t.put("store i1 true, ptr %digital, align 1")
-    with t.loop(0, n_rows) as row:
-        there = t.at("%scratch", t.mul(row, row_bytes(w)))
-        record = t.at(records, t.mul(row, record_row_bytes(w)))
-        good = prepare(t, w, p, _row(t, dims, a, w.m.a, size, row), there, record)
-        before = t.op("load i1, ptr %digital, align 1")
-        t.put(f"store i1 {t.op(f'and i1 {before}, {good}')}, ptr %digital, align 1")
     yes, no, done = t.label(), t.label(), t.label()
-    t.branch(t.op("load i1, ptr %digital, align 1"), yes, no)
+    t.branch(have_digits(t, layout, records, n_rows), yes, no)
     for label, way in ((yes, digits), (no, floats)):
         t.start(label)
         _panels(t, w, p, n_rows, whole, out, tails, way)
@@ -223,7 +209,7 @@ def _panels(
     call: Callable[[Int, Panel, str, int, Int, bool], None],
 ) -> None:  # fmt: skip
     """Every panel with rows in twos, and the last one."""
-    most = _direct_sizes(w, p.isa)[0]
+    most = _direct_sizes(w)[0]
     pairs, left = t.divmod(n_rows, most)
     even = t.mul(pairs, most)
     with t.loop("%begin", "%end") as number:

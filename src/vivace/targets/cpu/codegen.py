@@ -13,6 +13,7 @@ from vivace.base.machine import Isa, host
 from vivace.loops.blocked import Blocked
 from vivace.loops.blockwise import BlockwiseProduct
 from vivace.loops.contraction import Contraction, Depthwise
+from vivace.loops.digits import Digits
 from vivace.loops.kernel import Kernel
 from vivace.loops.pack import Pack
 from vivace.loops.split import Split
@@ -24,7 +25,7 @@ from vivace.targets.cpu.contraction import emit_contraction
 from vivace.targets.cpu.llvm import emit_kernel
 
 _MOST_THREADS = 8  # writing the text takes a fifth of the time of compiling it, and is done by one thread
-Spec = Kernel | Contraction | Depthwise | BlockwiseProduct | Blocked | Pack | Split
+Spec = Kernel | Contraction | Depthwise | BlockwiseProduct | Blocked | Pack | Split | Digits
 Known = dict[tuple[str, Choice], tuple[KernelCode, bytes]]  # kernels by spec and choice
 
 
@@ -47,6 +48,10 @@ def emit(spec: Spec, isa: Isa, choices: Choices = NO_CHOICES) -> KernelCode:
             from vivace.targets.cpu.split import emit_split
 
             return emit_split(spec, isa)
+        case Digits():
+            from vivace.targets.cpu.digits import emit_digits
+
+            return emit_digits(spec, isa)
         case BlockwiseProduct():
             from vivace.targets.cpu.blockwise import emit_blockwise
 
