@@ -11,7 +11,7 @@ from tests.images import build_image
 import vivace
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
-from vivace.base.errors import EngineError, InputError
+from vivace.base.errors import EngineError, InputError, ShapeError
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type
 from vivace.graph.reference import evaluate
@@ -171,6 +171,13 @@ def test_any_strides_and_given_outputs() -> None:
     for name, a in want.items():
         assert got[name] is mine[name]
         np.testing.assert_array_equal(got[name], a)
+
+
+def test_sizes_that_shapes_do_not_tell() -> None:
+    b = Builder()
+    engine = engine_of(b.finish([b.relu(b.input("x", Type(DType.f32, (symbol("N") * symbol("M"),))))]))
+    with pytest.raises(ShapeError, match="do not tell"):
+        engine.run({"x": random(6)})
 
 
 def test_inputs_are_copied_where_a_result_is_written_over_them() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vivace.base.dims import symbol
 from vivace.lower.image import BYTES_PER_NS, FLOPS_PER_NS, LineEntry
-from vivace.runtime.sharing import MEETING_NS, WAKE_NS, threads_for
+from vivace.runtime.sharing import MEETING_NS, WAKE_NS, Sharing
 
 
 def line(work_ns: float, *, serial: bool = False, beside: bool = False) -> LineEntry:
@@ -13,29 +13,29 @@ def line(work_ns: float, *, serial: bool = False, beside: bool = False) -> LineE
 
 def test_small_steps_stay_on_one_thread_and_large_ones_are_shared() -> None:
     least = 2 * MEETING_NS + 2 * WAKE_NS / 50
-    assert threads_for([line(0.9 * least)] * 50, {}, 2) == 1
-    assert threads_for([line(1.1 * least)] * 50, {}, 2) == 2
-    assert threads_for([line(1.1 * least)] * 50, {}, 1) == 1
+    assert Sharing([line(0.9 * least)] * 50).threads({}, 2) == 1
+    assert Sharing([line(1.1 * least)] * 50).threads({}, 2) == 2
+    assert Sharing([line(1.1 * least)] * 50).threads({}, 1) == 1
 
 
 def test_one_step_must_be_worth_the_waking() -> None:
-    assert threads_for([line(2 * WAKE_NS)], {}, 2) == 1
-    assert threads_for([line(2 * WAKE_NS + 3 * MEETING_NS)], {}, 2) == 2
+    assert Sharing([line(2 * WAKE_NS)]).threads({}, 2) == 1
+    assert Sharing([line(2 * WAKE_NS + 3 * MEETING_NS)]).threads({}, 2) == 2
 
 
 def test_more_threads_bring_more() -> None:
     lines = [line(1.5 * MEETING_NS + 2 * WAKE_NS / 50)] * 50
-    assert [threads_for(lines, {}, n) for n in (2, 8)] == [1, 8]
+    assert [Sharing(lines).threads({}, n) for n in (2, 8)] == [1, 8]
 
 
 def test_steps_side_by_side_meet_once_and_serial_ones_are_not_shared() -> None:
     work = 1.2 * MEETING_NS + WAKE_NS
-    assert threads_for([line(work), line(work)], {}, 2) == 1
-    assert threads_for([line(work), line(work, beside=True)], {}, 2) == 2
-    assert threads_for([line(1e9, serial=True), LineEntry("jump")], {}, 2) == 1
+    assert Sharing([line(work), line(work)]).threads({}, 2) == 1
+    assert Sharing([line(work), line(work, beside=True)]).threads({}, 2) == 2
+    assert Sharing([line(1e9, serial=True), LineEntry("jump")]).threads({}, 2) == 1
 
 
 def test_sizes_decide() -> None:
     of_n = LineEntry("run", flops=symbol("N") * 1000)
     enough = round(2 * (WAKE_NS + MEETING_NS) * FLOPS_PER_NS / 1000)
-    assert [threads_for([of_n], {"N": n}, 2) for n in (1, enough - 1, enough + 1)] == [1, 1, 2]
+    assert [Sharing([of_n]).threads({"N": n}, 2) for n in (1, enough - 1, enough + 1)] == [1, 1, 2]

@@ -33,7 +33,7 @@ from vivace.base.dims import evaluate
 from vivace.base.machine import isa
 from vivace.runtime.engine import Engine
 from vivace.runtime.executable import Executable
-from vivace.runtime.sharing import threads_for
+from vivace.runtime.sharing import Sharing
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.steps import Kernel, Value
 
@@ -116,7 +116,7 @@ def examine(engine: Engine, inputs: Mapping[str, np.ndarray], threads: Sequence[
         n_barriers=len(shared),
         serial_share=1 - sum(s.work_ns for s in shared) / work,
         least_grains=few,
-        stays_on_one=threads_for(engine.image.lines, engine.dims_of(inputs), max(threads, default=1)) == 1,
+        stays_on_one=Sharing(engine.image.lines).threads(engine.dims_of(inputs), max(threads, default=1)) == 1,
         costs=costs,
         predictions=tuple(predict(stages, threads, costs)),
     )

@@ -7,12 +7,14 @@ cache) is planned once in many calls; a plan serves every smaller shape of its c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import gt
 
-from vivace.base.dims import Dim, Expr, evaluate, linear, symbols
+from vivace.base.dims import Expr, evaluate, linear, symbols
 from vivace.base.errors import ShapeError
 from vivace.base.specs import TensorSpec
 from vivace.lower.image import Image
 from vivace.lower.memory import Lifetime, MemoryPlan, plan_memory
+from vivace.targets.cpu.words import dims_function
 
 ROUNDING = 64  # above this, a dim is planned as the next multiple of it
 
@@ -23,19 +25,26 @@ class ShapeSolver:
     def __init__(self, specs: Sequence[TensorSpec]) -> None:
         self.specs = tuple(specs)
         self.is_static = all(isinstance(d, int) for s in specs for d in s.shape)
+        distinct = {d: i for i, d in enumerate(dict.fromkeys(d for s in self.specs for d in s.shape))}
+        self._numbers = [[distinct[d] for d in s.shape] for s in self.specs]
 
     def solve(self, shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
         """Raises: ShapeError that names the input and the axis that does not fit."""
         env: dict[str, int] = {}
         later: list[tuple[TensorSpec, int, Expr, int]] = []
-        for spec, shape in zip(self.specs, shapes, strict=True):
+        seen: set[tuple[int, int]] = set()  # a decoder's caches all say the same
+        for spec, shape, numbers in zip(self.specs, shapes, self._numbers, strict=True):
             if len(shape) != len(spec.shape):
                 raise ShapeError(
                     f"the array has rank {len(shape)}, shape {list(shape)}",
                     where=f"input {spec.name!r}",
                     expected=str(spec),
                 )
-            for axis, (want, have) in enumerate(zip(spec.shape, shape, strict=True)):
+            for axis, said in enumerate(zip(numbers, shape, strict=True)):
+                if said in seen:
+                    continue
+                seen.add(said)
+                want, have = spec.shape[axis], said[1]
                 if isinstance(want, Expr):
                     later.append((spec, axis, want, have))
                 elif want != have:
@@ -83,6 +92,7 @@ class MemoryPlanner:
 
     def __init__(self, image: Image) -> None:
         self.arena = [(k, s) for k, s in enumerate(image.storages) if s.kind == "arena"]
+        self.sizes = dims_function([s.n_bytes for _, s in self.arena])
         self.planned: dict[tuple[tuple[str, int], ...], tuple[list[int], dict[str, int], MemoryPlan]] = {}
 
     def plan(self, dims: Mapping[str, int]) -> tuple[dict[str, int], MemoryPlan]:
@@ -91,22 +101,16 @@ class MemoryPlanner:
         if key not in self.planned:
             self.planned[key] = self._make(dict(key))
         sizes, offsets, plan = self.planned[key]
-        if any(isinstance(s.n_bytes, Expr) for _, s in self.arena):
-            exact = [_size(s.n_bytes, dims) for _, s in self.arena]
-            if any(a > b for a, b in zip(exact, sizes, strict=True)):  # a size that falls as a dim grows
-                _, offsets, plan = self._make(dims)
+        if any(map(gt, self.sizes(dims), sizes)):  # a size that falls as a dim grows
+            _, offsets, plan = self._make(dims)
         return offsets, plan
 
     def _make(self, dims: Mapping[str, int]) -> tuple[list[int], dict[str, int], MemoryPlan]:
-        sizes = [_size(s.n_bytes, dims) for _, s in self.arena]
+        sizes = self.sizes(dims)
         plan = plan_memory([Lifetime(n, s.first, s.last) for n, (_, s) in zip(sizes, self.arena, strict=True)])
         env = {f"@{k}": offset for (k, _), offset in zip(self.arena, plan.offsets, strict=True)}
         env["@arena"] = plan.arena_bytes
         return sizes, env, plan
-
-
-def _size(n: Dim, dims: Mapping[str, int]) -> int:
-    return evaluate(n, dims) if isinstance(n, Expr) else n
 
 
 def _round_up(v: int) -> int:

@@ -13,6 +13,8 @@ import ctypes
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
 from operator import attrgetter
 from pathlib import Path
 
@@ -33,10 +35,11 @@ from vivace.runtime.buffer import Buffer
 from vivace.runtime.executable import Chunk, Context, Executable
 from vivace.runtime.pages import collapse
 from vivace.runtime.saved import Program, save
-from vivace.runtime.sharing import threads_for
+from vivace.runtime.sharing import Sharing
 from vivace.runtime.slices import Dims, Slice, slices_of, whole_specs
 from vivace.targets.cpu import jit, steps
 from vivace.targets.cpu.amx import missing_here
+from vivace.targets.cpu.words import dims_function
 
 Arrays = dict[str, np.ndarray]
 ForeignRunner = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
@@ -93,6 +96,7 @@ class Engine:
         self._names = tuple(s.name for s in self.inputs)
         self._output_names = tuple(s.name for s in self.outputs)
         self._solver = ShapeSolver(self.inputs)
+        self._output_sizes = dims_function([d for s in self.outputs for d in s.shape])
         self._planner = MemoryPlanner(image)
         self._library = jit.load(image.objects) if image.objects else None
         self._constants = [_aligned(c) for c in image.constants]
@@ -167,7 +171,11 @@ class Engine:
         """Solve the dims of a call with these shapes, and keep the answer. Raises: InputError where a shape does not
         fit."""
         dims = self._solver.solve(shapes)
-        shapes_out = [tuple(evaluate(d, dims) for d in s.shape) for s in self.outputs]
+        try:
+            sizes = iter(self._output_sizes(dims))
+        except KeyError as e:
+            raise ShapeError(f"the shapes of the inputs do not tell {e}", where="engine.run") from e
+        shapes_out = [tuple(islice(sizes, len(s.shape))) for s in self.outputs]
         if len(self._calls) >= MAX_CALLS:
             self._calls.clear()
         slices = slices_of(self.image.batch, dims, [*shapes, *shapes_out], self._arena_bytes)
@@ -190,7 +198,11 @@ class Engine:
 
     def _bind(self, context: Context, dims: dict[str, int]) -> None:
         offsets, _ = self._planner.plan(dims)
-        context.bind({**dims, **offsets}, threads_for(self.image.lines, dims, self.threads))
+        context.bind({**dims, **offsets}, self._sharing.threads(dims, self.threads))
+
+    @cached_property
+    def _sharing(self) -> Sharing:
+        return Sharing(self.image.lines)
 
     def __repr__(self) -> str:
         return describe(self.inputs, self.outputs, f"{self.image.isa}, {self.threads} threads")

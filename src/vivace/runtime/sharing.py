@@ -13,10 +13,12 @@ Not handled: runs that would take some of the threads, or share some of their st
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from operator import mul
 
-from vivace.base.dims import evaluate
 from vivace.lower.image import LineEntry, estimate_ns
+from vivace.targets.cpu.words import dims_function
 
 # Waking a sleeping worker takes 30 to 50 us: two threads broke even with one near 100 us of shared work.
 WAKE_NS = 50_000
@@ -27,12 +29,18 @@ WAKE_NS = 50_000
 MEETING_NS = 15_000
 
 
-def threads_for(lines: Sequence[LineEntry], dims: Mapping[str, int], threads: int) -> int:
-    """How many of `threads` a run of these lines takes."""
-    work_ns, n_meetings = 0.0, 0
-    for line in lines:
-        if line.kind == "run" and not line.serial:
-            work_ns += estimate_ns(evaluate(line.flops, dims), evaluate(line.n_bytes, dims))
-            n_meetings += not line.beside
-    is_worth_it = work_ns * (1 - 1 / threads) >= WAKE_NS + n_meetings * MEETING_NS
-    return threads if is_worth_it else 1
+class Sharing:
+    """How runs of a program's lines are shared out."""
+
+    def __init__(self, lines: Sequence[LineEntry]) -> None:
+        shared = [line for line in lines if line.kind == "run" and not line.serial]
+        self._n_meetings = sum(not line.beside for line in shared)
+        self._counts = Counter((line.flops, line.n_bytes) for line in shared)  # layers are alike
+        self._sizes = dims_function([size for sizes in self._counts for size in sizes])
+
+    def threads(self, dims: Mapping[str, int], most: int) -> int:
+        """How many of `most` threads a run takes."""
+        sizes = self._sizes(dims)
+        work_ns = sum(map(mul, self._counts.values(), map(estimate_ns, sizes[::2], sizes[1::2])))
+        is_worth_it = work_ns * (1 - 1 / most) >= WAKE_NS + self._n_meetings * MEETING_NS
+        return most if is_worth_it else 1
