@@ -1,16 +1,18 @@
-"""SmolLM2-135M, tokens per second: one token at a context of 128 (decode) and 512 tokens at once (prefill), by format.
+"""SmolLM2-135M, tokens per second: one token at a context of 128 (decode) and of 1024 (long), and 512 tokens at once
+(prefill), by format.
 
-    python -m benchmarks.decode [--threads 1 2] [--formats int4 int8 bf16 f32] [--phases decode prefill]
+    python -m benchmarks.decode [--threads 1 2] [--formats int4 int8 bf16 f32] [--phases decode long prefill]
                                 [--llama-python PATH]
 
 Decode reads every weight once, reads the cache and writes it anew, longer by a token, as the file asks. So the bytes of
 the weights and twice those of the cache are the least that memory has to deal with; "of bandwidth" is how fast an
 engine of ours did that against a bare loop, in turns with it, that reads as many bytes from one array (rule BARE).
+Where the cache lies in place (rule IN PLACE), it is only read.
 
 Contestants: vivace; onnxruntime and OpenVINO, which get zero points of 4 bits (`int4-whole`: their kernels take no
 others; it is less accurate); and llama.cpp, where the Python named has llama-cpp-python (the extra `llama`): with the
 same numbers as GGUF, and for int4 with Q4_0 too, which is less accurate and for which it has kernels of its own.
-llama.cpp keeps its cache in place.
+llama.cpp keeps its cache in place; OpenVINO and onnxruntime write it anew.
 
 llama-cpp-python is compiled while it is installed. Where its kernels for AMX end with an illegal instruction (0.3.36 on
 Emerald Rapids), leave them out:
@@ -25,6 +27,9 @@ Rules:
   process works the same.
 * BARE: the loop is that of `vivace sys`, which shows it for more bytes than the last level holds. What it reaches here
   has the caches' help as the engines have it, and the machine's mood.
+* IN PLACE: the same engine of ours, with caches in arrays with room for more (`docs/guide.md`). Its calls are those of
+  a loop that generates text: each is for a token more than the last, over `GROWTH` tokens, and makes its views. Calls
+  of the other engines repeat one shape.
 * BITS: a row holds engines whose weights have the same bits. bf16: vivace and OpenVINO round values too.
 * KEPT: what was measured replaces the same phase of its format and number of threads in
   `benchmarks/results/decode.json`, and `decode.md` is written from all of them, so that a long measurement can be done
@@ -34,13 +39,14 @@ Rules:
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +57,12 @@ from benchmarks.models.blockwise import BASE, gguf_file, materialise_blockwise
 from benchmarks.models.fetch import cache_dir
 from benchmarks.times import RESULTS, ROOT, versions
 
-CONTEXT, PREFILL = 128, 512
-PHASES = ("decode", "prefill")
+CONTEXTS, PREFILL = {"decode": 128, "long": 1024}, 512
+GROWTH = 16
+PHASES = (*CONTEXTS, "prefill")
 FORMATS = ("int4", "int8", "bf16", "f32")
 LLAMA = "llama.cpp"
-ROUNDS = {"decode": 5, "prefill": 3}
+ROUNDS = {"decode": 5, "long": 5, "prefill": 3}
 TURN_SECONDS = 0.25
 _REPEATS = 8  # of the bare loop, beside which the start of a thread counts for nothing
 # Of llama.h, `llama_ftype`.
@@ -73,23 +80,48 @@ Inputs = dict[str, np.ndarray]
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """A contestant: `call` gives the seconds of one call of `decode` or `prefill`; `weight_bytes` what decode reads."""
+    """A contestant: `call` gives the seconds of one call of a phase of `phases`; `weight_bytes` what decode reads, and
+    how many times it reads or writes the cache."""
 
     name: str
     call: Call
     weight_bytes: int = 0
+    cache_passes: int = 2
+    phases: tuple[str, ...] = PHASES
+
+    def decode_bytes(self, phase: str) -> int:
+        return self.weight_bytes + self.cache_passes * _cache_bytes(phase)
 
 
 def feeds() -> dict[str, Inputs]:
-    """Inputs of both phases; the cache of `decode` holds CONTEXT - 1 tokens."""
-    decode = inputs(BASE)
+    """Inputs of all phases; the cache of a decoding one holds all tokens of its context but one."""
+    given = {phase: _decoding(n) for phase, n in CONTEXTS.items()}
     prefill = inputs(BASE, "prefill-64")
     tokens = np.resize(np.array(passages.PASSAGE_SMOLLM2_TOKENS), PREFILL).astype(np.int64)[None]
     prefill |= {"input_ids": tokens, "attention_mask": np.ones_like(tokens)}
-    return {"decode": decode, "prefill": prefill | {"position_ids": np.arange(PREFILL, dtype=np.int64)[None]}}
+    return given | {"prefill": prefill | {"position_ids": np.arange(PREFILL, dtype=np.int64)[None]}}
 
 
-def timed(run: Callable[[Inputs], object], given: dict[str, Inputs]) -> Call:
+def _decoding(context: int) -> Inputs:
+    """One token after a cache, which is that of the model's sample, repeated."""
+    found = inputs(BASE)
+    for name, cache in found.items():
+        if _is_cache(name):
+            found[name] = np.ascontiguousarray(cache[:, :, np.arange(context - 1) % cache.shape[2]])
+    found["attention_mask"] = np.ones((1, context), np.int64)
+    return found | {"position_ids": np.array([[context - 1]], np.int64)}
+
+
+def _is_cache(name: str) -> bool:
+    return name.startswith("past")
+
+
+def _cache_bytes(phase: str) -> int:
+    per_token = sum(v.nbytes // v.shape[2] for k, v in inputs(BASE).items() if _is_cache(k))
+    return per_token * (CONTEXTS[phase] - 1)
+
+
+def timed(run: Callable[[Any], object], given: Mapping[str, Any]) -> Call:
     ready: set[str] = set()
 
     def call(phase: str) -> float:
@@ -110,13 +142,39 @@ def timed(run: Callable[[Inputs], object], given: dict[str, Inputs]) -> Call:
     return call
 
 
-def vivace_engine(form: str, precision: str, threads: int, given: dict[str, Inputs]) -> Engine:
+def vivace_engines(form: str, precision: str, threads: int, given: dict[str, Inputs]) -> list[Engine]:
+    """One engine, called as the others are, and with its caches in place."""
     import vivace
 
     path = materialise(BASE) if form == "f32" else materialise_blockwise(form)
     engine = vivace.compile(path, precision=precision, threads=threads)
     weight_bytes = sum(c.nbytes for c in engine.image.constants) - _table_bytes(engine)  # type: ignore[union-attr]
-    return Engine(f"vivace {precision}", timed(engine.run, given), weight_bytes)
+    name = f"vivace {precision}"
+    loops = {phase: text_loop(engine, given[phase], n) for phase, n in CONTEXTS.items()}
+    in_place = timed(lambda step: step["run"](), {phase: {"run": loop} for phase, loop in loops.items()})  # type: ignore[operator]
+    return [
+        Engine(name, timed(engine.run, given), weight_bytes),
+        Engine(f"{name} in place", in_place, weight_bytes, 1, tuple(CONTEXTS)),
+    ]
+
+
+def text_loop(engine: Any, given: Inputs, context: int) -> Callable[[], None]:
+    """Calls for one token more each time, around a context, with caches in place (rule IN PLACE)."""
+    token, caches = {"input_ids": given["input_ids"]}, {}
+    longest = context + GROWTH // 2
+    for name in engine.appended.values():
+        cache = given[name]
+        caches[name] = np.zeros((*cache.shape[:2], longest, *cache.shape[3:]), cache.dtype)
+        caches[name][:, :, : cache.shape[2]] = cache
+    lengths = itertools.cycle(range(longest - GROWTH, longest))
+
+    def run() -> None:
+        n = next(lengths)
+        x = token | {"attention_mask": np.ones((1, n + 1), np.int64), "position_ids": np.array([[n]], np.int64)}
+        x |= {name: cache[:, :, :n] for name, cache in caches.items()}
+        engine.run(x, {y: caches[name][:, :, : n + 1] for y, name in engine.appended.items()})
+
+    return run
 
 
 def _table_bytes(engine: object) -> int:
@@ -170,7 +228,7 @@ class Llama:
         script = ROOT / "benchmarks" / "llama_child.py"
         command = [python, str(script), str(self.file(form, ftype)), str(threads)]
         self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        tokens = np.resize(np.array(passages.PASSAGE_SMOLLM2_TOKENS), PREFILL).tolist()
+        tokens = np.resize(np.array(passages.PASSAGE_SMOLLM2_TOKENS), max(CONTEXTS.values())).tolist()
         self.version = self.ask(json.dumps(tokens)).split()[-1]
 
     def file(self, form: str, ftype: int | None) -> Path:
@@ -193,33 +251,32 @@ class Llama:
         return answer
 
     def call(self, phase: str) -> float:
-        return float(self.ask(f"decode {CONTEXT - 1}" if phase == "decode" else f"prefill {PREFILL}"))
+        return float(self.ask(f"decode {CONTEXTS[phase] - 1}" if phase in CONTEXTS else f"prefill {PREFILL}"))
 
 
 def engines(form: str, threads: int, given: dict[str, Inputs], llama_python: str) -> list[Engine]:
     """The contestants of a format, those that can be had here."""
     is_packed = form in ("int4", "int8")
-    made: list[Callable[[], Engine]] = []
+    ours = ("f32", "bf16") if is_packed else (form,)
+    made: list[Callable[[], Engine | list[Engine]]]
+    made = [lambda p=p: vivace_engines(form, p, threads, given) for p in ours]  # type: ignore[misc]
     if is_packed:
-        made = [lambda p=p: vivace_engine(form, p, threads, given) for p in ("f32", "bf16")]  # type: ignore[misc]
         other = "int4-whole" if form == "int4" else "int8"
         for level in (0, 4):
             made.append(lambda n=level: onnxruntime_engine(
                 materialise_blockwise(other, n), f"onnxruntime level {n}", threads, given))  # type: ignore[misc]  # fmt: skip
         made.append(lambda: openvino_engine(materialise_blockwise(other), "openvino", "f32", threads, given))
     else:
-        made = [
-            lambda: vivace_engine("f32", form, threads, given),
-            lambda: openvino_engine(materialise(BASE), f"openvino {form}", form, threads, given),
-        ]
+        made.append(lambda: openvino_engine(materialise(BASE), f"openvino {form}", form, threads, given))
         if form == "f32":
             made.append(lambda: onnxruntime_engine(materialise(BASE), "onnxruntime", threads, given))
     for kind, ftype in _GGUF_TYPES[form].items() if llama_python else ():
         made.append(lambda k=kind, f=ftype: Engine(LLAMA + k, Llama(llama_python, form, threads, f).call))  # type: ignore[misc]
-    found = []
+    found: list[Engine] = []
     for make in made:
         try:
-            found.append(make())
+            several = make()
+            found += several if isinstance(several, list) else [several]
         except Exception as failure:
             print(f"  left out: {type(failure).__name__}: {str(failure).splitlines()[0][:160]}", file=sys.stderr)
     return found
@@ -232,39 +289,41 @@ def measure(form: str, threads: int, phases: Sequence[str], llama_python: str) -
     given = feeds()
     contestants = engines(form, threads, given, llama_python)
     foreign: dict[str, list[float]] = {phase: [] for phase in phases}
-    cache_bytes = sum(v.nbytes for k, v in given["decode"].items() if k.startswith("past"))
-    sizes = {e.weight_bytes for e in contestants if e.weight_bytes} if "decode" in phases else set()
-    bare = {n: bare_reading(n + 2 * cache_bytes, threads) for n in sizes}
+    ours = [e for e in contestants if e.weight_bytes]
+    sizes = {p: {e.decode_bytes(p) for e in ours} for p in phases if p in CONTEXTS}
+    bare = {n: bare_reading(n, threads) for n in set().union(*sizes.values())}
     read: dict[int, list[float]] = {n: [] for n in bare}
     seconds: dict[tuple[str, str], list[float]] = {}
     for phase in phases:
         for turn in range(ROUNDS[phase]):
             for e in contestants if turn % 2 else contestants[::-1]:
+                if phase not in e.phases:
+                    continue
                 start = snapshot()
                 seconds.setdefault((e.name, phase), []).append(e.call(phase))
                 foreign[phase] += [noise_since(start).foreign_cores] * (not e.name.startswith(LLAMA))
-            for n, call in bare.items() if phase == "decode" else ():
-                read[n].append(call(phase))
+            for n in sizes.get(phase, ()):
+                read[n].append(bare[n]("decode"))
     rows: list[dict[str, Any]] = []
     for e in contestants:
         row: dict[str, Any] = {"format": form, "threads": threads, "engine": e.name}
-        for phase in phases:
+        for phase in (p for p in phases if p in e.phases):
             taken = statistics.median(seconds[e.name, phase])
             tokens = PREFILL if phase == "prefill" else 1
             row[phase] = {"tokens": tokens / taken, "is_quiet": statistics.fmean(foreign[phase]) < 0.1}
-            if phase == "decode" and e.weight_bytes:
-                n_bytes = e.weight_bytes + 2 * cache_bytes
-                row[phase] |= {"bytes": n_bytes, "share": statistics.median(read[e.weight_bytes]) / taken}
+            if phase in CONTEXTS and e.weight_bytes:
+                n_bytes = e.decode_bytes(phase)
+                row[phase] |= {"bytes": n_bytes, "share": statistics.median(read[n_bytes]) / taken}
         rows.append(row)
     return rows
 
 
 def describe(row: dict[str, Any]) -> str:
-    text = f"{row['format']:5} {row['threads']} threads  {row['engine']:20} "
+    text = f"{row['format']:5} {row['threads']} threads  {row['engine']:21} "
     text += "".join(f"{row[phase]['tokens']:9.1f} {phase}" for phase in PHASES if phase in row)
-    if "share" in row.get("decode", {}):
-        rate = row["decode"]["bytes"] * row["decode"]["tokens"]
-        text += f"   {row['decode']['bytes'] / 1e6:6.1f} MB {rate / 1e9:5.1f} GB/s {row['decode']['share']:5.0%}"
+    for found in (row[phase] for phase in CONTEXTS if "share" in row.get(phase, {})):
+        rate = found["bytes"] * found["tokens"]
+        text += f"   {found['bytes'] / 1e6:6.1f} MB {rate / 1e9:5.1f} GB/s {found['share']:5.0%}"
     return text
 
 
@@ -277,7 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--llama-python", default=sys.executable, help="a Python that has llama-cpp-python; '' for none"
     )
     options = parser.parse_args(arguments)
-    print(f"tokens per second at {CONTEXT} tokens of context, and of a prefill of {PREFILL}")
+    contexts = " and ".join(map(str, CONTEXTS.values()))
+    print(f"tokens per second at {contexts} tokens of context, and of a prefill of {PREFILL}")
     for form in options.formats:
         for threads in options.threads:
             rows = measure(form, threads, options.phases, options.llama_python)
@@ -313,11 +373,15 @@ def keep(form: str, threads: int, phases: Sequence[str], rows: list[dict[str, An
 def markdown(found: dict[str, Any]) -> str:
     """The table for people. Ratios are of a row's tokens to those of the best other engine of its format."""
     rows = found["rows"]
-    heads = ["weights", "threads", "engine", "decode tokens/s", "of bandwidth", "over best other"]
-    heads += ["prefill tokens/s", "over best other", "notes"]
+    heads = ["weights", "threads", "engine"]
+    for phase in PHASES:
+        shares = ["of bandwidth"] if phase in CONTEXTS else []
+        heads += [f"{phase} tokens/s", *shares, "over best other"]
+    heads.append("notes")
     lines = ["# Decoder", "",
-             f"SmolLM2-135M: one token at a context of {CONTEXT} (decode), {PREFILL} tokens at once (prefill). "
-             "`python -m benchmarks.decode`; engines take turns. Above 1, vivace is faster.", "",
+             f"SmolLM2-135M: one token at a context of {CONTEXTS['decode']} (decode) and {CONTEXTS['long']} (long), "
+             f"{PREFILL} tokens at once (prefill). `python -m benchmarks.decode`; engines take turns. Above 1, vivace "
+             "is faster. In place: the caches lie in arrays with room for more, one token more each call.", "",
              f"{found['machine'].get('cpu', '?')}, {found['machine'].get('used_instruction_set', '?')}; "
              + ", ".join(f"{k} {v}" for k, v in found["versions"].items()) + f"; {found['measured_at']}.", "",
              f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]  # fmt: skip
@@ -327,8 +391,8 @@ def markdown(found: dict[str, Any]) -> str:
         for phase in PHASES:
             found = r.get(phase, {})
             best = max((o[phase]["tokens"] for o in others if phase in o), default=None)
-            cells.append(f"{found['tokens']:.{1 if phase == 'decode' else 0}f}" if found else "")
-            if phase == "decode":
+            cells.append(f"{found['tokens']:.{1 if phase in CONTEXTS else 0}f}" if found else "")
+            if phase in CONTEXTS:
                 cells.append(f"{found['share']:.0%}" if "share" in found else "")
             cells.append(f"{found['tokens'] / best:.2f}" if found and best and _is_ours(r) else "")
             notes += [f"{phase} not quiet"] if found and not found["is_quiet"] else []

@@ -29,7 +29,7 @@ class Model:
             n_ctx=TOKENS,
             n_threads=threads,
             n_threads_batch=threads,
-            n_batch=512,
+            n_batch=TOKENS,
             n_ubatch=512,
             logits_all=True,
             verbose=False,
@@ -63,8 +63,8 @@ def main() -> None:
                 model.run(stream[:past], 0)
             tokens = stream[past : past + 1]
         first = model.run(tokens, past)
-        times = [first] if what in ready and first > SECONDS else []
-        ready.add(what)
+        times = [first] if line in ready and first > SECONDS else []
+        ready.add(line)
         end = time.perf_counter() + (0 if times else SECONDS)
         while time.perf_counter() < end or not times:
             times.append(model.run(tokens, past))

@@ -118,9 +118,9 @@ class _Memory:
                 assert storage.data is not None
                 return np.ascontiguousarray(storage.data).reshape(-1).view(np.uint8)
             case "input":
-                return self.given[storage.index].reshape(-1).view(np.uint8)
+                return _span(self.given[storage.index])
             case "output":
-                return self.results[storage.index].reshape(-1).view(np.uint8)
+                return _span(self.results[storage.index])
         start = self.dims[f"@{self.numbers[storage]}"]
         return self.arena[start : start + _size(storage.bytes, self.dims)]
 
@@ -212,6 +212,14 @@ def _inner(node: Node) -> list[Node]:
     from vivace.graph.graph import subgraphs
 
     return [n for g in subgraphs(node) for n in g.walk()]
+
+
+def _span(array: Array) -> Array:
+    """The bytes from the first element of an array to its last, those between included where it has gaps."""
+    if array.flags.c_contiguous:
+        return array.reshape(-1).view(np.uint8)
+    items = 1 + sum((n - 1) * s for n, s in zip(array.shape, array.strides, strict=True)) // array.itemsize
+    return np.lib.stride_tricks.as_strided(array, (items,), (array.itemsize,)).view(np.uint8)
 
 
 def _is_hosted(g: Group) -> bool:

@@ -25,6 +25,7 @@ from vivace.graph.graph import Graph, Type, Value
 from vivace.loops import reference as loops_reference
 from vivace.loops.kernel import Kernel
 from vivace.loops.verify import verify_kernel
+from vivace.lower.image import plain_rooms
 from vivace.lower.in_place import write_in_place
 from vivace.lower.lowering import lower
 from vivace.lower.plan import Branch, Foreign, Instruction, Loop, Operand, Plan, Step, steps_of
@@ -46,7 +47,8 @@ class Memory:
     """The arrays behind the storages of a plan for one binding of the dims."""
 
     def __init__(self, plan: Plan, inputs: Sequence[Array], dims: Mapping[str, int]) -> None:
-        self.dims = dict(dims)
+        shapes = [tuple(evaluate(d, dims) for d in v.shape) for v in plan.outputs]
+        self.dims = {**plain_rooms(plan.appended, [x.shape for x in inputs], shapes), **dims}
         self.whole: dict[Storage, Array] = {}
         for s in plan.storages:
             size = evaluate(s.size, self.dims)

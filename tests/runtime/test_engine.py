@@ -173,6 +173,11 @@ def test_any_strides_and_given_outputs() -> None:
         np.testing.assert_array_equal(got[name], a)
 
 
+def memoryview_of(array: np.ndarray) -> np.ndarray:
+    """The same memory, behind something that is no array."""
+    return np.frombuffer(memoryview(array), array.dtype)
+
+
 def test_sizes_that_shapes_do_not_tell() -> None:
     b = Builder()
     engine = engine_of(b.finish([b.relu(b.input("x", Type(DType.f32, (symbol("N") * symbol("M"),))))]))
@@ -188,6 +193,8 @@ def test_inputs_are_copied_where_a_result_is_written_over_them() -> None:
         (one, one[2:], True),
         (one[:4], one, True),
         (one[:4], one[4:], False),
+        (memoryview_of(one), one[2:], True),
+        (one[2:], memoryview_of(one), True),
     ]
     for given, result, is_copied in cases:
         (got,) = apart([given], [other.copy(), result])

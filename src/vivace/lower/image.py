@@ -8,6 +8,7 @@ This module imports no other of lowering, so that a process that only loads engi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -105,6 +106,29 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Appended:
+    """Output number `output` begins with input number `input` along `axis`: both may be views of one array.
+
+    A call gives the dims named `room`, how many places the axis of the output has in memory, and `kept`, how many of
+    those of the input are to be copied.
+    """
+
+    input: int
+    output: int
+    axis: int
+    room: str
+    kept: str
+
+
+def plain_rooms(
+    appended: Sequence[Appended], inputs: Sequence[tuple[int, ...]], outputs: Sequence[tuple[int, ...]]
+) -> dict[str, int]:
+    """The dims that `appended` name, where inputs and outputs of these shapes are dense and lie apart."""
+    rooms = {a.room: outputs[a.output][a.axis] for a in appended}
+    return rooms | {a.kept: inputs[a.input][a.axis] for a in appended}
+
+
+@dataclass(frozen=True, slots=True)
 class Image:
     """A linked program. `objects` are machine code for `isa`; `constants` the weights; `facts` free metadata for
     people."""
@@ -120,6 +144,7 @@ class Image:
     constants: tuple[np.ndarray, ...]
     facts: dict[str, object]
     batch: Batch | None = None
+    appended: tuple[Appended, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,4 +90,5 @@ def link(
         compiled.objects,
         tuple(constants),
         facts,
+        appended=plan.appended,
     )

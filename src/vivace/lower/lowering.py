@@ -22,6 +22,7 @@ from vivace.base.errors import UnknownSizeError
 from vivace.base.machine import Isa
 from vivace.graph.graph import Graph, Node, Value, substitute_dims
 from vivace.loops.kernel import Cast
+from vivace.lower.appended import find_appended, with_room
 from vivace.lower.byte_products import multiply_bytes_in_halves
 from vivace.lower.choices import NO_CHOICES, Choices, Site
 from vivace.lower.group import VIEWS, Group, group
@@ -55,6 +56,7 @@ class Lowering:
         self.producer = graph.producers()
         self.placement: dict[Value, Placement] = {}
         self.copies: dict[View, View] = {}
+        self.kept: dict[Value, Dim] = {}  # of an input that an output begins with: the length to copy (`appended`)
         self.splits: dict[tuple[View, int, bool], tuple[View, View]] = {}  # rows in parts (`loops.split`)
         self.digits: dict[tuple[View, int, int], View] = {}  # rows as signed bytes (`loops.digits`)
 
@@ -313,14 +315,18 @@ def lower(
         s = Storage(v.name, v.dtype, v.type.size, "input", None, i)
         state.storages.append(s)
         state.views[v] = dense(s, v.shape)
+    appended = find_appended(graph)
+    begins = {a.output: a for a in appended}
+    state.kept = {graph.inputs[a.input]: symbol(a.kept) for a in appended}
     outputs = []
-    for i, v in enumerate(graph.outputs):
+    for i in sorted(range(len(graph.outputs)), key=lambda i: i not in begins):  # they are written nowhere else
+        v = graph.outputs[i]
         s = Storage(v.name, v.dtype, v.type.size, "output", None, i)
         state.storages.append(s)
-        outputs.append((v, dense(s, v.shape)))
+        outputs.append((v, with_room(s, v.shape, begins[i]) if i in begins else dense(s, v.shape)))
     body = state.run(outputs)
     _refuse_unknown_sizes(graph, state.storages)
-    return Plan(graph.inputs, graph.outputs, body, tuple(state.storages), graph, state.views)
+    return Plan(graph.inputs, graph.outputs, body, tuple(state.storages), graph, state.views, appended=appended)
 
 
 # Names that kernels give to their loops and positions.

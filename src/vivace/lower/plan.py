@@ -16,6 +16,7 @@ from vivace.loops.kernel import Kernel
 from vivace.loops.pack import Pack
 from vivace.loops.split import Split
 from vivace.lower.choices import Site
+from vivace.lower.image import Appended
 from vivace.lower.views import Storage, View
 
 Spec = Kernel | Contraction | Depthwise | BlockwiseProduct | Blocked | Pack | Split | Digits
@@ -106,6 +107,7 @@ class Plan:
     graph: Graph
     views: Mapping[Value, View]
     notes: tuple[str, ...] = field(default=())
+    appended: tuple[Appended, ...] = ()
 
 
 def steps_of(body: tuple[Instruction, ...]) -> list[Step]:

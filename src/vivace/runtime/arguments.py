@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NoReturn
 
 import numpy as np
@@ -36,19 +36,32 @@ def check_outputs(outputs: object, specs: Sequence[TensorSpec]) -> None:
         raise InputError(f"unknown outputs {unknown}", where="engine.run", expected=", ".join(map(str, specs)))
 
 
-def apart(given: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Inputs, copied where a result is written over them.
+def apart(
+    given: Sequence[np.ndarray], results: Sequence[np.ndarray], in_place: Collection[int] = ()
+) -> list[np.ndarray]:
+    """Inputs, copied where a result is written over them. Those `in_place` lie inside of one result, so that they meet
+    no other: results lie apart from each other.
 
-    Cost: arrays that own their memory share it with their views only, so that those of a decoder's 60 caches are not
-    all compared with each other.
+    Cost: arrays are compared where their memory may be the same allocation, so that those of a decoder's 60 caches are
+    not all compared with each other.
     """
-    views, owners = [r for r in results if not r.flags.owndata], {id(r) for r in results}
-    return [
-        a.copy()
-        if id(a) in owners or any(np.may_share_memory(a, r) for r in (views if a.flags.owndata else results))
-        else a
-        for a in given
-    ]
+    by_owner: dict[int | None, list[np.ndarray]] = {}
+    for r in results:
+        by_owner.setdefault(_owner(r), []).append(r)
+
+    def is_written(a: np.ndarray) -> bool:
+        owner = _owner(a)
+        near = results if owner is None else (*by_owner.get(owner, ()), *by_owner.get(None, ()))
+        return any(np.may_share_memory(a, r) for r in near)
+
+    return [a.copy() if i not in in_place and is_written(a) else a for i, a in enumerate(given)]
+
+
+def _owner(a: np.ndarray) -> int | None:
+    """Which array's own memory an array lies in; None where that is no array's."""
+    if a.flags.owndata:
+        return id(a)
+    return id(a.base) if type(a.base) is np.ndarray and a.base.flags.owndata else None
 
 
 def checked(spec: TensorSpec, given: object) -> np.ndarray:
@@ -62,20 +75,25 @@ def checked(spec: TensorSpec, given: object) -> np.ndarray:
     return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
 
-def fitting(name: str, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """The caller's array for a result. Raises: InputError for one that cannot take it."""
+def fitting(
+    name: str, array: np.ndarray, shape: tuple[int, ...], dtype: np.dtype, has_gaps: bool = False
+) -> np.ndarray:
+    """The caller's array for a result, dense unless it `has_gaps`. Raises: InputError for one that cannot take it."""
     if not isinstance(array, np.ndarray):
         raise InputError(f"is of type {type(array).__name__}", where=f"output {name!r}", expected="an array")
     fits = array.dtype == dtype and array.shape == shape
-    if not fits or not array.flags.c_contiguous or not array.flags.writeable:
+    is_dense = has_gaps or array.flags.c_contiguous
+    if not fits or not is_dense or not array.flags.writeable:
         raise InputError(
-            f"the array is {array.dtype}{list(array.shape)}",
+            f"the array is {array.dtype}{list(array.shape)}" + ("" if is_dense else f" with strides {array.strides}"),
             where=f"output {name!r}",
             expected=f"writable C-contiguous {dtype}{list(shape)}",
         )
     return array
 
 
-def result_for(name: str, shape: tuple[int, ...], dtype: np.dtype, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+def result_for(
+    name: str, shape: tuple[int, ...], dtype: np.dtype, outputs: Mapping[str, np.ndarray], has_gaps: bool
+) -> np.ndarray:
     array = outputs.get(name)
-    return np.empty(shape, dtype) if array is None else fitting(name, array, shape, dtype)
+    return np.empty(shape, dtype) if array is None else fitting(name, array, shape, dtype, has_gaps)

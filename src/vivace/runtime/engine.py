@@ -28,12 +28,13 @@ from vivace.base.events import Event
 from vivace.base.machine import isa
 from vivace.base.mapped import forget
 from vivace.base.specs import TensorSpec
-from vivace.lower.image import ForeignEntry, Image, LineEntry, Part
+from vivace.lower.image import ForeignEntry, Image, LineEntry, Part, plain_rooms
 from vivace.runtime.arguments import apart, check_outputs, checked, refuse_inputs, result_for
 from vivace.runtime.binding import MemoryPlanner, ShapeSolver
 from vivace.runtime.buffer import Buffer
 from vivace.runtime.executable import Chunk, Context, Executable
 from vivace.runtime.pages import collapse
+from vivace.runtime.rooms import PLAIN, families_of, rooms_of
 from vivace.runtime.saved import Program, save
 from vivace.runtime.sharing import Sharing
 from vivace.runtime.slices import Dims, Slice, slices_of, whole_specs
@@ -93,6 +94,7 @@ class Engine:
         self.inputs, self.outputs = whole_specs(image)
         self.placement = tuple(placement)
         self._portable: bytes | Callable[[], bytes] = b"" if portable is None else portable
+        self._families = families_of(image.appended)
         self._names = tuple(s.name for s in self.inputs)
         self._output_names = tuple(s.name for s in self.outputs)
         self._solver = ShapeSolver(self.inputs)
@@ -105,7 +107,7 @@ class Engine:
         self._symbols = _symbols_of(image)
         self._executable = self._link(runners)
         self._idle: list[tuple[Context, Call | Dims | None]] = []
-        self._calls: dict[tuple[tuple[int, ...], ...], Call] = {}
+        self._calls: dict[tuple[object, ...], Call] = {}
         self._dtypes = [s.dtype.numpy for s in self.inputs]
         self.ready_seconds = time.perf_counter() - started
 
@@ -114,7 +116,8 @@ class Engine:
     def run(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray] | None = None) -> Arrays:
         """One inference.
 
-        `outputs` may give arrays to write results into (right dtype and shape, C-contiguous); the rest are allocated.
+        `outputs` may give arrays to write results into (right dtype and shape, C-contiguous, apart from each other);
+        the rest are allocated. What begins with an input may lie in place (`appended`, `vivace.runtime.rooms`).
         Raises: InputError for a missing, unknown or ill-fitting input or output.
         """
         try:
@@ -135,20 +138,7 @@ class Engine:
         return results[0] if len(results) == 1 else tuple(results)
 
     def _run(self, given: list[np.ndarray], outputs: Mapping[str, np.ndarray] | None) -> list[np.ndarray]:
-        for i, (a, dtype) in enumerate(zip(given, self._dtypes)):
-            if type(a) is not ndarray or a.dtype is not dtype or not a.flags.c_contiguous:
-                given[i] = checked(self.inputs[i], a)
-        shapes = (*map(_shape_of, given),)
-        call = self._calls.get(shapes) or self._new_call(shapes)
-        if outputs is None:
-            results = list(map(empty, call.shapes, call.dtypes))
-        else:
-            check_outputs(outputs, self.outputs)
-            results = [
-                result_for(s.name, shape, dtype, outputs)
-                for s, shape, dtype in zip(self.outputs, call.shapes, call.dtypes, strict=True)
-            ]
-            given = apart(given, [r for s, r in zip(self.outputs, results, strict=True) if s.name in outputs])
+        call, given, results = self._prepared(given, outputs)
         try:
             context, bound = self._idle.pop()
         except IndexError:
@@ -167,7 +157,29 @@ class Engine:
             self._idle.append((context, bound))
         return results
 
-    def _new_call(self, shapes: tuple[tuple[int, ...], ...]) -> Call:
+    def _prepared(
+        self, given: list[np.ndarray], outputs: Mapping[str, np.ndarray] | None
+    ) -> tuple[Call, list[np.ndarray], list[np.ndarray]]:
+        """What follows from the shapes of a call, its inputs as kernels read them, and where its results go."""
+        rooms = PLAIN
+        if outputs is not None:
+            check_outputs(outputs, self.outputs)
+            rooms = rooms_of(self._families, given, outputs, self.outputs)
+        for i, (a, dtype) in enumerate(zip(given, self._dtypes)):
+            if type(a) is not ndarray or a.dtype is not dtype or not (a.flags.c_contiguous or i in rooms.inputs):
+                given[i] = checked(self.inputs[i], a)
+        shapes = (*map(_shape_of, given),)
+        call = self._calls.get((shapes, rooms.dims)) or self._new_call(shapes, rooms.dims)
+        if outputs is None:
+            return call, given, list(map(empty, call.shapes, call.dtypes))
+        results = [
+            result_for(s.name, shape, dtype, outputs, i in rooms.outputs)
+            for i, (s, shape, dtype) in enumerate(zip(self.outputs, call.shapes, call.dtypes, strict=True))
+        ]
+        theirs = [r for s, r in zip(self.outputs, results, strict=True) if s.name in outputs]
+        return call, apart(given, theirs, rooms.inputs), results
+
+    def _new_call(self, shapes: tuple[tuple[int, ...], ...], rooms: tuple[tuple[str, int], ...] = ()) -> Call:
         """Solve the dims of a call with these shapes, and keep the answer. Raises: InputError where a shape does not
         fit."""
         dims = self._solver.solve(shapes)
@@ -176,10 +188,12 @@ class Engine:
         except KeyError as e:
             raise ShapeError(f"the shapes of the inputs do not tell {e}", where="engine.run") from e
         shapes_out = [tuple(islice(sizes, len(s.shape))) for s in self.outputs]
+        dims |= plain_rooms(self.image.appended, shapes, shapes_out)
+        dims |= dict(rooms)
         if len(self._calls) >= MAX_CALLS:
             self._calls.clear()
         slices = slices_of(self.image.batch, dims, [*shapes, *shapes_out], self._arena_bytes)
-        call = self._calls[shapes] = Call(dims, shapes_out, [s.dtype.numpy for s in self.outputs], slices)
+        call = self._calls[shapes, rooms] = Call(dims, shapes_out, [s.dtype.numpy for s in self.outputs], slices)
         return call
 
     def _run_slices(
@@ -250,9 +264,15 @@ class Engine:
         _, plan = self._planner.plan(call.slices[0].dims.values if call.slices else call.dims)
         return {"arena_bytes": plan.arena_bytes, "arena_lower_bound_bytes": plan.lower_bound_bytes}
 
+    @property
+    def appended(self) -> dict[str, str]:
+        """The outputs that begin with an input, each with the name of that: both may be views of one array."""
+        return {self.outputs[a.output].name: self.inputs[a.input].name for a in self.image.appended}
+
     def dims_of(self, inputs: Mapping[str, np.ndarray]) -> dict[str, int]:
-        """The value of each symbolic dim in a call. Raises: InputError for an array that does not fit."""
-        return dict(self._solver.solve([inputs[n].shape for n in self._names]))
+        """The value of each symbolic dim in a call, and of those that the compiler added (`lower.image.Appended`).
+        Raises: InputError for an array that does not fit."""
+        return dict(self._new_call(tuple(inputs[n].shape for n in self._names)).dims)
 
     def traces(self, inputs: Mapping[str, np.ndarray], n_runs: int = 1) -> list[list[Chunk]]:
         """Inferences one after another, each piece by piece in the order of their starts: `Chunk.step` numbers the
@@ -261,13 +281,12 @@ class Engine:
         run = self.recorder(inputs)
         return [run() for _ in range(n_runs)]
 
-    def profile(self, inputs: Mapping[str, np.ndarray]) -> list[Event]:
+    def profile(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray] | None = None) -> list[Event]:
         """One inference with the time of each kernel: one event per kernel and thread that worked on it."""
-        dims = self.dims_of(inputs)
-        slices = self._new_call(tuple(inputs[n].shape for n in self._names)).slices
-        runs = [s.dims.values for s in slices] or [dims]
+        call, _, _ = self._prepared([inputs[n] for n in self._names], outputs)
+        runs = [s.dims.values for s in call.slices] or [call.dims]
         merged: dict[tuple[int, int], list[int]] = {}
-        for chunk in self.traces(inputs)[0]:
+        for chunk in self.recorder(inputs, outputs=outputs)():
             slot = merged.setdefault((chunk.step, chunk.thread), [chunk.start_ns, 0])
             slot[1] += chunk.duration_ns
         events = []
@@ -282,12 +301,13 @@ class Engine:
             )  # fmt: skip
         return events
 
-    def recorder(self, inputs: Mapping[str, np.ndarray], arena: Buffer | None = None) -> Callable[[], list[Chunk]]:
+    def recorder(
+        self, inputs: Mapping[str, np.ndarray], arena: Buffer | None = None,
+        outputs: Mapping[str, np.ndarray] | None = None,
+    ) -> Callable[[], list[Chunk]]:  # fmt: skip
         """A function that does one inference on these inputs and tells it piece by piece, as `traces` does. Recorders
         that take turns may share an arena."""
-        given = [checked(s, inputs[s.name]) for s in self.inputs]
-        call = self._new_call(tuple(a.shape for a in given))
-        results = list(map(empty, call.shapes, call.dtypes))
+        call, given, results = self._prepared([inputs[n] for n in self._names], outputs)
         context = self._executable.context(arena)
         slices = call.slices or (Slice(Dims(call.dims), (...,) * len(self.inputs + self.outputs)),)
         context.record(1 << 16)

@@ -6,7 +6,8 @@ Rules:
   the whole model runs in the provider of the other parts, with a notice.
 * MINE: results belong to the caller; nothing that one run made is seen by another.
 
-Not handled: keeping the memory of values between parts from one run to the next.
+Not handled: keeping the memory of values between parts from one run to the next; outputs in one array with the inputs
+that they begin with (`rooms`): they are copied.
 """
 
 from __future__ import annotations
@@ -137,6 +138,11 @@ class PartitionedEngine:
             if isinstance(runner, Engine):
                 found |= {name: found.get(name, 0) + runner.stats[name] for name in _SUMMED}
         return {**found, "conversions": self.conversions, **self.facts}
+
+    @property
+    def appended(self) -> dict[str, str]:
+        """The outputs that may lie in one array with an input: none."""
+        return {}
 
     def profile(self, inputs: Mapping[str, np.ndarray]) -> list[Event]:
         """One inference with the time of each kernel of ours, and of each part of another provider as a whole."""

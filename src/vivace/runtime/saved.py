@@ -35,9 +35,9 @@ from vivace.base.errors import EngineError, ModelError
 from vivace.base.machine import isa
 from vivace.base.specs import TensorSpec
 from vivace.base.version import ENGINE_MAGIC
-from vivace.lower.image import Batch, ForeignEntry, Image, KernelEntry, LineEntry, Part, StorageEntry
+from vivace.lower.image import Appended, Batch, ForeignEntry, Image, KernelEntry, LineEntry, Part, StorageEntry
 
-FORMAT = 3
+FORMAT = 4
 _HEAD = struct.Struct("<8sIQ32s")
 _BLOCK = 1 << 22  # bytes per block sum
 _MAX_HEADER = 1 << 28
@@ -237,6 +237,7 @@ class SavedEngine:
             tuple(constants),
             data["facts"],
             Batch(from_data(data["batch"][0]), data["batch"][1]) if data["batch"] else None,
+            tuple(Appended(*a) for a in data["appended"]),
         )
 
 
@@ -255,6 +256,7 @@ def _image_data(image: Image) -> dict[str, Any]:
 
     return {
         "batch": [to_data(image.batch.rows), image.batch.each] if image.batch else None,
+        "appended": [[a.input, a.output, a.axis, a.room, a.kept] for a in image.appended],
         "isa": image.isa,
         "inputs": list(map(_spec_data, image.inputs)),
         "outputs": list(map(_spec_data, image.outputs)),

@@ -4,6 +4,7 @@ filled."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,10 +26,14 @@ def lower_concat(ctx: Lowering, g: Group) -> None:
     start: Dim = 0
     for x in g.anchor.inputs:
         assert x is not None
-        part = out.slice(tuple(start if i == axis else 0 for i in range(y.rank)), x.shape, (1,) * y.rank)
+        at, have = tuple(start if i == axis else 0 for i in range(y.rank)), ctx.view(x)
         start = start + x.shape[axis]
-        if not same_place(ctx.view(x), part):
-            ctx.copy(ctx.view(x), part, (g.anchor,))
+        if x in ctx.kept:
+            sizes = tuple(ctx.kept[x] if i == axis else n for i, n in enumerate(x.shape))
+            have = replace(have, shape=sizes)
+        part = out.slice(at, have.shape, (1,) * y.rank)
+        if not same_place(have, part):
+            ctx.copy(have, part, (g.anchor,))
 
 
 def lower_pad(ctx: Lowering, g: Group) -> None:

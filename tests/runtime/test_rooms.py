@@ -1,0 +1,179 @@
+"""Caches kept in place: outputs that begin with an input, as views of one array with room for more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import ModelProto
+from tests.onnx.making import model, node, value
+
+import vivace
+from vivace.base.errors import InputError
+from vivace.lower import image
+from vivace.runtime.engine import Engine
+
+Array = np.ndarray
+HEADS, DEPTH, PAST, NEW, ROOM = 2, 4, 5, 3, 11
+
+
+def decoder(past: int | str = "p") -> ModelProto:
+    """Attention over two caches, of which that of the keys has its rows as columns."""
+    nodes = [
+        node("Neg", "x", "k"), node("Transpose", "k", "kt", perm=[0, 1, 3, 2]), node("Relu", "x", "v"),
+        node("Concat", "keys kt", "all_keys", axis=3), node("Concat", "values v", "all_values", axis=2),
+        node("MatMul", "x all_keys", "s"), node("Softmax", "s", "w", axis=-1), node("MatMul", "w all_values", "y"),
+    ]  # fmt: skip
+    ins = [("keys", [HEADS, DEPTH, past]), ("values", [HEADS, past, DEPTH]), ("x", [HEADS, "s", DEPTH])]
+    inputs = [value(name, ["b", *shape]) for name, shape in ins]
+    return model(nodes, inputs, [value(name, None) for name in ("all_keys", "all_values", "y")])
+
+
+def engine_of(source: ModelProto, threads: int = 1) -> Engine:
+    engine = vivace.compile(source, threads=threads)
+    assert isinstance(engine, Engine)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return engine_of(decoder())
+
+
+class Caches:
+    """Two caches with room for more, full of NaN where nothing was written yet."""
+
+    def __init__(self, batch: int = 1, room: int = ROOM) -> None:
+        self.rng = np.random.default_rng(0)
+        self.keys = np.full((batch, HEADS, DEPTH, room), np.nan, np.float32)
+        self.values = np.full((batch, HEADS, room, DEPTH), np.nan, np.float32)
+        self.keys[..., :PAST] = self.numbers(batch, HEADS, DEPTH, PAST)
+        self.values[:, :, :PAST] = self.numbers(batch, HEADS, PAST, DEPTH)
+        self.batch = batch
+
+    def numbers(self, *shape: int) -> Array:
+        return self.rng.standard_normal(shape).astype(np.float32)
+
+    def feeds(self, past: int = PAST, new: int = NEW) -> dict[str, Array]:
+        x = self.numbers(self.batch, HEADS, new, DEPTH)
+        return {"keys": self.keys[..., :past], "values": self.values[:, :, :past], "x": x}
+
+    def outputs(self, length: int = PAST + NEW) -> dict[str, Array]:
+        return {"all_keys": self.keys[..., :length], "all_values": self.values[:, :, :length]}
+
+
+def check(engine: Engine, caches: Caches, feeds: dict[str, Array], outputs: dict[str, Array]) -> None:
+    want = engine.run({name: a.copy() for name, a in feeds.items()})
+    got = engine.run(feeds, outputs)
+    for name, a in want.items():
+        np.testing.assert_array_equal(got[name], a)
+    assert all(got[name] is a for name, a in outputs.items())
+    after = outputs["all_values"].shape[2]
+    assert np.isnan(caches.keys[..., after:]).all()
+    assert np.isnan(caches.values[:, :, after:]).all()
+
+
+def copied_bytes(engine: Engine, feeds: dict[str, Array], outputs: dict[str, Array] | None = None) -> int:
+    """Bytes that steps read and write which only copy."""
+    return sum(e.bytes for e in engine.profile(feeds, outputs) if e.kernel.endswith(":copy"))
+
+
+def test_an_engine_says_which_outputs_begin_with_an_input(engine: Engine) -> None:
+    assert engine.appended == {"all_keys": "keys", "all_values": "values"}
+    assert engine_of(decoder(past=PAST)).appended == {}
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_cache_is_kept_in_place(engine: Engine, batch: int) -> None:
+    caches = Caches(batch)
+    check(engine, caches, caches.feeds(), caches.outputs())
+    for n in range(PAST + NEW, ROOM):  # token by token up to the last place
+        check(engine, caches, caches.feeds(n, 1), caches.outputs(n + 1))
+
+
+def test_nothing_of_a_cache_in_place_is_copied(engine: Engine) -> None:
+    caches = Caches()
+    feeds = caches.feeds()
+    moved = copied_bytes(engine, feeds) - copied_bytes(engine, feeds, caches.outputs())
+    assert moved == 2 * 2 * 4 * HEADS * DEPTH * PAST
+
+
+def test_caches_with_gaps_that_lie_elsewhere_are_copied_into(engine: Engine) -> None:
+    caches, other = Caches(), Caches()
+    feeds = other.feeds()
+    caches.keys[:], caches.values[:] = np.nan, np.nan
+    check(engine, caches, feeds, caches.outputs())
+
+
+def test_one_cache_in_place_and_one_elsewhere(engine: Engine) -> None:
+    caches = Caches()
+    feeds = caches.feeds()
+    feeds["values"] = feeds["values"].copy()
+    check(engine, caches, feeds, caches.outputs())
+
+
+def test_an_empty_cache_grows_in_place(engine: Engine) -> None:
+    caches = Caches()
+    caches.keys[:], caches.values[:] = np.nan, np.nan
+    check(engine, caches, caches.feeds(0, 4), caches.outputs(4))
+    check(engine, caches, caches.feeds(4, 1), caches.outputs(5))
+
+
+def test_an_output_that_begins_elsewhere_than_its_input(engine: Engine) -> None:
+    """Rows of the cache are overwritten while they are read: the inputs are copied before."""
+    caches = Caches()
+    feeds = caches.feeds(past=2)
+    feeds["keys"], feeds["values"] = caches.keys[..., 1:3], caches.values[:, :, 1:3]
+    check(engine, caches, feeds, caches.outputs(2 + NEW))
+
+
+def test_other_inputs_over_which_a_cache_is_written_are_copied(engine: Engine) -> None:
+    caches = Caches()
+    feeds = caches.feeds(new=1)
+    feeds["x"] = caches.values[:, :, PAST : PAST + 1]
+    feeds["x"][:] = caches.numbers(*feeds["x"].shape)
+    check(engine, caches, feeds, caches.outputs(PAST + 1))
+
+
+def test_outputs_of_one_length_have_one_room_or_no_gaps(engine: Engine) -> None:
+    caches, wider = Caches(), Caches(room=ROOM + 1)
+    feeds, outputs = caches.feeds(), caches.outputs()
+    for wrong in (
+        {"all_keys": outputs["all_keys"]},
+        {**outputs, "all_values": wider.outputs()["all_values"]},
+        {**outputs, "all_values": outputs["all_values"][:, ::-1]},
+        {**outputs, "y": np.empty((1, HEADS, NEW, 2 * DEPTH), np.float32)[..., ::2]},
+    ):
+        with pytest.raises(InputError, match="C-contiguous"):
+            engine.run(feeds, wrong)
+    dense = {name: a.copy() for name, a in outputs.items()}
+    check(engine, Caches(), feeds, dense)
+
+
+def test_slices_of_a_batch_keep_caches_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image, "NEAR_CACHES", 0)
+    engine, caches = engine_of(decoder()), Caches(batch=3)
+    feeds = caches.feeds()
+    assert len(engine.traces(feeds)[0]) % 3 == 0
+    check(engine, caches, feeds, caches.outputs())
+
+
+def test_a_saved_engine_keeps_caches_in_place(engine: Engine, tmp_path: Path) -> None:
+    engine.save(tmp_path / "m.vivace")
+    again, caches = vivace.load(tmp_path / "m.vivace"), Caches()
+    assert isinstance(again, Engine)
+    check(again, caches, caches.feeds(), caches.outputs())
+    assert copied_bytes(again, caches.feeds(0, 1), caches.outputs(1)) == copied_bytes(again, caches.feeds(0, 1))
+
+
+def test_a_shadowed_engine_reads_caches_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIVACE_CHECK", "1")
+    engine, caches = engine_of(decoder(), threads=2), Caches()
+    check(engine, caches, caches.feeds(), caches.outputs())
+
+
+def test_an_input_that_others_read_is_no_cache() -> None:
+    nodes = [node("Concat", "past x", "all", axis=1), node("Relu", "past", "y")]
+    source = model(nodes, [value("past", ["b", "p"]), value("x", ["b", "s"])], [value("all", None), value("y", None)])
+    assert engine_of(source).appended == {}
