@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 from tests.targets.low_precision import Case, convolution, product
 
+from vivace.base.dims import symbol
+from vivace.base.dtypes import DType
 from vivace.base.machine import CacheLevel, host, isa, missing_flags
-from vivace.loops.contraction import Contraction
+from vivace.loops.contraction import Axis, Contraction
+from vivace.loops.kernel import Expr, Read, Unary
 from vivace.lower.tile import Tile, choose_tile
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.amx import is_permitted
@@ -127,7 +130,7 @@ def cases() -> list[object]:
             for symbolic in (False, True):
                 case = product(numbers(dtype, 2, m, k), numbers(weights, 2, k, n), out, TILES, symbolic=symbolic)
                 found.append(pytest.param(case, id=f"{np.dtype(dtype)} {m}x{k}x{n}{' symbolic' if symbolic else ''}"))
-        for size, ci, co, k, stride in ((9, 32, 40, 3, 1), (20, 64, 33, 3, 1), (16, 32, 32, 1, 2)):
+        for size, ci, co, k, stride in ((9, 32, 40, 3, 1), (20, 64, 33, 3, 1), (16, 32, 32, 1, 2), (16, 64, 40, 3, 2)):
             case = convolution(numbers(dtype, 2, size, size, ci), numbers(weights, k, k, ci, co), stride, out, TILES)
             found.append(pytest.param(case, id=f"{np.dtype(dtype)} conv {size} {ci}->{co} {k}x{k}/{stride}"))
     return found
@@ -184,7 +187,43 @@ def test_sums_that_nothing_follows_go_to_their_place(n: int, through_memory: set
     a, b = np.ones((1, 40, 64), bf16), np.ones((1, 64, n), bf16)
     text = product(a, b, np.float32, TILES).code(TILES).llvm_text
     kernels = [x for x in text.split("define ")[1:] if x.startswith("internal void @product.tile")]
-    assert kernels and {"tail" in x for x in kernels if "%sums = alloca" in x} == through_memory
+    assert kernels and {"tail" in x for x in kernels if "store ptr %out" in x} == through_memory
+
+
+def test_sums_are_finished_while_the_next_are_made() -> None:
+    """Each chunk of a tile's products finishes some rows of the tile before."""
+    case = product(np.ones((1, 64, 512), bf16), np.ones((1, 512, 100), bf16), np.float32, TILES)
+    _, text = case.code(TILES).llvm_text.split("define internal void @product.tile1x32.tail(")
+    kernel, _ = text.split("\n}", 1)
+    products, results, sums = (
+        kernel.index(x) for x in ("void @llvm.x86.tdp", "void @llvm.masked.store", "tilestored64")
+    )
+    assert products < results < sums
+
+
+@pytest.mark.parametrize(("k", "waits"), [(64, False), (512, True)])
+def test_sums_wait_where_products_take_longer_than_what_follows(k: int, waits: bool) -> None:
+    case = product(np.ones((1, 64, k), bf16), np.ones((1, k, 32), bf16), np.float32, TILES)
+    assert isinstance(case.c, Contraction)
+    e: Expr = Read("acc", DType.f32)
+    for _ in range(10):
+        e = Unary("neg", e)
+    text = replace(case, c=replace(case.c, epilogue=e)).code(TILES).llvm_text
+    assert ("call void @product.finish0(" in text) == waits
+
+
+@lacks_avx512
+@pytest.mark.parametrize("n_chunks", [0, 1, 3, 40])
+def test_as_many_chunks_as_show_at_run_time(n_chunks: int) -> None:
+    """Also none: what waits is finished all the same."""
+    random = np.random.default_rng(n_chunks)
+    k = 64 * max(n_chunks, 1)
+    a, b = random.integers(0, 9, (2, 70, k)).astype(np.uint8), random.integers(-9, 10, (2, k, 40)).astype(np.int8)
+    case = product(a, b, np.int32, TILES)
+    assert isinstance(case.c, Contraction)
+    steps = Axis("k", 64 * symbol("chunks"), 1)
+    opened = replace(case, c=replace(case.c, taps=(steps,)), dims={"chunks": n_chunks})
+    np.testing.assert_array_equal(Model().run(opened), case.expected if n_chunks else 0 * case.expected)
 
 
 WITH_DOTS = isa("avx512+amx_bf16+amx_int8+amx_tile+avx512_bf16+avx512_vnni")

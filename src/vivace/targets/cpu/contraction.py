@@ -29,6 +29,7 @@ from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, plan_o
 from vivace.targets.cpu.contraction_step import Step
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.contraction_vector import LINE_BYTES, load, mask_text, store
+from vivace.targets.cpu.contraction_waiting import finishers
 from vivace.targets.cpu.isa import kernel_attributes
 from vivace.targets.cpu.memory import flat_index
 
@@ -50,7 +51,8 @@ def emit_contraction(c: Contraction, isa: Isa, tile: Tile | None = None) -> Kern
     plan = Plan(c.name, merged, isa, ar, tile, contraction_params(c), contraction_dims(c))
     functions: list[str] = []
     declares: dict[str, str] = {}
-    for text, declared in (driver(plan), *(kernel_of_tile(plan, *v) for v in variants(plan))):
+    kernels = (kernel_of_tile(plan, *v) for v in variants(plan))
+    for text, declared in (driver(plan), *kernels, *(finishers(plan) if ar.is_tile else ())):
         functions.append(text)
         declares |= declared
     units = (

@@ -5,7 +5,8 @@
 
 Rows of one tile register lie a fixed stride apart: they come from one row axis. A chunk is what one tile register holds
 of a run of A, at most 64 bytes; chunks divide the run evenly, so nothing is read beyond it and nothing is filled up.
-Sums go through memory to the epilogue, which works row by row.
+Sums go through memory to the epilogue, which works row by row while the next tile is multiplied
+(`contraction_waiting`).
 
 Rules:
 * FEW: as few tile registers as possible hold something. A core has some twenty of them, which hold what the program
@@ -31,22 +32,28 @@ driver's `%tiles` remembers for which shape that was done, and the driver releas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from vivace.base.dims import Dim, prod
+from vivace.base.dims import Dim
 from vivace.base.dtypes import DType
 from vivace.lower.arithmetic import chunk_bytes
-from vivace.targets.cpu.builder import Value
-from vivace.targets.cpu.contraction_epilogue import Epilogue
 from vivace.targets.cpu.contraction_fetch import Destination, destinations
-from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol_of, variants
+from vivace.targets.cpu.contraction_plan import Plan, load_dims, symbol_of, variants
 from vivace.targets.cpu.contraction_text import Int, Text
-from vivace.targets.cpu.contraction_vector import mask_text
+from vivace.targets.cpu.contraction_waiting import (
+    ACC_BYTES,
+    finish_at_once,
+    finish_before,
+    n_chunks,
+    row_of,
+    stores_sums,
+    sums,
+    waits,
+)
 
 _TILE_ROWS = 16
 _LINE = 64
-_ACC_BYTES = 4
 _A, _B = 4, 5
 
 
@@ -56,15 +63,19 @@ def tile_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[
     vectors = p.tail_vectors if tail else p.tile.nv
     chunk = chunk_bytes(p.run_bytes)
     dims = load_dims(t, p)
-    if _stores_sums(p, outer, tail):
-        _configure(t, p, outer, inner, chunk)
-        _sum(t, p, dims, outer, inner, vectors, chunk, "%out", t.mul(t.dim(p.inner.out, dims), p.out_bytes))
+    _configure(t, p, outer, inner, chunk)
+    if stores_sums(p, outer, tail):
+        _sum(t, p, dims, outer, inner, vectors, chunk, lambda k: None)
+        _store(t, outer, inner, vectors, "%out", t.mul(t.dim(p.inner.out, dims), p.out_bytes))
+    elif not waits(p):
+        _sum(t, p, dims, outer, inner, vectors, chunk, lambda k: None)
+        _store(t, outer, inner, vectors, sums(t, p), p.tile.lanes * ACC_BYTES)
+        finish_at_once(t, p, outer, inner, tail)
     else:
-        row_bytes = p.tile.lanes * _ACC_BYTES
-        t.put(f"%sums = alloca [{outer * inner * row_bytes} x i8], align {_LINE}")
-        _configure(t, p, outer, inner, chunk)
-        _sum(t, p, dims, outer, inner, vectors, chunk, "%sums", row_bytes)
-        _finish(t, p, dims, outer, inner, vectors, tail)
+        meanwhile, wait = finish_before(t, p, outer, inner, tail)
+        _sum(t, p, dims, outer, inner, vectors, chunk, meanwhile)
+        wait()
+        _store(t, outer, inner, vectors, sums(t, p), p.tile.lanes * ACC_BYTES)
     t.put("ret void")
     axes = "".join(f", i64 %x{i}" for i in range(len(p.axes())))
     parameters = (
@@ -72,57 +83,6 @@ def tile_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[
     )
     head = f"define internal void @{symbol_of(p, outer, inner, tail)}({parameters})"
     return "\n".join([f"{head} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
-
-
-def _stores_sums(p: Plan, outer: int, tail: bool) -> bool:
-    """Whether tile registers are stored where the results belong, because nothing is left to do with them."""
-    is_whole = not tail or (isinstance(p.c.n, int) and p.c.n % p.isa.n_f32_lanes == 0)
-    return p.c.epilogue is None and p.c.out.dtype is p.ar.acc and outer == 1 and not p.tile.pitch and is_whole
-
-
-def _finish(
-    t: Text, p: Plan, dims: Mapping[str, Int], outer: int, inner: int, vectors: int, tail: bool
-) -> None:  # fmt: skip
-    """Brings sums through the epilogue, row by row."""
-    isa, width = p.isa, p.isa.n_f32_lanes
-    n = t.dim(p.c.n, dims)
-    left: Int = n % p.tile.lanes if isinstance(n, int) else t.sub(n, "%n")
-    masks = [mask_text(t, isa, t.sub(left, j * width)) if tail else None for j in range(vectors)]
-    element = "i32" if p.ar.acc.is_int else "float"
-    buffers = {x: base_of(t, p, x) for x in dict.fromkeys(p.c.extra)}
-    steps = [t.mul(t.dim(x.out, dims), p.out_bytes) for x in (p.outer, p.inner)]
-    with t.loop(0, outer * inner) as row:
-        symbols: dict[str, Int] = {**dims, **{x.name: f"%x{k}" for k, x in enumerate(p.axes())}, "n": "%n"}
-        there, absent = t.label(), t.label()
-        o, i = _row(t, p, outer, inner, row)
-        if p.tile.pitch:
-            symbols |= {p.outer.name: o, p.inner.name: i}
-            t.branch(t.less(i, t.dim(p.inner.extent, dims)), there, absent)
-            t.start(there)
-        else:
-            for axis, by in ((p.outer, o), (p.inner, i)):
-                if axis.name:
-                    symbols[axis.name] = t.add(symbols[axis.name], by)
-        out = t.at("%out", t.add(t.mul(o, steps[0]), t.mul(i, steps[1])))
-        sums = t.at("%sums", t.mul(row, p.tile.lanes * _ACC_BYTES))
-        loaded = [
-            t.op(f"load <{width} x {element}>, ptr {t.at(sums, j * width * _ACC_BYTES)}, align {_LINE}")
-            for j in range(vectors)
-        ]
-        epilogue = Epilogue(t, isa, "n", symbols, buffers)
-        totals = [Value(value, element, width) for value in loaded]
-        epilogue.store_row(p.c.epilogue, totals, {}, p.c.out, out, 0, masks)
-        epilogue.close()
-        if p.tile.pitch:
-            t.jump(absent)
-            t.start(absent)
-
-
-def _row(t: Text, p: Plan, outer: int, inner: int, row: Int) -> tuple[Int, Int]:
-    """How far a row of the tile is from its corner on the last two row axes; with a pitch, where it is on them."""
-    if p.tile.pitch:
-        return t.divmod(t.add(f"%x{p.axes().index(p.inner)}", row), p.tile.pitch)
-    return t.divmod(row, inner) if outer > 1 else (0, row)
 
 
 def release(t: Text) -> None:
@@ -165,38 +125,48 @@ def _configure(t: Text, p: Plan, outer: int, inner: int, chunk: int) -> None:
 
 
 def _sum(
-    t: Text, p: Plan, dims: Mapping[str, Int], outer: int, inner: int, vectors: int, chunk: int, to: str, row_bytes: Int
-) -> None:
-    """Sums all taps in tile registers and stores them row by row at `to`."""
+    t: Text, p: Plan, dims: Mapping[str, Int], outer: int, inner: int, vectors: int, chunk: int,
+    meanwhile: Callable[[Int], None],
+) -> None:  # fmt: skip
+    """Sums all taps in tile registers; `meanwhile` writes what is done besides in each chunk."""
     _, firsts = _registers(outer, inner)
-    pairs = [(r, v) for r in range(len(firsts)) for v in range(vectors)]
     t.declare("llvm.x86.tilezero", "void @llvm.x86.tilezero(i8)")
-    for r, v in pairs:
+    for r, v in _accumulators(firsts, vectors):
         t.put(f"call void @llvm.x86.tilezero(i8 {2 * r + v})")
     a_stride = t.mul(t.dim(p.inner.a, dims), p.ar.a_bytes)
     between = t.mul(t.dim(p.outer.a, dims), p.ar.a_bytes) if outer > 1 else t.mul(a_stride, firsts[-1])
-    if not any(x.extent == 0 for x in p.c.taps):
-        soon = _Soon(destinations(t, p, dims), outer, inner, vectors * p.isa.n_f32_lanes, _n_chunks(p, chunk))
+    if any(x.extent == 0 for x in p.c.taps):
+        return
+    corner = t.divmod(f"%x{p.axes().index(p.inner)}", p.tile.pitch) if p.tile.pitch else (0, 0)
+    soon = _Soon(destinations(t, p, dims), corner, outer, inner, vectors * p.isa.n_f32_lanes, n_chunks(p))
 
-        def multiply(a: str, b: str, k: Int) -> None:
-            _chunk(t, p, a, b, k, a_stride, between, len(firsts), vectors, soon.lines(t, p, dims, k))
+    def multiply(a: str, b: str, k: Int) -> None:
+        _chunk(t, p, a, b, k, a_stride, between, len(firsts), vectors, soon.lines(t, p, dims, k))
+        meanwhile(k)
 
-        _taps(t, p, dims, multiply, chunk)
+    _taps(t, p, dims, multiply, chunk)
+
+
+def _store(t: Text, outer: int, inner: int, vectors: int, to: str, row_bytes: Int) -> None:
+    """Stores the sums row by row."""
     t.declare("llvm.x86.tilestored64", "void @llvm.x86.tilestored64(i8, ptr, i64)")
-    for r, v in pairs:
+    _, firsts = _registers(outer, inner)
+    for r, v in _accumulators(firsts, vectors):
         place = t.at(to, t.add(t.mul(row_bytes, firsts[r]), v * _LINE))
         t.put(f"call void @llvm.x86.tilestored64(i8 {2 * r + v}, ptr {place}, i64 {row_bytes})")
 
 
-def _n_chunks(p: Plan, chunk: int) -> Dim:
-    return prod([*(x.extent for x in p.c.taps[:-1]), p.run_bytes // chunk])
+def _accumulators(firsts: Sequence[int], vectors: int) -> list[tuple[int, int]]:
+    return [(r, v) for r in range(len(firsts)) for v in range(vectors)]
 
 
 @dataclass(frozen=True, slots=True)
 class _Soon:
-    """What the epilogue of a tile reads and writes, to be fetched in parts, one per chunk."""
+    """What the epilogue of a tile reads and writes, to be fetched in parts, one per chunk. `corner` is where the tile
+    begins on the last two row axes, with a pitch."""
 
     destinations: list[Destination]
+    corner: tuple[Int, Int]
     outer: int
     inner: int
     n_elements: int
@@ -207,14 +177,16 @@ class _Soon:
         n_rows = self.outer * self.inner
         n_each = -(-n_rows // self.n_chunks) if isinstance(self.n_chunks, int) else 1
         rows = [t.minimum(t.add(t.mul(k, n_each), i), n_rows - 1) for i in range(n_each)]
-        places = [_row(t, p, self.outer, self.inner, row) for row in rows]
+        places = [row_of(t, self.inner if self.outer > 1 else 0, row) for row in rows]
+        if p.tile.pitch:  # as if all were in one line: what is a few places beside its own comes soon too
+            places = [(self.corner[0], t.add(self.corner[1], row)) for row in rows]
         return [x for d in self.destinations for o, i in places for x in d.lines(t, o, i, self.n_elements, dims)]
 
 
 def _taps(t: Text, p: Plan, dims: Mapping[str, Int], one: Callable[[str, str, Int], None], chunk: int) -> None:
     """Calls `one` with the addresses of A and B and the number of every chunk of every tap."""
     outer = p.c.taps[:-1]
-    n_chunks = t.dim(p.run_bytes // chunk, dims)
+    chunks = t.dim(p.run_bytes // chunk, dims)
     b_chunk = chunk // (p.ar.group * p.ar.a_bytes) * p.row_bytes
     counts = [t.dim(x.extent, dims) for x in outer]
     total: Int = 1
@@ -226,9 +198,9 @@ def _taps(t: Text, p: Plan, dims: Mapping[str, Int], one: Callable[[str, str, In
         for depth, axis in reversed(list(enumerate(outer))):
             rest, at = t.divmod(rest, counts[depth]) if depth else (0, rest)
             in_a = t.add(in_a, t.mul(at, t.mul(t.dim(axis.a, dims), p.ar.a_bytes)))
-        a, b = t.at("%a", in_a), t.at("%b", t.mul(tap, t.mul(n_chunks, b_chunk)))
-        with t.times(n_chunks) as k:
-            one(t.at(a, t.mul(k, chunk)), t.at(b, t.mul(k, b_chunk)), t.add(t.mul(tap, n_chunks), k))
+        a, b = t.at("%a", in_a), t.at("%b", t.mul(tap, t.mul(chunks, b_chunk)))
+        with t.times(chunks) as k:
+            one(t.at(a, t.mul(k, chunk)), t.at(b, t.mul(k, b_chunk)), t.add(t.mul(tap, chunks), k))
 
 
 def _chunk(

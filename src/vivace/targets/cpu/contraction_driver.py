@@ -19,6 +19,7 @@ from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol
 from vivace.targets.cpu.contraction_stage import clear, copy_panel, copy_row, transpose_panel
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.contraction_vector import F32_BYTES, LINE_BYTES
+from vivace.targets.cpu.contraction_waiting import finish, state_bytes
 
 
 def _find_piece(
@@ -69,8 +70,8 @@ def driver(p: Plan) -> tuple[str, dict[str, str]]:
             t.put(f"%staged_{name} = alloca ptr, align 8")
             t.put(f"store ptr null, ptr %staged_{name}, align 8")
     if p.ar.is_tile:
-        t.put("%tiles = alloca i64, align 8")
-        t.put("store i64 0, ptr %tiles, align 8")
+        t.put(f"%tiles = alloca [{state_bytes(p)} x i8], align {LINE_BYTES}")
+        t.put("store <2 x i64> zeroinitializer, ptr %tiles, align 16")  # no shape is set, nobody waits
     with t.loop("%begin", "%end") as number:
         unit = _decode(t, p, dims, number, bases)
         if p.tile.stage_a:
@@ -89,6 +90,7 @@ def driver(p: Plan) -> tuple[str, dict[str, str]]:
                 with t.loop(*panels) as panel, t.loop(*tiles) as tile:
                     _tile(t, p, dims, unit, passed, panel, tile)
     if p.ar.is_tile:
+        finish(t, p)
         release(t)
     t.put("ret void")
     head = f"define void @{p.name}(ptr %args, i64 %begin, i64 %end, ptr %scratch) #0 {{"
