@@ -1,7 +1,10 @@
-"""Large matrix products as shares of the measured peak, beside OpenVINO: one thread, weights constant, bias and ReLU.
+"""Large matrix products and ResNet-50 in int8 as shares of the measured peak, and where their cycles go: one thread.
+
+Products have constant weights, bias and ReLU.
 
     python -m benchmarks.large                          # bf16 and int8; writes benchmarks/results/gemm.md and .json
     python -m benchmarks.large --dtype bf16 --seconds 4
+    python -m benchmarks.large --dtype int8 --batch 16  # of ResNet-50, whose kernels the last table is of
 
 The peak is that of a loop of nothing but products in registers. It, our kernel and OpenVINO's node (by its own
 profiler) take turns in one process, so that each meets the same phases of the machine: on a core whose other thread is
@@ -18,15 +21,18 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 from benchmarks.gemm import Layer, OpenVino, Ours, _float_problem, _int8_problem, _spec
+from benchmarks.tile_work import HEAD, cells, least_ns, measure_model, work_of
 from benchmarks.times import RESULTS, versions
 
 from vivace.base.dtypes import DType
-from vivace.base.machine import host
+from vivace.base.machine import Isa, host
+from vivace.loops.contraction import Contraction
 from vivace.lower.pack import aligned_zeros
 from vivace.targets.cpu.amx import host_isa
 from vivace.targets.cpu.peaks import n_operations, peak_kernels
@@ -45,23 +51,70 @@ that are written cost another fifth. Where the other thread of the core is awake
 of the peak: tile registers run out (rule FEW of `contraction_amx.py`). Hand-made loops, measured on Emerald Rapids.
 """
 
+COLUMNS = """\
+A kernel's calls together, at the lowest 10 % of its times. "of least" is the time that its instructions need at least
+over what it takes: a product of tiles takes 16 cycles, a tile loaded 8, two vector instructions one, in units that work
+at the same time; a tile stored takes 16 in which they stand. Bytes are those of the operands, each once. "full" is the
+share of the multiplications that the result needs: the rest are rows and chunks that fill no tile register. Then
+instructions per product of tiles, in micro-kernels: tiles loaded and stored, lines fetched, vectors, all others.
+"""
+
+NEEDED = """\
+What it would take to come nearer: most cycles are not of products. The convolutions that widen to four times the
+channels and add the residual are two fifths of the time. They make 32 results with 30 vector instructions, 15 cycles of
+the two vector units, of products that take 2 to 16 cycles (64 to 512 steps). As long as results are those of the nodes
+one by one, nothing is left to save there but a tenth: bias, f32, scale, clip, round; the residual to f32; both scaled
+and added, rounded, narrowed. Without the first of the two roundings and its clip it would be a third less, with other
+results. Sums leave tile registers through memory only, which takes as long as a product for each register, and neither
+vectors nor products go on meanwhile. The 3 x 3 convolutions read panels of weights that are larger than the first-level
+cache, and come near to what the second gives (above). Up to the third stage layers write more than that holds: for four
+images they take 1.05 to 1.5 times as long as for one at a time, and those after it 0.6 to 1.0; each in its own way, the
+whole would take a twentieth less.
+"""
+
+OPERATIONS = {"int8": 2 * 16 * 16 * 64, "bf16": 2 * 16 * 16 * 32}  # of a product of full tiles
+
 Record = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.large", description=__doc__.splitlines()[0])
     parser.add_argument("--dtype", nargs="+", choices=("bf16", "int8"), default=["bf16", "int8"])
-    parser.add_argument("--seconds", type=float, default=6.0, help="per size")
+    parser.add_argument("--seconds", type=float, default=6.0, help="per size, and thrice for the model")
+    parser.add_argument("--batch", type=int, default=8, help="images of the model; 0: without the model")
     options = parser.parse_args(arguments)
-    records = []
+    records, model = [], None
     for dtype in options.dtype:
         for m, k, n in SIZES:
             records.append(measure(Layer(m, k, n, 0), dtype, options.seconds))
-            print(_row(records[-1]), flush=True)
+            print(*_row(records[-1]), flush=True)
+    if options.batch:
+        isa = host_isa()
+        model = measure_model("resnet50", options.batch, isa, Peak(isa, "int8"), 3 * options.seconds)
+        print(_about_model(model))
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "gemm.json").write_text(json.dumps(records, indent=1) + "\n")
-    (RESULTS / "gemm.md").write_text(markdown(records))
+    (RESULTS / "gemm.json").write_text(json.dumps({"products": records, "model": model}, indent=1) + "\n")
+    (RESULTS / "gemm.md").write_text(markdown(records, model))
     return 0
+
+
+class Peak:
+    """A loop of nothing but products in registers."""
+
+    def __init__(self, isa: Isa, dtype: str) -> None:
+        wanted = "i8" if dtype == "int8" else dtype
+        kind, self._run = next(p for p in peak_kernels(isa).arithmetic if p[0].dtype == wanted)
+        self._buffer, self.n_operations = aligned_zeros((4096,)), n_operations(kind, _PEAK_REPEATS)
+
+    def time_ns(self) -> float:
+        start = time.perf_counter_ns()
+        self._run(self._buffer.ctypes.data, _PEAK_REPEATS, 0)
+        return time.perf_counter_ns() - start
+
+    def __call__(self) -> float:
+        """Operations a ns; the first turns of the matrix unit after other work are slower."""
+        self.time_ns()
+        return self.n_operations / self.time_ns()
 
 
 def measure(layer: Layer, dtype: str, seconds: float) -> Record:
@@ -69,18 +122,11 @@ def measure(layer: Layer, dtype: str, seconds: float) -> Record:
     isa = host_isa()
     problem = _int8_problem(layer) if dtype == "int8" else _float_problem(layer, DType(dtype))
     x = problem.x if dtype == "int8" else problem.x.astype(np.float32)
-    ours = Ours(*_spec(problem, isa), isa)
+    spec, arrays = _spec(problem, isa)
+    ours, peak = Ours(spec, arrays, isa), Peak(isa, dtype)
     vino = OpenVino(problem.model, "bf16" if dtype == "bf16" else "f32")
-    kind, run = next(p for p in peak_kernels(isa).arithmetic if p[0].dtype == ("i8" if dtype == "int8" else dtype))
-    buffer = aligned_zeros((4096,))
-
-    def time_peak() -> float:
-        start = time.perf_counter_ns()
-        run(buffer.ctypes.data, _PEAK_REPEATS, 0)
-        return time.perf_counter_ns() - start
-
     turns: dict[str, tuple[Callable[[], float], int]] = {
-        "peak": (time_peak, n_operations(kind, _PEAK_REPEATS)),
+        "peak": (peak.time_ns, peak.n_operations),
         "vivace": (ours.time_ns, layer.flops),
         "openvino": (lambda: vino.time_ns(x), layer.flops),
     }
@@ -94,9 +140,12 @@ def measure(layer: Layer, dtype: str, seconds: float) -> Record:
         name: {str(q): float(turns[name][1] / np.percentile(found, q)) for q in QUANTILES}
         for name, found in times.items()
     }
+    assert isinstance(spec, Contraction)
+    tiles = work_of(spec, isa)
     return {
         "size": f"{layer}", "dtype": dtype, "isa": isa.name, "machine": host().model, "speeds": speeds,
-        "versions": versions(),
+        "versions": versions(), "flops": layer.flops, "bytes": sum(x.nbytes for x in arrays.values()),
+        "written": problem.out.nbytes, "work": tiles and asdict(tiles),
     }  # fmt: skip
 
 
@@ -104,14 +153,37 @@ def _share(r: Record, name: str, quantile: int) -> float:
     return float(r["speeds"][name][str(quantile)] / r["speeds"]["peak"][str(quantile)])
 
 
-def _row(r: Record) -> str:
+def _row(r: Record) -> list[str]:
     speeds = [f"{r['speeds'][name][str(QUANTILES[0])]:.0f}" for name in ("peak", "vivace", "openvino")]
     shares = [f"{_share(r, name, q):.0%}" for q in QUANTILES for name in ("vivace", "openvino")]
-    return f"| {' | '.join([r['size'], r['dtype'], *speeds, *shares])} |"
+    return [r["size"], r["dtype"], *speeds, *shares]
 
 
-def markdown(records: Sequence[Record]) -> str:
-    """The table."""
+def _about_model(r: Record) -> str:
+    shares = [r["flops"] / r[f"{kind}ns"] / r[f"{kind}peak"] for kind in ("", "median_")]
+    speeds = [r["batch"] / r[f"{kind}ns"] * 1e9 for kind in ("", "median_")]
+    least = sum(least_ns(row, r["peak"], OPERATIONS["int8"]) for row in r["rows"])
+    return (
+        f"ResNet-50 in int8 (QDQ), batch {r['batch']}, {r['each']} images at a time: {speeds[0]:.0f} images a second "
+        f"and {shares[0]:.0%} of the peak of {r['peak']:.0f} GOP/s at the lowest 10 % of the times, "
+        f"{speeds[1]:.0f} and {shares[1]:.0%} of {r['median_peak']:.0f} at the median. "
+        f"What its instructions need at least would be {r['flops'] / least / r['peak']:.0%}."
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *(f"| {' | '.join(row)} |" for row in rows), ""]
+
+
+def _of_product(r: Record) -> list[str]:
+    low = str(QUANTILES[0])
+    ns = r["flops"] / r["speeds"]["vivace"][low]
+    kernel = {**r, "kernel": f"{r['dtype']} {r['size']}", "calls": 1, "ns": ns}
+    return cells(kernel, ns, r["speeds"]["peak"][low], OPERATIONS[r["dtype"]])
+
+
+def markdown(records: Sequence[Record], model: Record | None) -> str:
+    """The tables."""
     machines = "; ".join(sorted({f"{r['machine']}, {r['isa']}" for r in records}))
     low, quartile = QUANTILES
     names = [f"{name} {q} %" for q in (low, quartile) for name in ("vivace", "openvino")]
@@ -122,12 +194,21 @@ def markdown(records: Sequence[Record]) -> str:
         f"{machines}; 1 thread. Made by `python -m benchmarks.large`. Speeds are of the lowest {low} % of the times,",
         f"shares of the peak at the same quantile, the lowest {low} % and {quartile} %.",
         "",
-        f"| {' | '.join(head)} |",
-        f"|{'---|' * len(head)}",
-        *map(_row, records),
-        "",
+        *_table(head, map(_row, records)),
         LIMIT,
+        "## Where the cycles go",
+        "",
+        COLUMNS,
+        *_table(HEAD, map(_of_product, records)),
     ]
+    if model:
+        kernels = sorted(model["rows"], key=lambda row: -row["ns"])
+        total = sum(row["ns"] for row in kernels)
+        shown = [row for row in kernels if row["ns"] > total / 200]
+        lines += [
+            _about_model(model), "",
+            *_table(HEAD, [cells(row, total, model["peak"], OPERATIONS["int8"]) for row in shown]), NEEDED,
+        ]  # fmt: skip
     return "\n".join(lines)
 
 
