@@ -104,7 +104,7 @@ def test_the_same_bits(shape: tuple[int, ...], k: int, stride: int, dilation: in
     check_bits(graph, image(*shape), isa=isa)
 
 
-@pytest.mark.parametrize("pads", [((0, 0), (0, 0)), ((2, 0), (0, 1)), ((0, 1), (2, 2))])
+@pytest.mark.parametrize("pads", [((0, 0), (0, 0)), ((2, 0), (0, 1)), ((0, 1), (2, 2)), ((12, 0), (12, 1))])
 def test_any_pads(pads: tuple[tuple[int, int], tuple[int, int]]) -> None:
     check_bits(build(block(8, 24, pads=pads), Type(DType.f32, (2, 15, 12, 8))), image(2, 15, 12, 8))
 

@@ -147,6 +147,13 @@ class TestAssumptions:
         assert bounds(g.inputs[0].shape[2]) == (4, 7)
         assert shapes(g) == ["f32[1,n,2]"]
 
+    @pytest.mark.parametrize("n", ["n", 2, 0])
+    def test_a_hole_beside_any_number_of_rows(self, n: int | str) -> None:
+        """What stays where it is leaves the others as they are, also where it is 0."""
+        reshape = node("Reshape", "x shape", "y")
+        g = imported([reshape], [value("x", [n, 3, 4, 5])], [value("y", None)], {"shape": np.array([0, -1, 5])})
+        assert shapes(g) == [f"f32[{n},12,5]"]
+
     @pytest.mark.parametrize(("at", "least"), [(0, 1), (2, 3), (-1, 1), (-3, 3)])
     def test_a_position_bounds_the_axis(self, at: int, least: int) -> None:
         """Behind the end of an axis lies the memory of others."""

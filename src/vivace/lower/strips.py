@@ -110,14 +110,15 @@ def _joined(chain: Chain, rows: int) -> Step:
         n_rows = chain.rows_read(rows)
         source = Buffer("p", d.a.dtype, (n_rows, pad.row), (pad.row, 1), True)
         local.append(source)
-        top = start * chain.rows_apart  # of p
-        begin = maximum(top - pad.top, 0)
-        end = minimum(top + n_rows - pad.top, e.rows[1].extent)
+        first = start * chain.rows_apart - pad.top  # of what e makes; some rows of the strip, or all, lie outside
+        above = minimum(maximum(-first, 0), n_rows)
+        below = minimum(maximum(first + n_rows - e.rows[1].extent, 0), n_rows)
+        begin = maximum(first, 0)
         if pad.value is not None:
-            stages.append(Stage(_border(source, pad, e, begin + pad.top - top, n_rows - (end + pad.top - top))))
+            stages.append(Stage(_border(source, pad, e, above, below)))
         named = outside(chain.first, "e", (e.out,))
-        made = _strip_of(e, image, begin, end - begin, {**named, e.out: source})
-        at = (begin + pad.top - top) * pad.row + pad.left * pad.pixel
+        made = _strip_of(e, image, begin, n_rows - above - below, {**named, e.out: source})
+        at = above * pad.row + pad.left * pad.pixel
         moved = image * e.rows[0].a + begin * e.rows[1].a
         stages.append(Stage(made, ((named[e.a], moved), (source, at))))
     row = d.rows[2].extent * d.channels

@@ -82,21 +82,27 @@ def reshape(c: Call, x: Value, target: Value) -> Value:
 
 
 def quotient(c: Call, x: Value, shape: Sequence[Dim], hole: int) -> Dim:
-    """The size that -1 stands for. A symbol that divides only if it equals another dim of x is taken for that dim."""
-    rest = prod(tuple(shape))
+    """The size that -1 stands for. A symbol that divides only if it equals another dim of x is taken for that dim, and
+    a dim of 0 that stays where it is leaves the others as they are.
+    """
+    size, rest = x.type.size, prod(tuple(shape))
+    if rest == 0:
+        stays = [i != hole and i < x.rank and d == x.shape[i] for i, d in enumerate(shape)]
+        size = prod([d for i, d in enumerate(x.shape) if i >= len(stays) or not stays[i]])
+        rest = prod([d for i, d in enumerate(shape) if not stays[i]])
     if rest == 0:
         return 0
-    exact = exact_div(x.type.size, rest)
+    exact = exact_div(size, rest)
     if exact is not None:
         return exact
-    if isinstance(x.type.size, int) and isinstance(rest, int):
+    if isinstance(size, int) and isinstance(rest, int):
         raise c.error(f"{x.type} cannot be divided into {rest} parts")
     for i, d in enumerate(shape):
         if i != hole and i < x.rank and d != x.shape[i] and not (isinstance(d, int) and isinstance(x.shape[i], int)):
             trial = [x.shape[i] if j == i else e for j, e in enumerate(shape)]
             if exact_div(x.type.size, prod(tuple(trial))) is not None:
                 raise DimMismatch(x.shape[i], d, "Reshape")
-    return floordiv(x.type.size, rest)
+    return floordiv(size, rest)
 
 
 @onnx_op("Flatten")
