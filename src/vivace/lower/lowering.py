@@ -329,16 +329,25 @@ def lower(
     return Plan(graph.inputs, graph.outputs, body, tuple(state.storages), graph, state.views, appended=appended)
 
 
-# Names that kernels give to their loops and positions.
-_LOOP_NAME = re.compile(r"[a-z]\d*|[a-z]\d+_\d+|at\d*(_\d+)?|img|kc|len|only|i_only|found|block|part|step")
+# Names that kernels give to their loops, to positions and to what they let stand for something.
+LOOP_NAME = re.compile(
+    r"[a-z]\d*|[a-z]\d+_\d+|(acc|at|base|col|row|sum|total)\d*(_\d+)?|before|blk|block|candidate|chunk_top|chunk_total"
+    r"|enter|found|here|i_only|image|img|inverse|kc|key|last|len|mean|new|old|only|part|rel|rescale|reset_gate|result|run"
+    r"|scale|step|tile|top|update"
+)
 
 
 def _without_loop_names(graph: Graph) -> Graph:
-    """The graph with the dims renamed that a loop of a kernel would hide: `n` becomes `dim_n`."""
+    """The graph with the dims renamed that a name inside a kernel would hide: `n` becomes `dim_n`."""
     found = {s.name: s for v in graph.inputs for d in v.shape for s in symbols(d)}
-    return substitute_dims(
-        graph, {n: symbol(f"dim_{n}", s.lo, s.hi) for n, s in found.items() if _LOOP_NAME.fullmatch(n)}
-    )
+    renamed = {}
+    for name, s in found.items():
+        if LOOP_NAME.fullmatch(name):
+            other = f"dim_{name}"
+            while other in found:
+                other = f"dim_{other}"
+            renamed[name] = symbol(other, s.lo, s.hi)
+    return substitute_dims(graph, renamed)
 
 
 def _refuse_unknown_sizes(graph: Graph, storages: Sequence[Storage]) -> None:
