@@ -168,10 +168,12 @@ def test_only_what_does_not_fit_the_cache() -> None:
     [
         # read by another as well: what the first one makes, and what the depthwise one makes
         lambda b, p, d, j: [j(q := d(p)), b.tanh(p), b.exp(q)],
+        # read by the depthwise one twice: as in ConvMixer, which adds what it convolves
+        lambda b, p, d, j: b.tanh(b.add(d(p), p)),
         # not pixel by pixel
         lambda b, p, d, j: b.tanh(b.add(d(p), d(p))),
     ],
-    ids=["read again", "no product"],
+    ids=["read again", "read twice", "no product"],
 )
 def test_what_others_read_stays_in_memory(make) -> None:  # type: ignore[no-untyped-def]
     rng = np.random.default_rng(0)

@@ -189,6 +189,8 @@ def _before(
     fills = [_fill_value(s) for s in steps if s not in makers]
     if reader != at or len(makers) != 1 or None in fills or len(set(fills)) > 1 or p.offset != 0:
         return None
+    if sum(o.storage is p.storage for o in middle.operands) != 1:  # its epilogue adds what it convolves
+        return None
     e = contraction_of(makers[0])
     out, size = operand_of(makers[0], e.out), p.storage.size
     if not _is_image(e) or e.batch or p.storage.kind != "arena" or makers[0].writes != (p.storage,):
