@@ -33,6 +33,12 @@ def with_l2(n_bytes: int) -> Machine:
 SIZES = [1 << k for k in range(20, 11, -1)]
 
 
+@pytest.fixture(autouse=True)
+def no_bands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images here are low enough for bands, and would stay in the cache of a real machine."""
+    monkeypatch.setattr("vivace.lower.bands.MOST_MET", 0)
+
+
 def block(
     c: int, wide: int, k: int = 3, stride: int = 1, dilation: int = 1, residual: bool = False, ends: str = "ej",
     pads: tuple[tuple[int, int], tuple[int, int]] | None = None,

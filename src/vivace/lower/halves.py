@@ -80,8 +80,10 @@ def is_depthwise(n: Node) -> bool:
     """Whether a node is a convolution of each channel by itself. Its kernel widens what it loads, and weights of it are
     never stored in half precision.
     """
+    if n.op.name != "conv":
+        return False
     x, w = n.inputs[:2]
-    if n.op.name != "conv" or x is None or w is None or w.data is None:
+    if x is None or w is None or w.data is None:
         return False
     channels = x.shape[-1 if n.attrs["layout"] == "NHWC" else 1]
     return bool(n.attrs["group"] == w.shape[0] == channels and w.shape[1] == 1)

@@ -17,6 +17,7 @@ from vivace.graph.build import Builder, constant
 from vivace.graph.graph import Graph, Node, Type, Value, freeze
 from vivace.graph.ops.quantized import BYTES, RANGES
 from vivace.graph.passes import remove_dead
+from vivace.lower.bands import is_low
 from vivace.lower.halves import is_widening
 from vivace.lower.pixels import widen_pixels
 
@@ -119,7 +120,8 @@ def split_pads(graph: Graph) -> Graph:
     """Split the pads off convolutions and max pools, so that the producer can write into a padded buffer.
 
     Before: conv{before=(1,1), after=(1,1)}(x)    After: conv{before=(0,0), after=(0,0)}(pad(x))
-    Average pools keep theirs: the divisor depends on them.
+    Average pools keep theirs: the divisor depends on them. So do depthwise convolutions their rows of it, over low
+    images: `bands`.
     """
     nodes: list[Node] = []
     padded: dict[object, Value] = {}
@@ -132,9 +134,13 @@ def split_pads(graph: Graph) -> Graph:
             spatial = slice(1, -1) if n.attrs["layout"] == "NHWC" else slice(2, None)
             before: list[Dim] = [0] * x.rank
             after: list[Dim] = [0] * x.rank
-            before[spatial], after[spatial] = pads
+            none: tuple[Dim, ...] = (0,) * len(pads[0])
+            before[spatial], after[spatial], kept = *pads, (none, none)
+            if is_low(n):
+                kept = ((pads[0][0], *none[1:]), (pads[1][0], *none[1:]))
+                before[spatial], after[spatial] = (0, *pads[0][1:]), (0, *pads[1][1:])
             fill = _fill(n, x)
-            if fill is None:
+            if fill is None or all(d == 0 for d in (*before, *after)):
                 nodes.append(n)
                 continue
             cast = producer.get(x)
@@ -153,7 +159,6 @@ def split_pads(graph: Graph) -> Graph:
                 b = Builder(n.origin, prefix=f"{x.name}_wide", count=len(nodes))
                 wide = b.cast(wide, to=x.dtype)
                 nodes += b.nodes
-            zeros = (0,) * len(pads[0])
-            n = replace(n, inputs=(wide, *n.inputs[1:]), attrs=freeze({**n.attrs, "before": zeros, "after": zeros}))
+            n = replace(n, inputs=(wide, *n.inputs[1:]), attrs=freeze({**n.attrs, "before": kept[0], "after": kept[1]}))
         nodes.append(n)
     return replace(graph, nodes=tuple(nodes))

@@ -12,6 +12,7 @@ from vivace.base.mapped import forget
 from vivace.graph.graph import Value
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
 from vivace.loops.kernel import Binary, Buffer, Expr, For, Kernel, Reduce, Store
+from vivace.lower.bands import bands
 from vivace.lower.choices import DIRECT, Site
 from vivace.lower.group import Group
 from vivace.lower.halves import is_depthwise, reads_half
@@ -226,8 +227,8 @@ def finish(ctx: Lowering, g: Group, result: View) -> None:
 
 
 def lower_conv(ctx: Lowering, g: Group, is_exact: bool = False) -> None:
-    """A convolution without pads (see `prepare`): over channels-last views as one contraction per group. An exact one
-    is never Winograd's."""
+    """A convolution without pads (see `prepare`), rows of a depthwise one aside (`bands`): over channels-last views as
+    one contraction per group. An exact one is never Winograd's."""
     node = g.anchor
     x_value, w_value = node.inputs[0], node.inputs[1]
     bias_value = node.inputs[2] if len(node.inputs) > 2 else None
@@ -297,10 +298,11 @@ def lower_conv(ctx: Lowering, g: Group, is_exact: bool = False) -> None:
         for t in reversed(spatial_taps):
             with_b.append(replace(t, b=step))
             step = step * t.extent
-        d = Depthwise("k", rows, tuple(reversed(with_b)), oc, a_buf, b_buf, out_buf, epilogue.expr, epilogue.extra)
-        ordered = [{**views, b_buf: w}[p] for p in contraction_params(d)]
-        site = Site(ctx.choices.key(d), d)
-        ctx.emit("depthwise", d, ordered, len(ordered) - 1, g.nodes, tail_flops(g), site=site)
+        whole = Depthwise("k", rows, tuple(reversed(with_b)), oc, a_buf, b_buf, out_buf, epilogue.expr, epilogue.extra)
+        for d, places, flops in bands(node, whole, {**views, b_buf: w}, tail_flops(g)):
+            ordered = [places[p] for p in contraction_params(d)]
+            site = Site(ctx.choices.key(d), d)
+            ctx.emit("depthwise", d, ordered, len(ordered) - 1, g.nodes, flops, site=site)
     else:
         if half:
             c, places = half_contraction(
