@@ -177,3 +177,26 @@ def test_an_input_that_others_read_is_no_cache() -> None:
     nodes = [node("Concat", "past x", "all", axis=1), node("Relu", "past", "y")]
     source = model(nodes, [value("past", ["b", "p"]), value("x", ["b", "s"])], [value("all", None), value("y", None)])
     assert engine_of(source).appended == {}
+
+
+def test_whoever_reads_a_cache_reads_it_where_it_lies() -> None:
+    readers = [
+        node("Reshape", "all flat", "flattened"), node("Exp", "flattened", "a"), node("CumSum", "all two", "b"),
+        node("TopK", "all k", "c d", axis=2), node("Softmax", "all", "e", axis=2), node("Split", "all", "f g", axis=1),
+        node("Sub", "f g", "h"), node("Pad", "all pads", "i", mode="reflect"), node("MatMul", "all w", "j"),
+    ]  # fmt: skip
+    nodes = [node("Relu", "x", "r"), node("Concat", "values r", "all", axis=2), *readers]
+    constants = {
+        "flat": np.array([0, -1]), "two": np.array(2), "k": np.array([2]), "pads": np.array([0, 0, 1, 0, 0, 0, 2, 0]),
+        "w": np.random.default_rng(1).standard_normal((DEPTH, 3)).astype(np.float32),
+    }  # fmt: skip
+    ins = [value("values", ["b", HEADS, "p", DEPTH]), value("x", ["b", HEADS, "s", DEPTH])]
+    outs = [value(name, None) for name in ("all", *"abcdehij")]
+    engine, caches = engine_of(model(nodes, ins, outs, constants)), Caches(batch=2)
+    assert engine.appended == {"all": "values"}
+    feeds = {name: a for name, a in caches.feeds().items() if name != "keys"}
+    want = engine.run(feeds)
+    got = engine.run(feeds, {"all": caches.values[:, :, : PAST + NEW]})
+    for name, a in want.items():
+        np.testing.assert_array_equal(got[name], a)
+    assert np.isnan(caches.values[:, :, PAST + NEW :]).all()
