@@ -165,6 +165,14 @@ def test_rows_between_images_fill_tile_registers() -> None:
     assert tile(18).pitch == 0  # 16 rows fill a register as they are
 
 
+def test_rows_fill_as_few_tile_registers_as_there_can_be() -> None:
+    """784 rows in 50, not in 56 with 14 rows each; pieces of 31 and 32 rows share one shape of registers."""
+    case = product(np.zeros((1, 784, 64), np.uint8), np.zeros((1, 64, 32), np.int8), np.int32, TILES)
+    assert isinstance(case.c, Contraction)
+    assert choose_tile(case.c, TILES).inner == ((9, 32), (16, 31))
+    assert len(re.findall(r"^@product\.rows", case.code(TILES).llvm_text, re.MULTILINE)) == 1
+
+
 @each_case
 def test_objects_are_made_of_tile_instructions(case: Case) -> None:
     text = case.code(TILES).llvm_text

@@ -97,8 +97,8 @@ def panel_lanes(n: Dim, isa: Isa, ar: Arithmetic = F32, chosen: int | None = Non
     return 2 * width
 
 
-def split_axis(extent: Dim, most: int) -> tuple[Segment, ...]:
-    """Segments of at most `most` that cover `extent` exactly, evenly where it is known."""
+def split_axis(extent: Dim, most: int, is_fewest: bool = False) -> tuple[Segment, ...]:
+    """Segments of at most `most` that cover `extent` exactly; where it is known evenly, or as few as there can be."""
     if not isinstance(extent, int):
         segments: list[Segment] = [(extent // most, most)]
         rest, size = extent % most, 1 << (most.bit_length() - 1)
@@ -111,7 +111,7 @@ def split_axis(extent: Dim, most: int) -> tuple[Segment, ...]:
     if extent == 0:
         return ((0, 1),)
     fewest = -(-extent // most)
-    for pieces in range(fewest, fewest + max(2, fewest // 3)):
+    for pieces in range(fewest, fewest + (1 if is_fewest else max(2, fewest // 3))):
         if extent % pieces == 0 and extent // pieces * 4 >= most * 3:
             return ((pieces, extent // pieces),)
     size = -(-extent // fewest)
@@ -371,12 +371,14 @@ def _registers(split: tuple[tuple[Segment, ...], tuple[Segment, ...]]) -> int:
 
 
 def _split_for_tiles(rows: tuple[Axis, ...]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
-    """Two tile registers of at most 16 rows: halves of a piece of the last axis, or two steps of the one before."""
+    """Two tile registers of at most 16 rows: halves of a piece of the last axis, or two steps of the one before. A
+    product of registers takes as long with fewer rows.
+    """
     if not rows:
         return ((1, 1),), ((1, 1),)
     last = rows[-1].extent
     if len(rows) == 1:
-        return ((1, 1),), split_axis(last, 32)
+        return ((1, 1),), split_axis(last, 32, is_fewest=True)
     if isinstance(last, int) and 0 < last <= 16 and rows[-2].extent != 1:
         return split_axis(rows[-2].extent, 2), ((1, last),)
-    return ((rows[-2].extent, 1),), split_axis(last, 32)
+    return ((rows[-2].extent, 1),), split_axis(last, 32, is_fewest=True)

@@ -27,7 +27,8 @@ Rules:
   a row, which is summed twice and stored once.
 
 How many rows and columns the tile registers have is set per thread, before the first micro-kernel of a shape runs: the
-driver's `%tiles` remembers for which shape that was done, and the driver releases the registers at its end.
+driver's `%tiles` remembers for which that was done, and the driver releases the registers at its end. Pieces whose
+registers have as many rows share a shape.
 """
 
 from __future__ import annotations
@@ -101,16 +102,15 @@ def _registers(outer: int, inner: int) -> tuple[int, list[int]]:
 
 def _configure(t: Text, p: Plan, outer: int, inner: int, chunk: int) -> None:
     """Sets the shapes of the tile registers, unless they are set."""
-    shapes = sorted({(o, i) for o, i, _ in variants(p)})
-    number = 1 + shapes.index((outer, inner))
     height, _ = _registers(outer, inner)
+    number = 1 + sorted({_registers(o, i)[0] for o, i, _ in variants(p)}).index(height)
     rows = [*[height] * 4, height, chunk // 4]
     columns = [*[_LINE] * 4, chunk, _LINE]
     raw = bytearray(_LINE)
     raw[0] = 1
     for k, (n_columns, n_rows) in enumerate(zip(columns, rows)):
         raw[16 + 2 * k], raw[48 + k] = n_columns, n_rows
-    name = f"{p.name}.shapes{outer}x{inner}"
+    name = f"{p.name}.rows{height}"
     text = "".join(f"\\{byte:02x}" for byte in raw)
     t.declares[name] = f'@{name} = private constant [{_LINE} x i8] c"{text}", align {_LINE}'
     known = t.op("load i64, ptr %tiles, align 8")
