@@ -219,6 +219,30 @@ def test_huge_unit_counts_are_cut_into_few_grains(address: Address) -> None:
     assert (y == 1).all()
 
 
+def test_huge_unit_counts_side_by_side_are_cut_into_few_grains(address: Address) -> None:
+    n = 70_000
+    ys = [np.zeros(n, np.int64) for _ in range(3)]
+    steps = [Kernel(address("add_one"), (Output(i),), n, beside=i > 0) for i in range(3)]
+    context = Executable(steps, n_outputs=3, n_threads=2).context()
+    context.run([], [address(y) for y in ys])
+    assert all((y == 1).all() for y in ys)
+
+
+def test_threads_claim_at_ends_of_their_own(address: Address) -> None:
+    n = 50
+    steps = chain(address, n, 6, units=n)
+    context = Executable(steps, n_inputs=1, n_outputs=1, arena_bytes=16 * n, scratch_bytes=8, n_threads=3).context()
+    x, y = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    context.record(1000)
+    for _ in range(30):
+        context.run([address(x)], [address(y)])
+        chunks = list(context.chunks())
+        for step in range(len(steps)):
+            front = [c.end for c in chunks if c.step == step and c.thread % 2 == 0]
+            back = [c.begin for c in chunks if c.step == step and c.thread % 2 == 1]
+            assert max(front, default=0) <= min(back, default=n)
+
+
 def test_a_jump_out_of_the_program_is_refused() -> None:
     with pytest.raises(InternalError, match="jump"):
         Executable([Jump(3)])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from vivace.targets.cpu.threads import grains_text
 
-# The first above 2**31; a total has 31 bits.
+# The first above 2**31; a total has 16 bits.
 PRIMES = (2147483659, 2147483693, 2147483713, 2147483743, 2147483777, 2147483783, 2147483813, 2147483857)
 
 DELAY = "  call void @delay()"

@@ -7,9 +7,12 @@ the last grain of a published step becomes the next leader. So nothing waits for
 which sleeps, or whose core was taken, misses steps and joins again at the one that is current when it returns.
 
 Rules:
-* WORD: `claim` holds the number of the published step (high 32 bits) and its grains not yet claimed (low 32 bits).
-  Grains are taken by compare-and-swap of the whole word, so a thread that read an old step can never take work of a
-  new one.
+* WORD: `claim` holds the number of the published step (high 32 bits) and its grains not yet claimed, those from
+  `front` (16 bits) up to `back` (the low 16 bits). Grains are taken by compare-and-swap of the whole word, so a thread
+  that read an old step can never take work of a new one.
+* ENDS: threads of even number claim at the front, those of odd number at the back. So of two threads each works on
+  about the same rows in all steps, and finds what it wrote itself in its own caches (measured on 2 cores: MobileNetV2
+  takes 0.92 to 0.94 of the time, EfficientNet-lite0 0.96, MiniLM 0.98).
 * ALIVE: before a claim succeeds, a thread reads the team's memory only; the context of the run is alive until all
   claimed grains are done. So contexts can be freed as soon as `run` returns.
 * GUIDED: a claim takes `remaining / (2 * threads)` grains, at least one: few atomics at the start of a step, small
@@ -130,7 +133,10 @@ entry:
 retry:
   %done.0 = phi i64 [0, %entry], [%done.0, %contended], [%done.2, %work]
   %word = load atomic i64, ptr %claim acquire, align 8
-  %remaining = and i64 %word, 4294967295
+  %front.up = lshr i64 %word, 16
+  %front = and i64 %front.up, 65535
+  %back = and i64 %word, 65535
+  %remaining = sub i64 %back, %front
   %none = icmp eq i64 %remaining, 0
   br i1 %none, label %settle, label %ask
 ask:
@@ -155,7 +161,11 @@ size:
   %ctx = load atomic ptr, ptr %ctx.p monotonic, align 8
   %at.p = getelementptr i8, ptr %team, i64 {t.AT}
   %at = load atomic ptr, ptr %at.p monotonic, align 8
-  %word.next = sub i64 %word, %chunk
+  %at.back = trunc i64 %id to i1
+  %front.more = shl i64 %chunk, 16
+  %back.less = sub i64 0, %chunk
+  %change = select i1 %at.back, i64 %back.less, i64 %front.more
+  %word.next = add i64 %word, %change
 {delay}
   %swap = cmpxchg ptr %claim, i64 %word, i64 %word.next acq_rel monotonic
   %won = extractvalue {{i64, i1}} %swap, 1
@@ -168,7 +178,8 @@ claimed:
   %message = icmp eq i64 %n_parts, 0
   br i1 %message, label %lead, label %work
 work:
-  %first = sub i64 %total, %remaining
+  %back.first = sub i64 %back, %chunk
+  %first = select i1 %at.back, i64 %back.first, i64 %front
   %last = add i64 %first, %chunk
   %number = lshr i64 %word, 32
   call void @grains(ptr %ctx, ptr %parts, i64 %total, i64 %first, i64 %last, i64 %id, i64 %number)

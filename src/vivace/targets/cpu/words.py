@@ -37,9 +37,9 @@ from vivace.targets.cpu.steps import (
 
 Words = npt.NDArray[np.int64]
 
-# A step is never cut into more grains than this, so that grain counts fit 31 bits; the cost of one grain is then far
-# above its claim.
-MAX_GRAINS = 1 << 20
+# Steps that share a barrier are never cut into more grains than this together, so that they fit the claim (rule WORD of
+# `threads`); the cost of one grain is then far above its claim.
+MAX_GRAINS = 65_535
 
 
 @dataclass(slots=True)
@@ -107,6 +107,7 @@ class Layout:
     parts: Words  # positions of the parts of parallel steps
     first_of_group: Words  # for each part, which part is the first of its group
     last_of_group: Words  # one per group: its last part
+    most_grains: Words  # for each part, how many grains it may have
     heads: Words  # one per group: position of its first word
     calls: tuple[tuple[int, int, int, int], ...]  # position of fn, step, position of the args, how many
     step_of_part: dict[int, int]  # by the byte offset of the words `fn, args, ...`
@@ -120,7 +121,7 @@ class Layout:
         words[self.own] += base
         if self.parts.size:
             units, grain = words[self.parts + 2], words[self.parts + 3]
-            grain = np.maximum(np.maximum(grain, 1), -(-units // MAX_GRAINS))
+            grain = np.maximum(np.maximum(grain, 1), -(-units // self.most_grains))
             ends = np.cumsum(-(-units // grain))
             before = ends + units // -grain  # the sum of the grains before each part
             ends -= before[self.first_of_group]
@@ -225,7 +226,9 @@ def _finish(e: _Encoder, serial_parts: dict[int, int]) -> Layout:
         own=_ints(own), arena=_ints([at(*a) for a in e.arena]),
         dims=_ints([p for p, _ in dims]), which=_ints([number[d] for _, d in dims]), evaluate=dims_function(distinct),
         parts=_ints([program + p for p, _, _ in e.parts]), first_of_group=_ints([first[h] for _, h, _ in e.parts]),
-        last_of_group=_ints([last[h] for h in heads]), heads=_ints([program + h for h in heads]),
+        last_of_group=_ints([last[h] for h in heads]),
+        most_grains=_ints([MAX_GRAINS // (last[h] - first[h] + 1) for _, h, _ in e.parts]),
+        heads=_ints([program + h for h in heads]),
         calls=tuple((program + fn, i, args + a, n) for fn, i, a, n in e.calls), step_of_part=steps,
     )  # fmt: skip
 
