@@ -41,6 +41,7 @@ def join_steps(plan: Plan, join: Join) -> Plan:
         for k in found.steps:
             body[k] = None
         body[found.steps[-1]] = found.step
+        assert not found.inner & storages_of(found.step), "a joined step reads what is gone"
         gone |= found.inner
     if not gone:
         return plan
