@@ -93,6 +93,8 @@ class Context:
         self._words: Words = self._memory.view(np.int64, (len(layout.words),))
         self._base = self._memory.address
         self._enter = self._pool.native.entry(self._base)
+        self._compare = self._pool.native.comparison(self._base)
+        self._likeness: Words | None = None
         # Native code finds the address of an input or output in a word, DATA_FIELD bytes behind the place in the table
         # `_places`: the place is the array itself, or leads to a word of `_addresses`.
         n_io = executable.n_inputs + executable.n_outputs
@@ -155,10 +157,19 @@ class Context:
 
     def run_arrays(self, arrays: Sequence[npt.NDArray[Any]]) -> None:
         """`run` on the memory of these arrays: all inputs, then all outputs."""
-        if data_is_first:
-            self._run(arrays)
-        else:
+        if not data_is_first:
             self.run([a.ctypes.data for a in arrays])
+            return
+        self._run(arrays)
+
+    def expect(self, likeness: Words | None) -> None:
+        """From now on `is_like` compares with this (see `vivace.runtime.likeness`)."""
+        self._likeness = likeness
+        self._words[Header.LIKENESS] = 0 if likeness is None else likeness.ctypes.data
+
+    def is_like(self, inputs: Sequence[object]) -> bool:
+        """Whether the inputs are arrays as expected; False where nothing is expected."""
+        return self._likeness is not None and self._compare(*inputs) == 1
 
     def _run(self, places: Sequence[object]) -> None:
         if not self._lock.acquire(False):
@@ -166,12 +177,10 @@ class Context:
         try:
             if self.dims is None:
                 raise InternalError("the context is not bound to dims", expected="bind before run")
-            status = self._enter(*places)
-            while status:
+            while status := self._enter(*places):
                 if status != Status.NEEDS_WORKERS:
                     self._raise_failure()
                 self._words[Header.N_THREADS] = self._pool.ensure(self.n_threads)
-                status = self._enter(*places)
         finally:
             self._lock.release()
 

@@ -51,12 +51,17 @@ class Native:
         self.worker_address = library.address("vivace_worker")
         calls = (ctypes.c_int64 * len(PYTHON_CALLS))(*(_symbol(ctypes.pythonapi, name) for name in PYTHON_CALLS))
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(library.address("vivace_bind"))(ctypes.addressof(calls))
-        self._method = _MethodDef(b"run", library.address("vivace_enter"), _METH_FASTCALL, b"One inference.")
+        self._run = _MethodDef(b"run", library.address("vivace_enter"), _METH_FASTCALL, b"One inference.")
+        self._is_like = _MethodDef(b"is_like", library.address("vivace_is_like"), _METH_FASTCALL, b"Compares arrays.")
         self.cycles = ctypes.CFUNCTYPE(ctypes.c_int64)(library.address("vivace_cycles"))
 
     def entry(self, context: int) -> Callable[..., int]:
         """The function that runs the program of the context at this address (rule ENTRY of the program)."""
-        return cast("Callable[..., int]", _new_function(ctypes.byref(self._method), context, None))
+        return cast("Callable[..., int]", _new_function(ctypes.byref(self._run), context, None))
+
+    def comparison(self, context: int) -> Callable[..., int]:
+        """The function that tells whether arrays are as that context expects (rule LIKE of the program)."""
+        return cast("Callable[..., int]", _new_function(ctypes.byref(self._is_like), context, None))
 
 
 class _MethodDef(ctypes.Structure):
