@@ -39,6 +39,7 @@ PROVIDERS = ("native,onnxruntime", "onnxruntime", "openvino")
 PEERS = ("onnxruntime", "openvino", "torch")
 SCHEMA_VERSION = 1
 SMALL_SECONDS = 0.002
+CLOCK_NS = 18  # a recorded kernel that does nothing lasts 20 ns, its call and return 2
 _BEGIN, _END = "<!-- times: made by `python -m benchmarks.times --readme` -->", "<!-- end of times -->"
 
 Record = dict[str, Any]
@@ -182,25 +183,46 @@ def _start_busy_process() -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", text])
 
 
-def call_overhead(job: Any, arrays: Any) -> float | None:
-    """Seconds of a Python call that no kernel accounts for: the median call less the median time in kernels.
+def call_overhead(job: Any, arrays: Any) -> float:
+    """Seconds of a Python call in which no kernel runs: the median, over many calls, of a call's time less the time
+    that some thread spent in kernels, as a recorded call soon after it tells.
 
-    Taken on one thread, where the time in kernels is one sum.
+    Both calls are made in the same context, by which they use the same memory, and each follows some of its kind, so
+    that it finds the caches as such calls leave them. The clock that is read around each kernel is no part of it.
     """
-    from dataclasses import replace
     from statistics import median
 
     from vivace.cli.contestants import open_engine
 
-    engine: Any = open_engine(PROVIDERS[0], replace(job, threads=1))
-    calls, kernels = [], []
-    for i in range(600):
-        start = time.perf_counter_ns()
-        engine.run(arrays)
-        calls.append(time.perf_counter_ns() - start)
-        if i % 10 == 0:
-            kernels.append(sum(event.duration_ns for event in engine.profile(arrays)))
-    return (median(calls[100:]) - median(kernels[10:])) / 1e9
+    engine: Any = open_engine(PROVIDERS[0], job)
+
+    def timed() -> tuple[int, int]:
+        for _ in range(6):
+            start = time.perf_counter_ns()
+            engine.run(arrays)
+            stop = time.perf_counter_ns()
+        return start, stop
+
+    spare = []
+    for _ in range(400):
+        start, stop = timed()
+        context, _ = engine._idle[-1]
+        context.record(1 << 12)
+        begin, _ = timed()
+        chunks = [chunk for chunk in context.chunks() if chunk.start_ns >= begin]
+        context.record(0)
+        spans = [(chunk.start_ns, chunk.start_ns + max(0, chunk.duration_ns - CLOCK_NS)) for chunk in chunks]
+        spare.append(stop - start - covered_ns(spans))
+    return median(spare[50:]) / 1e9
+
+
+def covered_ns(spans: Sequence[tuple[int, int]]) -> int:
+    """How long at least one of these spans of time lasted."""
+    total, reached = 0, 0
+    for start, stop in sorted(spans):
+        total += max(0, stop - max(start, reached))
+        reached = max(reached, stop)
+    return total
 
 
 def versions() -> dict[str, str]:

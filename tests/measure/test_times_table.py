@@ -116,3 +116,9 @@ def test_torch_runs_what_came_from_it_only() -> None:
     assert why_not("silero-vad")
     with pytest.raises(ProviderError):
         torch_contestant("silero-vad", 1, ["output"]).load()
+
+
+def test_time_in_kernels_counts_once_where_threads_overlap() -> None:
+    assert times.covered_ns([]) == 0
+    assert times.covered_ns([(10, 20), (30, 35)]) == 15
+    assert times.covered_ns([(30, 40), (10, 32), (12, 20), (40, 41)]) == 31
