@@ -114,8 +114,9 @@ def _joined(chain: Chain, rows: int) -> Step:
         above = minimum(maximum(-first, 0), n_rows)
         below = minimum(maximum(first + n_rows - e.rows[1].extent, 0), n_rows)
         begin = maximum(first, 0)
-        if pad.value is not None:
-            stages.append(Stage(_border(source, pad, e, above, below)))
+        border = None if pad.value is None else _border(source, pad, e, above, below)
+        if border is not None and border.body:  # a step may leave out the last of the pads
+            stages.append(Stage(border))
         named = outside(chain.first, "e", (e.out,))
         made = _strip_of(e, image, begin, n_rows - above - below, {**named, e.out: source})
         at = above * pad.row + pad.left * pad.pixel

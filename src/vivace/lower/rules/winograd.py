@@ -198,7 +198,7 @@ def lower_winograd(
     x, out = (_as_image(v) if is_line else v for v in (x, out))
     n_tiles = out.shape[0] * ceildiv(out.shape[1], m[0]) * ceildiv(out.shape[2], m[1])
     tiles = block_tiles(n_tiles, m, w, lanes, host())
-    tiles = min(choice.tiles or tiles, n_tiles if isinstance(n_tiles, int) else _MOST_TILES)
+    tiles = max(1, min(choice.tiles or tiles, n_tiles if isinstance(n_tiles, int) else _MOST_TILES))
     grid = _Grid(m, tiles, n_tiles, out.shape)
 
     u = _packed_weights(ctx, w, m, lanes)
