@@ -10,7 +10,8 @@ import pytest
 
 from vivace.base.dims import evaluate, floordiv, maximum, minimum, mod, symbol
 from vivace.base.errors import InternalError
-from vivace.runtime.buffer import PAGE_BYTES
+from vivace.runtime import executable as of_contexts
+from vivace.runtime.buffer import PAGE_BYTES, Buffer
 from vivace.runtime.executable import Executable
 from vivace.targets.cpu.program import Header
 from vivace.targets.cpu.steps import (
@@ -234,13 +235,39 @@ def test_threads_claim_at_ends_of_their_own(address: Address) -> None:
     context = Executable(steps, n_inputs=1, n_outputs=1, arena_bytes=16 * n, scratch_bytes=8, n_threads=3).context()
     x, y = np.zeros(n, np.int64), np.zeros(n, np.int64)
     context.record(1000)
-    for _ in range(30):
+    n_shared = 0
+    for _ in range(1000):  # until threads met often enough
         context.run([address(x)], [address(y)])
         chunks = list(context.chunks())
         for step in range(len(steps)):
             front = [c.end for c in chunks if c.step == step and c.thread % 2 == 0]
             back = [c.begin for c in chunks if c.step == step and c.thread % 2 == 1]
             assert max(front, default=0) <= min(back, default=n)
+            n_shared += bool(front and back)
+        if n_shared > 20:
+            break
+    assert n_shared > 20
+
+
+@pytest.mark.parametrize("limit", [0, 1])
+def test_a_context_stays_whole_where_memory_runs_out(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is none for a larger arena, or for more scratch memory."""
+    context = Executable([], arena_bytes=symbol("n"), scratch_bytes=symbol("n")).context()
+    context.bind({"n": 1 << 16})
+    sizes: list[int] = []
+
+    def some_memory(n_bytes: int, by_page: bool = False) -> Buffer:
+        sizes.extend([n_bytes] * (n_bytes > 0))
+        if len(sizes) > limit:
+            raise MemoryError
+        return Buffer(n_bytes, by_page)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(of_contexts, "Buffer", some_memory)
+        context.bind({"n": 1 << 18})
+    assert len(sizes) == limit + 1
+    context.bind({"n": 1 << 16})
+    assert min(context.arena.bytes.size, context._scratch.bytes.size) >= 1 << 16
 
 
 def test_a_jump_out_of_the_program_is_refused() -> None:

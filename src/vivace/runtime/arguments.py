@@ -88,6 +88,7 @@ def fitting(
             f"the array is {array.dtype}{list(array.shape)}" + ("" if is_dense else f" with strides {array.strides}"),
             where=f"output {name!r}",
             expected=f"writable C-contiguous {dtype}{list(shape)}",
+            hint="" if is_dense else "caches in place: all of one length in views with the same room (engine.appended)",
         )
     return array
 

@@ -131,11 +131,13 @@ class Context:
             if arena_bytes > self._arena.n_bytes:
                 if not self._is_shared:
                     self._arena.release()
-                self._arena, self._is_shared = Buffer(arena_bytes), False
+                self._arena, self._is_shared = Buffer(0), False  # which stays where there is no memory for more
+                self._arena = Buffer(arena_bytes)
             # Each thread has pages of its own, which it is the first to touch (rule UNTOUCHED of buffers).
             stride = -(-scratch_bytes // PAGE_BYTES) * PAGE_BYTES
             if stride * self.executable.n_threads > self._scratch.n_bytes:
                 self._scratch.release()
+                self._scratch = Buffer(0)
                 self._scratch = Buffer(stride * self.executable.n_threads, by_page=self.executable.n_threads > 1)
             layout = self.executable.layout
             layout.fill(self._words, self._base, self._arena.address, dims)

@@ -19,6 +19,7 @@ from itertools import groupby
 
 import numpy as np
 
+from vivace.base.errors import InputError
 from vivace.base.specs import TensorSpec
 from vivace.lower.image import Appended
 from vivace.runtime.buffer import DATA_FIELD, data_is_first
@@ -53,21 +54,30 @@ def rooms_of(
     families: Sequence[Sequence[Appended]], given: Sequence[object], outputs: Mapping[str, object],
     specs: Sequence[TensorSpec],
 ) -> Rooms:  # fmt: skip
-    """How the arrays of a call lie; it says nothing of whether their shapes fit."""
+    """How the arrays of a call lie; it says nothing of whether their shapes fit.
+
+    Raises: InputError for two outputs in place that are one.
+    """
     dims: list[tuple[str, int]] = []
     inputs: list[int] = []
     longer: list[int] = []
     for family in families:
-        arrays = [outputs.get(specs[a.output].name) for a in family]
-        layouts = {
-            (y.shape, y.strides, y.itemsize, a.axis) for y, a in zip(arrays, family) if isinstance(y, np.ndarray)
-        }
+        results = [outputs.get(specs[a.output].name) for a in family]
+        arrays = [y for y in results if isinstance(y, np.ndarray)]
+        if len(arrays) < len(results):
+            continue
+        layouts = {(y.shape, y.strides, y.itemsize, a.axis) for y, a in zip(arrays, family, strict=True)}
         sizes = {_room(*layout) for layout in layouts} - {ANY}
-        if None in sizes or len(sizes) > 1 or not all(isinstance(y, np.ndarray) for y in arrays):
+        if None in sizes or len(sizes) > 1:
             continue
         dims += [(family[0].room, size) for size in sizes if size is not None]
         longer += [a.output for a in family]
         if all(_begins(y, given[a.input]) for y, a in zip(arrays, family, strict=True)):
+            if len({_address(y) for y in arrays}) < len(family):
+                names = ", ".join(specs[a.output].name for a in family)
+                raise InputError(
+                    "outputs lie in one place", where="engine.run", expected=f"{names} apart from each other"
+                )
             dims.append((family[0].kept, 0))
             inputs += [a.input for a in family]
     return Rooms(tuple(dims), frozenset(inputs), frozenset(longer))
@@ -77,6 +87,8 @@ def _room(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, axis:
     """How many places along an axis an array has in memory; None where it is not one of rule STRIDES."""
     if len(shape) <= axis:
         return None
+    if 0 in shape or itemsize == 0:
+        return ANY
     size, room = itemsize, ANY
     for i in range(len(shape) - 1, -1, -1):
         n, stride = shape[i], strides[i]
@@ -88,13 +100,15 @@ def _room(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, axis:
         elif n > 1 and stride != size:
             return None
         size *= n if i != axis else 1
-    return ANY if 0 in shape else room
+    return room
 
 
-def _begins(y: object, x: object) -> bool:
+def _begins(y: np.ndarray, x: object) -> bool:
     """Whether an input lies where the output begins."""
     if type(x) is not np.ndarray or type(y) is not np.ndarray or x.strides != y.strides or x.dtype != y.dtype:
         return False
-    if data_is_first:
-        return _word_at(id(x) + DATA_FIELD).value == _word_at(id(y) + DATA_FIELD).value
-    return x.ctypes.data == y.ctypes.data
+    return _address(x) == _address(y)
+
+
+def _address(x: np.ndarray) -> int:
+    return _word_at(id(x) + DATA_FIELD).value if data_is_first else x.ctypes.data
