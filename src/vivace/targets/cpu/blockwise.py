@@ -46,6 +46,7 @@ from vivace.targets.cpu.contraction import kernel_of_tile
 from vivace.targets.cpu.contraction_amx import release
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol_of, variants
 from vivace.targets.cpu.contraction_text import Int, Text
+from vivace.targets.cpu.contraction_waiting import begin, finish, finishers
 from vivace.targets.cpu.isa import kernel_attributes
 
 
@@ -74,6 +75,7 @@ def emit_blockwise(w: BlockwiseProduct, isa: Isa) -> KernelCode:
         texts += [] if is_direct else [float_function(w, p, 1, tail) for tail in tails]
     elif is_staged:
         texts += [kernel_of_tile(p, *v) for v in variants(p)]
+        texts += finishers(p) if p.ar.is_tile else ()
     declares: dict[str, str] = {}
     for _, declared in texts:
         declares |= declared
@@ -118,8 +120,7 @@ def _driver(
     shifts = "null" if w.shifts is None else base_of(t, p, w.shifts)
     n_rows = t.dim(w.m.extent, dims)
     if is_staged and p.ar.is_tile:
-        t.put("%tiles = alloca i64, align 8")
-        t.put("store i64 0, ptr %tiles, align 8")
+        begin(t, p)
     few, many, done = t.label(), t.label(), t.label()
     if is_direct and is_staged:
         t.branch(t.less(MOST_DIRECT_ROWS, n_rows), many, few)
@@ -138,6 +139,7 @@ def _driver(
             with t.loop("%begin", "%end") as number:
                 _many_rows(t, w, p, dims, a, whole.block(t, w, t.mul(number, w.n_blocks)), out, t.mul(number, w.lanes))
         if p.ar.is_tile:
+            finish(t, p)
             release(t)
         t.jump(done)
     t.start(done)

@@ -19,7 +19,7 @@ from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol
 from vivace.targets.cpu.contraction_stage import clear, copy_panel, copy_row, transpose_panel
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.contraction_vector import F32_BYTES, LINE_BYTES
-from vivace.targets.cpu.contraction_waiting import finish, state_bytes
+from vivace.targets.cpu.contraction_waiting import begin, finish
 
 
 def _find_piece(
@@ -70,8 +70,7 @@ def driver(p: Plan) -> tuple[str, dict[str, str]]:
             t.put(f"%staged_{name} = alloca ptr, align 8")
             t.put(f"store ptr null, ptr %staged_{name}, align 8")
     if p.ar.is_tile:
-        t.put(f"%tiles = alloca [{state_bytes(p)} x i8], align {LINE_BYTES}")
-        t.put("store <2 x i64> zeroinitializer, ptr %tiles, align 16")  # no shape is set, nobody waits
+        begin(t, p)
     with t.loop("%begin", "%end") as number:
         unit = _decode(t, p, dims, number, bases)
         if p.tile.stage_a:

@@ -44,9 +44,11 @@ def row_of(t: Text, inner: int, row: Int) -> tuple[Int, Int]:
     return t.divmod(row, inner) if inner else (0, row)
 
 
-def state_bytes(p: Plan) -> int:
-    """What the driver keeps."""
-    return _sums_at(p) + p.tile_rows * p.tile.lanes * ACC_BYTES
+def begin(t: Text, p: Plan) -> None:
+    """Makes the words of a driver: no shape is set, and nobody waits."""
+    n_bytes = _sums_at(p) + p.tile_rows * p.tile.lanes * ACC_BYTES
+    t.put(f"%tiles = alloca [{n_bytes} x i8], align {LINE_BYTES}")
+    t.put("store <2 x i64> zeroinitializer, ptr %tiles, align 16")
 
 
 def sums(t: Text, p: Plan) -> str:
