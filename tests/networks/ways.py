@@ -23,13 +23,13 @@ from vivace.base import machine as machines
 from vivace.base.knobs import knobs
 from vivace.base.machine import CacheLevel, Machine, host
 from vivace.base.machine import isa as named
-from vivace.lower import candidates, chains, row_blocks, strips, tile
+from vivace.lower import bands, candidates, chains, row_blocks, strips, tile
 from vivace.lower.rules import attention_halves, winograd
 from vivace.runtime import slices
 from vivace.targets.cpu import blockwise
 from vivace.targets.cpu.amx import missing_here
 
-READERS = (machines, candidates, row_blocks, strips, tile, attention_halves, winograd, slices, blockwise)
+READERS = (machines, bands, candidates, row_blocks, strips, tile, attention_halves, winograd, slices, blockwise)
 TARGETS = ("sse", "avx2", "avx512", "avx512+avx512_bf16+avx512_vnni", "host", "host")
 FORMATS = ("f32", "f32", "f32", "bf16", "f16", "int8", "int8")
 

@@ -7,6 +7,7 @@ Rules:
 * LOW: only where enough of the rows of taps lie on padding (`MOST_MET`): in higher images the border is a small part of
   the work. On one core (AVX-512, f32, 5x5) 3x80x480 takes 0.37 of the time of padded rows, 12x80x240 0.79, 14x14x672
   0.84.
+* FEW: at most `MOST_BANDS` steps. Large windows over low images have nearly one for each row.
 * NEAR: only where the images and the results stay in the second-level cache: others may be computed in strips
   (`strips`), which want one step.
 
@@ -29,6 +30,7 @@ from vivace.lower.halves import is_depthwise
 from vivace.lower.views import View
 
 MOST_MET = 0.95  # of the rows of taps
+MOST_BANDS = 8
 _LEAST_CHANNELS = 5  # fewer are computed otherwise (`rules/narrow.py`)
 
 
@@ -43,7 +45,7 @@ class Band:
 
 
 def is_low(n: Node) -> bool:
-    """Whether a convolution keeps its rows of padding, to be computed in bands (rules LOW, NEAR)."""
+    """Whether a convolution keeps its rows of padding, to be computed in bands (rules LOW, FEW, NEAR)."""
     if not is_depthwise(n) or n.outputs[0].dtype is not DType.f32 or n.attrs["group"] < _LEAST_CHANNELS:
         return False
     found, (x, w) = bands_of(n), n.inputs[:2]
@@ -53,7 +55,7 @@ def is_low(n: Node) -> bool:
         return False
     met = sum((b.end - b.start) * b.n_taps for b in found)
     every = sum((b.end - b.start) * w.data.shape[2] for b in found)
-    return all(b.n_taps > 0 for b in found) and 0 < met <= MOST_MET * every
+    return len(found) <= MOST_BANDS and all(b.n_taps > 0 for b in found) and 0 < met <= MOST_MET * every
 
 
 def bands_of(n: Node) -> list[Band]:

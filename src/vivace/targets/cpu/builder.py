@@ -158,9 +158,9 @@ class Builder:
         """What is written follows code that another generator wrote, whose last block is `label`."""
         self._scopes[0].label = label
 
-    def fragment(self) -> tuple[list[str], dict[str, str]]:
-        """The lines so far, to be put into a function, and the module's lines that they need, by name."""
-        return self._scopes[0].lines, {**self._globals, **self._declared}
+    def fragment(self) -> tuple[list[str], str, dict[str, str]]:
+        """The lines so far, to be put into a function, their last block, and the module's lines that they need."""
+        return self._scopes[0].lines, self._scopes[0].label, {**self._globals, **self._declared}
 
     def finish(self) -> str:
         """The module."""

@@ -110,7 +110,7 @@ def _configure(t: Text, p: Plan, outer: int, inner: int, chunk: int) -> None:
     raw[0] = 1
     for k, (n_columns, n_rows) in enumerate(zip(columns, rows)):
         raw[16 + 2 * k], raw[48 + k] = n_columns, n_rows
-    name = f"{p.name}.rows{height}"
+    name = f"{p.name}.shapes{height}"
     text = "".join(f"\\{byte:02x}" for byte in raw)
     t.declares[name] = f'@{name} = private constant [{_LINE} x i8] c"{text}", align {_LINE}'
     known = t.op("load i64, ptr %tiles, align 8")

@@ -161,7 +161,7 @@ class Epilogue:
 
     def close(self) -> None:
         """Appends the text."""
-        lines, needed = self._b.fragment()
+        lines, self._t.block, needed = self._b.fragment()
         self._t.lines += lines
         self._t.declares |= needed
 

@@ -117,7 +117,11 @@ def _module(text: str, isa: Isa, optimize: Optimize, name: str) -> tuple[llvm.Mo
         module = binding.parse_assembly(text, context=binding.create_context())
         module.triple = TRIPLE
         module.data_layout = str(machine.target_data)
-        module.verify()
+        try:
+            module.verify()
+        except RuntimeError:
+            module.close()  # collected later with the traceback, its context might go first
+            raise
     except RuntimeError as e:
         raise InternalError(f"LLVM refuses the generated text: {e}", where=name, expected="valid LLVM IR") from e
     _optimize(module, machine, optimize)
