@@ -61,15 +61,11 @@ instructions per product of tiles, in micro-kernels: tiles loaded and stored, li
 
 NEEDED = """\
 What it would take to come nearer: most cycles are not of products. The convolutions that widen to four times the
-channels and add the residual are two fifths of the time. They make 32 results with 30 vector instructions, 15 cycles of
-the two vector units, of products that take 2 to 16 cycles (64 to 512 steps). As long as results are those of the nodes
-one by one, nothing is left to save there but a tenth: bias, f32, scale, clip, round; the residual to f32; both scaled
-and added, rounded, narrowed. Without the first of the two roundings and its clip it would be a third less, with other
-results. Sums leave tile registers through memory only, which takes as long as a product for each register, and neither
-vectors nor products go on meanwhile. The 3 x 3 convolutions read panels of weights that are larger than the first-level
-cache, and come near to what the second gives (above). Up to the third stage layers write more than that holds: for four
-images they take 1.05 to 1.5 times as long as for one at a time, and those after it 0.6 to 1.0; each in its own way, the
-whole would take a twentieth less.
+channels and add the residual take the most time, and need more vector instructions than products of so few steps hide
+(the columns of instructions above). As long as results are those of the nodes one by one, hardly any can be saved there:
+bias, f32, scale, clip, round; the residual to f32; both scaled and added, rounded, narrowed. Sums leave tile registers
+through memory only, which takes as long as a product for each register. The 3 x 3 convolutions read panels of weights
+that are larger than the first-level cache, and come near to what the second gives.
 """
 
 OPERATIONS = {"int8": 2 * 16 * 16 * 64, "bf16": 2 * 16 * 16 * 32}  # of a product of full tiles
