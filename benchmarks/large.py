@@ -62,7 +62,7 @@ instructions per product of tiles, in micro-kernels: tiles loaded and stored, li
 NEEDED = """\
 What it would take to come nearer: most cycles are not of products. The convolutions that widen to four times the
 channels and add the residual take the most time, and need more vector instructions than products of so few steps hide
-(the columns of instructions above). As long as results are those of the nodes one by one, hardly any can be saved there:
+(the columns of instructions above). As long as results are those of the nodes one by one, hardly any can be saved:
 bias, f32, scale, clip, round; the residual to f32; both scaled and added, rounded, narrowed. Sums leave tile registers
 through memory only, which takes as long as a product for each register. The 3 x 3 convolutions read panels of weights
 that are larger than the first-level cache, and come near to what the second gives.
