@@ -151,7 +151,8 @@ def markdown(records: Sequence[Record]) -> str:
     for r in sorted(records, key=lambda r: (r["model"], r["precision"], r["threads"], r["batch"])):
         rates = [f"{r['batch'] / m:.4g}" if (m := r["medians"].get(name)) else "-" for name in shown]
         gain = _gain(r)
-        notes = ["DIFFERS"] if r["agrees"].get("vivace") is False else []
+        apart = [name for name, agrees in r["agrees"].items() if agrees is False]
+        notes = [f"differ from onnxruntime: {' and '.join(apart)}"] if apart else []
         notes += ["not quiet"] if r["foreign_cores"] >= 0.1 else []
         cells = [r["model"], r["precision"], str(r["threads"]), str(r["batch"]), *rates]
         lines.append(f"| {' | '.join(cells)} | {f'{gain:.2f}' if gain else '-'} | {', '.join(notes)} |")
