@@ -106,6 +106,15 @@ def test_caches_with_gaps_that_lie_elsewhere_are_copied_into(engine: Engine) -> 
     check(engine, caches, feeds, caches.outputs())
 
 
+def test_rooms_need_no_plans_of_memory_of_their_own(engine: Engine) -> None:
+    engine.run(Caches().feeds())
+    planned = len(engine._planner.planned)
+    for room in (ROOM, 10 * ROOM, 100 * ROOM):
+        caches = Caches(room=room)
+        check(engine, caches, caches.feeds(), caches.outputs())
+    assert len(engine._planner.planned) == planned
+
+
 def test_one_cache_in_place_and_one_elsewhere(engine: Engine) -> None:
     caches = Caches()
     feeds = caches.feeds()

@@ -17,6 +17,7 @@ from vivace.lower.memory import Lifetime, MemoryPlan, plan_memory
 from vivace.targets.cpu.words import dims_function
 
 ROUNDING = 64  # above this, a dim is planned as the next multiple of it
+MAX_PLANS = 256  # classes of shapes whose plan is remembered
 
 
 class ShapeSolver:
@@ -93,13 +94,16 @@ class MemoryPlanner:
     def __init__(self, image: Image) -> None:
         self.arena = [(k, s) for k, s in enumerate(image.storages) if s.kind == "arena"]
         self.sizes = dims_function([s.n_bytes for _, s in self.arena])
-        self.planned: dict[tuple[tuple[str, int], ...], tuple[list[int], dict[str, int], MemoryPlan]] = {}
+        self.names = sorted({x.name for _, s in self.arena for x in symbols(s.n_bytes)})
+        self.planned: dict[tuple[int, ...], tuple[list[int], dict[str, int], MemoryPlan]] = {}
 
     def plan(self, dims: Mapping[str, int]) -> tuple[dict[str, int], MemoryPlan]:
         """Offsets for these dims; the plan is kept for the class of shapes."""
-        key = tuple(sorted((n, _round_up(v)) for n, v in dims.items()))
+        key = tuple(_round_up(dims[n]) for n in self.names)
         if key not in self.planned:
-            self.planned[key] = self._make(dict(key))
+            if len(self.planned) >= MAX_PLANS:
+                self.planned.clear()
+            self.planned[key] = self._make(dict(zip(self.names, key, strict=True)))
         sizes, offsets, plan = self.planned[key]
         if any(map(gt, self.sizes(dims), sizes)):  # a size that falls as a dim grows
             _, offsets, plan = self._make(dims)
