@@ -170,7 +170,7 @@ def test_rows_fill_as_few_tile_registers_as_there_can_be() -> None:
     case = product(np.zeros((1, 784, 64), np.uint8), np.zeros((1, 64, 32), np.int8), np.int32, TILES)
     assert isinstance(case.c, Contraction)
     assert choose_tile(case.c, TILES).inner == ((9, 32), (16, 31))
-    assert len(re.findall(r"^@product\.rows", case.code(TILES).llvm_text, re.MULTILINE)) == 1
+    assert len(re.findall(r"^@product\.shapes", case.code(TILES).llvm_text, re.MULTILINE)) == 1
 
 
 @each_case
