@@ -30,8 +30,8 @@ from typing import Any
 import numpy as np
 import onnx
 from benchmarks.models import ModelUnavailable, inputs, materialise
+from benchmarks.records import ROOT, kept, versions
 from benchmarks.spelled_out import spelled_forest, spelled_lstm
-from benchmarks.times import ROOT, kept, versions
 
 import vivace
 from vivace.base.machine import host

@@ -30,7 +30,7 @@ from typing import Any
 from benchmarks.compiled_torch import PAUSE_SECONDS, torch_contestant, why_not
 from benchmarks.models import find, materialise
 from benchmarks.models.quantized import materialise_quantized
-from benchmarks.times import PROVIDERS, ROOT, kept, output_names, versions
+from benchmarks.records import PROVIDERS, ROOT, kept, output_names, versions
 
 from vivace.base.machine import host
 

@@ -55,7 +55,7 @@ import numpy as np
 from benchmarks.models import inputs, materialise, passages
 from benchmarks.models.blockwise import BASE, gguf_file, materialise_blockwise
 from benchmarks.models.fetch import cache_dir
-from benchmarks.times import RESULTS, ROOT, versions
+from benchmarks.records import RESULTS, ROOT, versions
 
 CONTEXTS, PREFILL = {"decode": 128, "long": 1024}, 512
 GROWTH = 16

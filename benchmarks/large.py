@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 from benchmarks.gemm import Layer, OpenVino, Ours, _float_problem, _int8_problem, _spec
+from benchmarks.records import RESULTS, versions
 from benchmarks.tile_work import HEAD, cells, least_ns, measure_model, work_of
-from benchmarks.times import RESULTS, versions
 
 from vivace.base.dtypes import DType
 from vivace.base.machine import Isa, host

@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.models import MODELS, ModelUnavailable, inputs, materialise
 from benchmarks.models.quantized import QUANTIZED, materialise_quantized
-from benchmarks.times import ROOT, kept, versions
+from benchmarks.records import ROOT, kept, versions
 
 import vivace
 from vivace.base.machine import host

@@ -33,7 +33,7 @@ from benchmarks.compiled_torch import PAUSE_SECONDS, torch_contestant, why_not
 from benchmarks.limits import limit_line
 from benchmarks.models import MODELS, ModelUnavailable, inputs, materialise
 from benchmarks.models.quantized import QUANTIZED, materialise_quantized
-from benchmarks.times import RESULTS, ROOT, kept, output_names, versions
+from benchmarks.records import RESULTS, ROOT, kept, output_names, versions
 
 PEERS = ("onnxruntime", "openvino", "torch")
 BASE = "vivace f32"

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from benchmarks.models import ModelUnavailable, inputs, materialise
 from benchmarks.models.quantized import QUANTIZED, materialise_quantized
-from benchmarks.times import RESULTS, versions
+from benchmarks.records import RESULTS, versions
 
 import vivace
 from vivace.base.machine import host

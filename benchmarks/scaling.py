@@ -18,7 +18,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.models import MODELS, ModelUnavailable, inputs, materialise
-from benchmarks.times import ROOT, kept, versions
+from benchmarks.records import ROOT, kept, versions
 
 import vivace
 from vivace.base.machine import host

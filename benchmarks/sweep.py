@@ -34,7 +34,7 @@ import onnx
 from benchmarks.gemm import OnnxRuntime, OpenVino
 from benchmarks.limits import limit_line
 from benchmarks.models import MODELS, ModelUnavailable, inputs, materialise
-from benchmarks.times import ROOT, kept, versions
+from benchmarks.records import ROOT, kept, versions
 from onnx import TensorProto, helper, numpy_helper
 
 import vivace

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from benchmarks.models import ModelUnavailable, inputs, materialise
 from benchmarks.models.quantized import QUANTIZED, materialise_quantized
-from benchmarks.times import RESULTS, ROOT, kept, versions
+from benchmarks.records import RESULTS, ROOT, kept, versions
 
 import vivace
 from vivace.base.knobs import knobs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks import lowprecision
-from benchmarks.times import versions
+from benchmarks.records import versions
 
 
 def test_a_table_from_records(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

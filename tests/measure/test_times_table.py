@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks import times
+from benchmarks import overhead, times_table
 from benchmarks.compiled_torch import torch_contestant, why_not
+from benchmarks.times import SUMMARY
 
 from vivace.base.errors import ProviderError
 
@@ -52,7 +53,7 @@ def _record(model: str, threads: int, medians: dict[str, float | None], disturbe
 
 @pytest.fixture
 def summary() -> dict[str, Any]:
-    return times.summarise(
+    return times_table.summarise(
         [
             _record("silero-vad", 1, {"vivace": 50e-6, "onnxruntime": 100e-6, "openvino": None}),
             _record("resnet50", 1, {"vivace": 0.1, "onnxruntime": 0.11, "openvino": 0.125}),
@@ -78,36 +79,36 @@ def test_summary(summary: dict[str, Any]) -> None:
 
 
 def test_tables(summary: dict[str, Any], tmp_path: Path) -> None:
-    text = times.markdown(summary)
+    text = times_table.markdown(summary)
     assert "| resnet50 | 2 | 50 | 50 | 40 | 1.25 [1.24, 1.26] | 50% |" in text
     assert "80.0% of the measured f32 peak" in text
     assert "4.0" in next(line for line in text.splitlines() if line.startswith("| silero-vad"))
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{times._BEGIN}\nold\n{times._END}\nafter\n")
-    times.update_readme(page, summary)
+    page.write_text(f"before\n{times_table._BEGIN}\nold\n{times_table._END}\nafter\n")
+    times_table.update_readme(page, summary)
     once = page.read_text()
     assert "old" not in once and "| silero-vad | 1 | 0.05 | 0.1 | - | 0.50 | 50% |" in once
     assert once.startswith("before\n") and once.endswith("after\n")
-    times.update_readme(page, summary)
+    times_table.update_readme(page, summary)
     assert page.read_text() == once
     page.write_text("no marks")
     with pytest.raises(SystemExit, match="lacks the marks"):
-        times.update_readme(page, summary)
+        times_table.update_readme(page, summary)
 
 
 def test_readme_shows_the_measured_table(repository: Path) -> None:
     readme = repository / "README.md"
-    if not times.SUMMARY.exists() or not readme.exists():
+    if not SUMMARY.exists() or not readme.exists():
         pytest.skip("nothing is measured yet")
-    assert times.readme_table(json.loads(times.SUMMARY.read_text())) in readme.read_text()
+    assert times_table.readme_table(json.loads(SUMMARY.read_text())) in readme.read_text()
 
 
 def test_torch_has_a_column_where_it_was_timed(summary: dict[str, Any]) -> None:
-    assert not any("torch" in line for line in times.table(summary["rows"]))
-    more = times.summarise(
+    assert not any("torch" in line for line in times_table.table(summary["rows"]))
+    more = times_table.summarise(
         [_record("resnet50", 1, {"vivace": 0.1, "onnxruntime": 0.11, "openvino": 0.125, "torch": 0.09})]
     )
-    heads, _, row = times.table(more["rows"])
+    heads, _, row = times_table.table(more["rows"])
     assert "| torch ms |" in heads and "| 90 |" in row
     assert more["rows"][0]["best_peer"] == "torch"
 
@@ -119,6 +120,6 @@ def test_torch_runs_what_came_from_it_only() -> None:
 
 
 def test_time_in_kernels_counts_once_where_threads_overlap() -> None:
-    assert times.covered_ns([]) == 0
-    assert times.covered_ns([(10, 20), (30, 35)]) == 15
-    assert times.covered_ns([(30, 40), (10, 32), (12, 20), (40, 41)]) == 31
+    assert overhead.covered_ns([]) == 0
+    assert overhead.covered_ns([(10, 20), (30, 35)]) == 15
+    assert overhead.covered_ns([(30, 40), (10, 32), (12, 20), (40, 41)]) == 31

@@ -13,7 +13,7 @@ from vivace.base.errors import InternalError
 from vivace.runtime import executable as of_contexts
 from vivace.runtime.buffer import PAGE_BYTES, Buffer
 from vivace.runtime.executable import Executable
-from vivace.targets.cpu.program import Header
+from vivace.targets.cpu.program_layout import Header
 from vivace.targets.cpu.steps import (
     Arena,
     Call,

@@ -417,17 +417,27 @@ def _atom_data(a: Atom) -> object:
     return [a.name, a.lo, a.hi] if isinstance(a, Symbol) else [a.fn, to_data(a.a), to_data(a.b), "fn"]
 
 
+def _atom_of(name: str, a: object, b: object, kind: str = "") -> Atom:
+    if kind:
+        if name not in _FUNCTIONS:
+            raise ValueError(name)
+        return Apply(name, from_data(a), from_data(b))
+    if not (type(name) is str and all(x is None or isinstance(x, int) for x in (a, b))):
+        raise TypeError(name)
+    return Symbol(name, a, b)  # type: ignore[arg-type]
+
+
 def from_data(data: object) -> Dim:
-    """The inverse of `to_data`. Raises: ModelError for anything else."""
+    """The inverse of `to_data`. Raises: ModelError for anything else.
+
+    Cost: what was simplified when it was written is not simplified again, as engines are full of dims.
+    """
     if isinstance(data, int):
         return data
     try:
-        total: Dim = 0
-        for c, atoms in data:  # type: ignore[attr-defined]
-            term: Dim = int(c)
-            for a in atoms:
-                term = term * (_FUNCTIONS[a[0]](from_data(a[1]), from_data(a[2])) if len(a) == 4 else symbol(*a))
-            total = total + term
-        return total
+        terms = tuple((tuple(_atom_of(*a) for a in atoms), int(c)) for c, atoms in data)  # type: ignore[attr-defined]
+        if not terms:
+            raise ValueError("no terms")
+        return Expr(terms)
     except (TypeError, ValueError, KeyError, IndexError) as e:
         raise ModelError(f"cannot read the dim {data!r}", expected="a dim as `to_data` writes it") from e

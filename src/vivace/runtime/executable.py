@@ -31,7 +31,7 @@ from vivace.base.dims import Dim, Expr
 from vivace.base.errors import InternalError
 from vivace.runtime.buffer import DATA_FIELD, PAGE_BYTES, Buffer, data_is_first
 from vivace.runtime.pool import pool
-from vivace.targets.cpu.program import Header, Record, Ring, Status
+from vivace.targets.cpu.program_layout import Header, Record, Ring, Status
 from vivace.targets.cpu.steps import Call, Step
 from vivace.targets.cpu.team import MAX_THREADS
 from vivace.targets.cpu.words import Layout, Words, dims_function, encode

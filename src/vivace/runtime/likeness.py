@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vivace.runtime.buffer import DATA_FIELD, data_is_first
-from vivace.targets.cpu.program import ArrayField
+from vivace.targets.cpu.methods import ArrayField
 
 Words = npt.NDArray[np.int64]
 

@@ -34,7 +34,8 @@ from vivace.base.machine import isa
 from vivace.runtime.buffer import Buffer
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.code import KernelCode
-from vivace.targets.cpu.program import PYTHON_CALLS, program_text
+from vivace.targets.cpu.methods import PYTHON_CALLS
+from vivace.targets.cpu.program import program_text
 from vivace.targets.cpu.team import MAX_THREADS, Seat, Team
 from vivace.targets.cpu.waiting import SPIN_NS, TURN_NS
 

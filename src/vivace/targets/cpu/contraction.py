@@ -28,12 +28,11 @@ from vivace.targets.cpu.contraction_fetch import destinations
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, plan_of_rows, symbol_of, variants
 from vivace.targets.cpu.contraction_step import Step
 from vivace.targets.cpu.contraction_text import Int, Text
-from vivace.targets.cpu.contraction_vector import LINE_BYTES, load, mask_text, store
+from vivace.targets.cpu.contraction_vector import ACC_BYTES, LINE_BYTES, load, mask_text, store
 from vivace.targets.cpu.contraction_waiting import finishers
 from vivace.targets.cpu.isa import kernel_attributes
 from vivace.targets.cpu.memory import flat_index
 
-ACC_BYTES = 4
 _SOON_BYTES = 4096  # what memory delivers in the time that it takes to answer, and some more
 
 

@@ -42,8 +42,8 @@ from vivace.lower.arithmetic import chunk_bytes
 from vivace.targets.cpu.contraction_fetch import Destination, destinations
 from vivace.targets.cpu.contraction_plan import Plan, load_dims, symbol_of, variants
 from vivace.targets.cpu.contraction_text import Int, Text
+from vivace.targets.cpu.contraction_vector import ACC_BYTES
 from vivace.targets.cpu.contraction_waiting import (
-    ACC_BYTES,
     finish_at_once,
     finish_before,
     n_chunks,

@@ -6,6 +6,7 @@ from vivace.base.machine import Isa
 from vivace.targets.cpu.contraction_text import Int, Text
 
 F32_BYTES = 4
+ACC_BYTES = 4  # of a sum, of integers too
 LINE_BYTES = 64
 
 

@@ -24,9 +24,8 @@ from vivace.targets.cpu.builder import Value
 from vivace.targets.cpu.contraction_epilogue import Epilogue
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, plan_of_rows, variants
 from vivace.targets.cpu.contraction_text import Int, Text
-from vivace.targets.cpu.contraction_vector import LINE_BYTES, mask_text
+from vivace.targets.cpu.contraction_vector import ACC_BYTES, LINE_BYTES, mask_text
 
-ACC_BYTES = 4
 # Where the words are; the first is the shape's.
 _KIND, _ROWS, _OUT, _N, _PLACES = 8, 16, 24, 32, 40
 

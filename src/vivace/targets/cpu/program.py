@@ -17,99 +17,20 @@ and dims live in words and never in code, so one program serves every shape, and
 
 Rules:
 * ONE CALL: a run applies the patches (word = *(io[index] + field) + offset), goes to END, and returns a `Status`.
-* ENTRY: `vivace_enter` is a method of CPython (METH_FASTCALL). `self` is the context's address; the arguments are the
-  places `io` of inputs and outputs, none for those in the context's own table. The GIL is released during the run.
-* LIKE: `vivace_is_like`, a method too, tells whether its arguments begin with arrays as the context's table of likeness
-  describes them (`vivace.runtime.likeness`).
 * ALONE: with one thread, or when another run owns the team, the calling thread runs everything itself, without atomics
   on the way; runs never queue for each other. Each such run takes one thread off the team of the run that owns it.
 * QUIET: without a ring of records, profiling costs one predictable branch per chunk.
 
-`vivace.targets.cpu.threads` holds the team's side.
+`vivace.targets.cpu.threads` holds the team's side, `vivace.targets.cpu.methods` that of Python.
 """
 
 from __future__ import annotations
 
-from enum import IntEnum
-
+from vivace.targets.cpu.methods import METHODS
+from vivace.targets.cpu.program_layout import N_WORDS, PARALLEL_HEAD_WORDS, PART_WORDS, Header, Op, Record, Ring, Status
 from vivace.targets.cpu.shuffled import DELAY, shuffled_grains_text
 from vivace.targets.cpu.team import Team
 from vivace.targets.cpu.threads import grains_text, threads_text
-
-
-class Op(IntEnum):
-    """Operation codes: the first word of each step."""
-
-    SERIAL = 0
-    PARALLEL = 1
-    JUMP = 2
-    UNLESS = 3
-    SET = 4
-    COUNT = 5
-    LESS = 6
-    CALL = 7
-    END = 8
-
-
-N_WORDS = {Op.SERIAL: 4, Op.JUMP: 2, Op.UNLESS: 4, Op.SET: 3, Op.COUNT: 2, Op.LESS: 4, Op.CALL: 3, Op.END: 1}
-PARALLEL_HEAD_WORDS = 3
-PART_WORDS = 5
-
-
-class Status(IntEnum):
-    """What a run returns."""
-
-    OK = 0
-    CALL_FAILED = 1
-    NEEDS_WORKERS = 2  # the team has fewer threads than the context wants; nothing was run
-
-
-class Header(IntEnum):
-    """Words at the head of a context."""
-
-    TEAM_CELL = 0  # address of the word that holds the team's address
-    N_THREADS = 1
-    PROGRAM = 2
-    PATCHES = 3
-    N_PATCHES = 4
-    SCRATCH = 5
-    SCRATCH_STRIDE = 6
-    RING = 7  # 0: nothing is recorded
-    STATUS = 8
-    IO = 9  # address of a table of places, one per input and output
-    FIELD = 10  # bytes from a place to the word that holds the address of the data
-    LIKENESS = 11  # address of what `vivace_is_like` compares arrays with
-    SIZE = 16
-
-
-class ArrayField(IntEnum):
-    """Bytes from the word that holds the address of an array's data to other fields of the array object."""
-
-    TYPE = -8
-    RANK = 8  # 4 bytes
-    SHAPE = 16  # the address of the sizes
-    DTYPE = 40
-    FLAGS = 48  # 4 bytes; bit 0: C-contiguous
-
-
-class Ring(IntEnum):
-    """Words at the head of a ring of records, and the words of a record."""
-
-    CURSOR = 0
-    CAPACITY = 1
-    RECORDS = 8
-
-
-class Record(IntEnum):
-    """One chunk that one thread ran. Times are in cycles of `vivace_cycles`."""
-
-    PART = 0  # the address of the words `fn, args, ...`
-    THREAD = 1
-    START = 2
-    STOP = 3
-    BEGIN = 4
-    END = 5
-    SIZE = 6
 
 
 def program_text(is_shuffled: bool = False) -> str:
@@ -119,7 +40,7 @@ def program_text(is_shuffled: bool = False) -> str:
     With `is_shuffled` grains run in a changing order and threads lose time (see `vivace.targets.cpu.shuffled`).
     """
     threads = threads_text(delay=DELAY) + shuffled_grains_text() if is_shuffled else threads_text() + grains_text()
-    return _HEAD + threads + _EXECUTE + _lead_text() + _run_text() + _ENTER
+    return _HEAD + threads + _EXECUTE + _lead_text() + _run_text() + METHODS
 
 
 _HEAD = """
@@ -181,107 +102,6 @@ timed:
   ret void
 }}
 """
-
-# What `vivace_enter` calls; `vivace_bind` is told their addresses once.
-PYTHON_CALLS = ("PyLong_AsVoidPtr", "PyEval_SaveThread", "PyEval_RestoreThread", "PyLong_FromLong")
-
-_ENTER = f"""
-@python = internal global [{len(PYTHON_CALLS)} x ptr] zeroinitializer
-
-define void @vivace_bind(ptr %calls) {{
-  %all = load [{len(PYTHON_CALLS)} x ptr], ptr %calls
-  store [{len(PYTHON_CALLS)} x ptr] %all, ptr @python
-  ret void
-}}
-
-define ptr @vivace_enter(ptr %self, ptr %places, i64 %n) {{
-  %as.pointer = load ptr, ptr @python
-  %ctx = call ptr %as.pointer(ptr %self)
-  %own.p = getelementptr i64, ptr %ctx, i64 {Header.IO:d}
-  %own = load ptr, ptr %own.p
-  %is.own = icmp eq i64 %n, 0
-  %io = select i1 %is.own, ptr %own, ptr %places
-  %save.p = getelementptr ptr, ptr @python, i64 1
-  %save = load ptr, ptr %save.p
-  %state = call ptr %save()
-  %status = call i64 @run(ptr %ctx, ptr %io)
-  %restore.p = getelementptr ptr, ptr @python, i64 2
-  %restore = load ptr, ptr %restore.p
-  call void %restore(ptr %state)
-  %from.long.p = getelementptr ptr, ptr @python, i64 3
-  %from.long = load ptr, ptr %from.long.p
-  %result = call ptr %from.long(i64 %status)
-  ret ptr %result
-}}
-
-define ptr @vivace_is_like(ptr %self, ptr %places, i64 %n) {{
-entry:
-  %as.pointer = load ptr, ptr @python
-  %ctx = call ptr %as.pointer(ptr %self)
-  %field.p = getelementptr i64, ptr %ctx, i64 {Header.FIELD:d}
-  %field = load i64, ptr %field.p
-  %table.p = getelementptr i64, ptr %ctx, i64 {Header.LIKENESS:d}
-  %table = load ptr, ptr %table.p
-  br label %array
-array:
-  %like = phi ptr [%table, %entry], [%like.next, %array.next]
-  %place.p = phi ptr [%places, %entry], [%place.next, %array.next]
-  %type = load i64, ptr %like
-  %all.alike = icmp eq i64 %type, 0
-  br i1 %all.alike, label %answer, label %look
-look:
-  %place = load ptr, ptr %place.p
-  %data.p = getelementptr i8, ptr %place, i64 %field
-  %its.type.p = getelementptr i8, ptr %data.p, i64 {ArrayField.TYPE:d}
-  %its.type = load i64, ptr %its.type.p
-  %is.array = icmp eq i64 %its.type, %type
-  br i1 %is.array, label %inside, label %answer
-inside:
-  %dtype.p = getelementptr i64, ptr %like, i64 1
-  %dtype = load i64, ptr %dtype.p
-  %its.dtype.p = getelementptr i8, ptr %data.p, i64 {ArrayField.DTYPE:d}
-  %its.dtype = load i64, ptr %its.dtype.p
-  %same.dtype = icmp eq i64 %its.dtype, %dtype
-  %flags.p = getelementptr i8, ptr %data.p, i64 {ArrayField.FLAGS:d}
-  %flags = load i32, ptr %flags.p
-  %is.dense = trunc i32 %flags to i1
-  %rank.p = getelementptr i64, ptr %like, i64 2
-  %rank = load i64, ptr %rank.p
-  %its.rank.p = getelementptr i8, ptr %data.p, i64 {ArrayField.RANK:d}
-  %its.rank.4 = load i32, ptr %its.rank.p
-  %its.rank = sext i32 %its.rank.4 to i64
-  %same.rank = icmp eq i64 %its.rank, %rank
-  %shape.p = getelementptr i8, ptr %data.p, i64 {ArrayField.SHAPE:d}
-  %shape = load ptr, ptr %shape.p
-  %sizes = getelementptr i64, ptr %like, i64 3
-  %same.kind = and i1 %same.dtype, %is.dense
-  %comparable = and i1 %same.kind, %same.rank
-  br i1 %comparable, label %axis, label %answer
-axis:
-  %i = phi i64 [0, %inside], [%i.next, %size]
-  %no.more = icmp eq i64 %i, %rank
-  br i1 %no.more, label %array.next, label %size
-size:
-  %size.p = getelementptr i64, ptr %sizes, i64 %i
-  %wanted = load i64, ptr %size.p
-  %its.size.p = getelementptr i64, ptr %shape, i64 %i
-  %its.size = load i64, ptr %its.size.p
-  %i.next = add i64 %i, 1
-  %same.size = icmp eq i64 %its.size, %wanted
-  br i1 %same.size, label %axis, label %answer
-array.next:
-  %like.next = getelementptr i64, ptr %sizes, i64 %rank
-  %place.next = getelementptr ptr, ptr %place.p, i64 1
-  br label %array
-answer:
-  %is.like = phi i64 [1, %array], [0, %look], [0, %inside], [0, %size]
-  %from.long.p = getelementptr ptr, ptr @python, i64 3
-  %from.long = load ptr, ptr %from.long.p
-  %result = call ptr %from.long(i64 %is.like)
-  ret ptr %result
-}}
-"""
-
 
 def _lead_text() -> str:
     t = Team

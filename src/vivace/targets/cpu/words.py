@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from vivace.base.dims import Apply, Dim, Expr, symbols
 from vivace.base.errors import InternalError
-from vivace.targets.cpu.program import Header, Op
+from vivace.targets.cpu.program_layout import Header, Op
 from vivace.targets.cpu.steps import (
     Arena,
     Arg,
