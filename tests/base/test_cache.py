@@ -217,6 +217,13 @@ for i in range(150):
 """
 
 
+def test_a_file_may_vanish_while_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process evicts it between two looks."""
+    monkeypatch.setattr(Path, "exists", lambda *_: True)
+    assert write_atomic(tmp_path / "gone", [b"data"]) == 4
+    assert (tmp_path / "gone").read_bytes() == b"data"
+
+
 def test_many_processes_at_once(tmp_path: Path) -> None:
     """Readers, writers and evictions race; no process fails and no reader sees a part of an entry."""
     hammers = [

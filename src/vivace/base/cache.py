@@ -18,6 +18,7 @@ import errno
 import hashlib
 import os
 import secrets
+import stat
 import struct
 import time
 from collections.abc import Iterable, Iterator
@@ -47,7 +48,7 @@ def write_atomic(path: Path, chunks: Iterable[Chunk], *, mode: int | None = None
     Raises: OSError as the file system gives it, with this file's name, also for a device, a pipe or a folder; whatever
     `chunks` raises.
     """
-    if path.exists() and not path.is_file():  # a rename would replace the device itself
+    if not stat.S_ISREG(_mode_of(path)):  # a rename would replace the device itself
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}{_TEMPORARY}")
     n_bytes = 0
@@ -72,6 +73,14 @@ def write_atomic(path: Path, chunks: Iterable[Chunk], *, mode: int | None = None
     if durable:
         _sync_folder(path.parent)
     return n_bytes
+
+
+def _mode_of(path: Path) -> int:
+    """The kind and permissions of a file; of what is not there, of a file (one look: RACES)."""
+    try:
+        return path.stat().st_mode
+    except OSError:
+        return stat.S_IFREG
 
 
 def _sync_folder(folder: Path) -> None:
