@@ -246,6 +246,7 @@ def load(path: str | Path, *, threads: int | None = None) -> Engine | Partitione
         else Engine(p.image, n_threads, [Placement(*f) for f in program.placement], make_foreign(n_threads), portable)
         for p in program.parts
     ]  # fmt: skip
-    if isinstance(engines[0], Engine) and len(engines) == 1:
+    one = program.parts[0]
+    if isinstance(engines[0], Engine) and (one.inputs, one.outputs) == (program.inputs, program.outputs):
         return engines[0]
     return PartitionedEngine(program, engines, n_threads, portable)

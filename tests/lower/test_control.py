@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 
 import numpy as np
+import onnx.parser
 import pytest
 from tests.lower.harness import HERE, build, check, check_engine
 
+import vivace
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import isa
@@ -179,3 +181,14 @@ def test_constants_kept_between_lowerings_are_those_of_a_fresh_one() -> None:
         for a, b in zip(constants(shared), expected, strict=True):
             np.testing.assert_array_equal(a, b)
         gc.collect()  # plans and their graphs refer to each other
+
+
+def test_a_loop_of_unknown_length_compiles_and_runs() -> None:
+    """No result has its length as a size, so no array tells it."""
+    model = onnx.parser.parse_model("""<ir_version: 10, opset_import: ["" : 18]>
+        m (float[N] x, int64 n) => (float[N] y) <bool t = {1}, float most = {20.0}>
+        { y = Loop(n, t, x) <body = b (int64 i, bool go, float[N] s) => (bool on, float[N] z) {
+            z = Add(s, s)  top = ReduceMax<keepdims = 0>(z)  on = Less(top, most) }> }""")
+    engine = vivace.compile(model, providers=("native",), threads=2)
+    for n, want in ((0, 1), (2, 4), (99, 32)):
+        assert engine.run({"x": np.ones(3, np.float32), "n": np.asarray(n)})["y"].tolist() == [want] * 3

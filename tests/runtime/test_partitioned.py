@@ -172,6 +172,18 @@ def test_a_model_of_known_sizes_is_one_engine() -> None:
     assert isinstance(vivace.compile(proto, threads=1), Engine)
 
 
+def test_an_input_that_only_dead_operators_read_stays_one_after_loading(tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(
+        '<ir_version: 9, opset_import: ["" : 17]> m (float[N] x, float[N] u) => (float[N] y) {'
+        "y = Relu(x)  i = NonZero(u) }"
+    )
+    engine = vivace.compile(proto, threads=1)
+    engine.save(tmp_path / "m.vivace")
+    again = vivace.load(tmp_path / "m.vivace", threads=1)
+    assert again.inputs == engine.inputs
+    assert again.run({"x": np.ones(2, np.float32), "u": np.ones(2, np.float32)})["y"].tolist() == [1, 1]
+
+
 def test_a_loop_with_such_an_operator_inside_leaves_as_a_whole() -> None:
     text = """m (float[N] x, int64 n) => (float[N] y) {
         e = Exp(x)  yes = Constant<value = bool {1}>()

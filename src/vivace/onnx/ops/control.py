@@ -89,10 +89,11 @@ def loop(c: Call, trip: Value | None, cond: Value | None = None, *state: Value) 
     _check_state(c, state, carried)
     captures = list(inner.captures)
     graph = _close(c.scope, inner, body, [_as_scalar(inner, outputs[0]), *outputs[1:]], captures)
-    length = _length(c, trip, cond, body, outputs[0])
+    n_scan = len(outputs) - 1 - n
+    length = _length(c, trip, cond, body, outputs[0], has_scans=n_scan > 0)
     first = None if cond is None or _known_condition(c, cond) is True else c.reshaped(cond, ())
     limit = None if trip is None else c.reshaped(trip, ())
-    result = c.loop(limit, first, *state, *captures, body=graph, n_state=n, n_scan=len(outputs) - 1 - n, length=length)
+    result = c.loop(limit, first, *state, *captures, body=graph, n_state=n, n_scan=n_scan, length=length)
     return result if isinstance(result, tuple) else (result,)
 
 
@@ -114,15 +115,17 @@ def _check_state(c: Call, state: Sequence[Value], carried: Sequence[Value]) -> N
                 raise Fallback(f"its state grows from {before.type} to {after.type}")
 
 
-def _length(c: Call, trip: Value | None, cond: Value | None, body: GraphProto, last: Value) -> Dim:
-    """How many iterations there are, when only the trip count ends the loop; else a symbol of its own."""
+def _length(c: Call, trip: Value | None, cond: Value | None, body: GraphProto, last: Value, has_scans: bool) -> Dim:
+    """How many iterations there are, when only the trip count ends the loop; else a symbol of its own where results
+    have that size, and one where none has: then no array ever tells it.
+    """
     passed = body.output[0].name == body.input[1].name or (last.data is not None and bool(last.data.all()))
     if not passed:
         source = [n for n in body.node if body.output[0].name in n.output]
         passed = len(source) == 1 and source[0].op_type == "Identity" and source[0].input[0] == body.input[1].name
     if passed and _known_condition(c, cond) is True and trip is not None and c.known(trip) is not None:
         return maximum(c.scalar(trip, "the trip count"), 0)
-    return c.scope.session.fresh_symbol(f"{c.node.output[0] or 'loop'}_length")
+    return c.scope.session.fresh_symbol(f"{c.node.output[0] or 'loop'}_length") if has_scans else 1
 
 
 @onnx_op("Scan", since=9)

@@ -11,7 +11,7 @@ from vivace.base.errors import InternalError, UnsupportedError
 from vivace.targets.cpu import vmath, vmath64
 from vivace.targets.cpu.builder import Builder, Value, literal, type_bits
 from vivace.targets.cpu.integers import divide, remainder, shift
-from vivace.targets.cpu.memory import from_memory, register_type, to_memory
+from vivace.targets.cpu.memory import four_bits, from_memory, register_type, to_memory
 
 _FLOAT_COMPARE = {"eq": "oeq", "ne": "une", "lt": "olt", "le": "ole", "gt": "ogt", "ge": "oge"}
 _ARITHMETIC = {"add": ("fadd", "add"), "sub": ("fsub", "sub"), "mul": ("fmul", "mul")}
@@ -27,6 +27,8 @@ def cast(b: Builder, v: Value, source: DType, target: DType) -> Value:
         v = cast(b, v, source, DType.f32)
         bits = to_memory(b, v, target)
         return from_memory(b, bits, target)
+    if target in (DType.i4, DType.u4):
+        return four_bits(b, cast(b, v, source, DType.i8), target)
     t = register_type(target)
     if target is DType.bool:
         return b.compare("fcmp une" if source.is_float else "icmp ne", v, literal(0, v.type))

@@ -25,7 +25,7 @@ from vivace.targets.cpu.shuffles import every_nth
 
 _MEMORY = {
     DType.f32: "float", DType.f64: "double", DType.f16: "i16", DType.bf16: "i16", DType.bool: "i8",
-    DType.i8: "i8", DType.u8: "i8", DType.i16: "i16", DType.u16: "i16",
+    DType.i8: "i8", DType.u8: "i8", DType.i4: "i8", DType.u4: "i8", DType.i16: "i16", DType.u16: "i16",
     DType.i32: "i32", DType.u32: "i32", DType.i64: "i64", DType.u64: "i64",
 } | dict.fromkeys(NARROW_FLOATS, "i8")  # fmt: skip
 _REGISTER = _MEMORY | dict.fromkeys((DType.f16, DType.bf16, *NARROW_FLOATS), "float") | {DType.bool: "i1"}
@@ -57,7 +57,14 @@ def from_memory(b: Builder, v: Value, t: DType) -> Value:
         return widened(b, v, t)
     if t is DType.bool:
         return b.compare("icmp ne", v, literal(0, "i8"))
-    return v
+    return four_bits(b, v, t) if t in (DType.i4, DType.u4) else v
+
+
+def four_bits(b: Builder, v: Value, t: DType) -> Value:
+    """A byte whose low four bits are an i4 or u4, as the number: what memory and numbers that wrap have above them
+    does not count."""
+    four = literal(4, v.type)
+    return b.op("ashr" if t.is_signed else "lshr", b.op("shl", v, four), four)
 
 
 def to_memory(b: Builder, v: Value, t: DType) -> Value:
@@ -78,6 +85,8 @@ def to_memory(b: Builder, v: Value, t: DType) -> Value:
         return _float_to_half(b, v)
     if t in NARROW_FLOATS:
         return narrowed(b, v, t)
+    if t in (DType.i4, DType.u4):
+        return b.op("and", v, literal(15, v.type))  # as NumPy's types have them
     return b.convert("zext", v, "i8") if t is DType.bool else v
 
 
