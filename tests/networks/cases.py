@@ -16,7 +16,7 @@ import mmap
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from random import Random
 
@@ -176,7 +176,7 @@ def bits(got: Mapping[str, Array], want: Mapping[str, Array], where: str) -> Non
         assert same.all(), f"{where}: {int((~same).sum())} of {same.size} in {name} {w.shape} have other bits"
 
 
-def main(first: int, last: int) -> None:
+def main(first: int, last: int, check: Callable[[int], str] = check) -> None:
     faulthandler.enable()
     for seed in range(first, last):
         faulthandler.dump_traceback_later(LIMIT_S, exit=True)

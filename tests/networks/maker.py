@@ -51,13 +51,16 @@ class Maker:
     inputs: list[making.ValueInfoProto] = field(default_factory=list)
     feeds: dict[str, tuple[str, tuple[int | str, ...]]] = field(default_factory=dict)
     values: list[Value] = field(default_factory=list)
+    ends: list[str] = field(default_factory=list)
+    n_made: int = 0
 
     def __post_init__(self) -> None:
         self.numbers = np.random.default_rng(self.random.randrange(1 << 30))
 
     def op(self, op: str, *inputs: str, n: int = 1, **attrs: object) -> str:
         """Append a node; the name of its result, or of several with spaces between."""
-        names = " ".join(f"v{len(self.nodes)}_{i}" for i in range(n))
+        names = " ".join(f"v{self.n_made}_{i}" for i in range(n))
+        self.n_made += 1
         self.nodes.append(making.node(op, " ".join(inputs), names, **attrs))
         return names
 
@@ -88,13 +91,19 @@ class Maker:
 
     def grow(self, move: Move, x: Value) -> None:
         """Append what a move makes of a value, if anything."""
-        kept = len(self.nodes), dict(self.constants), dict(self.feeds), list(self.inputs)
+        kept = len(self.nodes), dict(self.constants), dict(self.feeds), list(self.inputs), list(self.ends)
         y = move(self, x)
         if y is not None:
             self.values.append(y)
             return
         del self.nodes[kept[0] :]
-        self.constants, self.feeds, self.inputs = kept[1:]
+        self.constants, self.feeds, self.inputs, self.ends = kept[1:]
+
+    def taken(self, since: int) -> list[making.NodeProto]:
+        """The nodes since then, which are those of a nested graph from now on."""
+        nodes = self.nodes[since:]
+        del self.nodes[since:]
+        return nodes
 
     def like(self, x: Value) -> Value | None:
         """Another value of the same shape."""

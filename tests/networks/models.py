@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from random import Random
 
 from onnx import ModelProto
-from tests.networks import images, steps
+from tests.networks import flow, images, operators, steps
 from tests.networks.maker import CHANNELS, Maker, Move, Value
 from tests.onnx import making
 
@@ -24,7 +24,13 @@ STEPS: tuple[Move, ...] = (
     *[steps.project] * 2, *[steps.mlp] * 3, *[steps.norm] * 2, *[steps.attention] * 2, *[steps.attention_op] * 2,
     steps.recurrent, steps.conv1d, steps.placed, steps.cut, images.added, images.beside,
 )  # fmt: skip
-
+# Moves of wide models, as often as all others together.
+BOTH: tuple[Move, ...] = (
+    *[operators.function] * 3, operators.step, *[operators.moved] * 3, operators.reduced, operators.normed, flow.branch,
+    flow.loop,
+)  # fmt: skip
+WIDE_IMAGE = (*BOTH, operators.spaced)
+WIDE_STEPS = (*BOTH, *[operators.narrow_linear] * 5, flow.scan, *[flow.late] * 2, *[flow.rotary] * 3)
 
 LENGTHS = (1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 33, 40)
 LONG = (64, 65, 100, 140)
@@ -49,8 +55,8 @@ def finish(m: Maker, x: Value) -> str:
     return m.op("Identity", x.name)
 
 
-def make(random: Random) -> tuple[ModelProto, Maker]:
-    """A model, and its maker, which knows sizes to run it at and makes inputs."""
+def make(random: Random, is_wide: bool = False) -> tuple[ModelProto, Maker]:
+    """A model, and its maker, which knows sizes to run it at and makes inputs. Wide ones have any operators."""
     is_image = random.random() < 0.6
     of_image = random.choice(("", "", "", "h", "hw"))
     opened = {*of_image, *(k for k in "ns" if random.random() < 0.5)}
@@ -74,12 +80,16 @@ def make(random: Random) -> tuple[ModelProto, Maker]:
     for _ in range(40):
         if len(m.values) < wanted:
             x = m.values[-1] if m.flip(0.8) else random.choice(m.values)
-            m.grow(random.choice(IMAGE if x.is_image else STEPS), x)
-    ends = [finish(m, m.values[-1])]
+            moves = IMAGE if x.is_image else STEPS
+            if is_wide and m.flip(0.7):
+                moves = WIDE_IMAGE if x.is_image else WIDE_STEPS
+            m.grow(random.choice(moves), x)
+    ends = [finish(m, m.values[-1]), *m.ends]
     if m.flip(0.3):
         ends.append(m.op("Identity", random.choice(m.values).name))
-    opset = 23 if any(n.op_type == "Attention" for n in m.nodes) else 18
-    return making.model(m.nodes, m.inputs, [making.value(name, None) for name in ends], m.constants, opset), m
+    opset = 23 if any(n.op_type == "Attention" for n in m.nodes) else 21 if is_wide else 18
+    results = [making.value(name, None) for name in ends]
+    return making.model(m.nodes, m.inputs, results, m.constants, opset, com_microsoft=1), m
 
 
 def _inputs(
