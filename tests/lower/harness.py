@@ -32,7 +32,7 @@ from vivace.lower.plan import Branch, Foreign, Instruction, Loop, Operand, Plan,
 from vivace.lower.views import Storage
 from vivace.runtime.engine import Engine
 from vivace.targets.cpu import jit
-from vivace.targets.cpu.code import KernelCode
+from vivace.targets.cpu.code import NOTES_BYTES, KernelCode
 from vivace.targets.cpu.codegen import emit
 
 Array = np.ndarray
@@ -123,9 +123,12 @@ def _step(step: Step, memory: Memory, isa: str | None, parts: int) -> None:
     units = evaluate(code.units, memory.dims)
     call = _ENTRY(library.address(code.name))
     ranges = list(itertools.pairwise(units * k // parts for k in range(parts + 1)))
-    Random(units).shuffle(ranges)  # no order is promised
-    for begin, end in ranges:
-        scratch[:] = 0xC5
+    draw = Random(units)
+    draw.shuffle(ranges)  # no order is promised
+    for i, (begin, end) in enumerate(ranges):
+        if i == 0 or draw.random() < 0.5:  # another thread
+            scratch[:] = 0xC5
+            scratch[aligned - scratch.ctypes.data :][:NOTES_BYTES] = 0
         call(args.ctypes.data, begin, end, aligned)
 
 

@@ -31,6 +31,27 @@ done:
   ret void
 }
 
+; args: p; p[begin] = the first note, which then is one more; waits a while
+define void @note(ptr %args, i64 %begin, i64 %end, ptr %scratch) {
+entry:
+  %p = load ptr, ptr %args
+  %q = getelementptr i64, ptr %p, i64 %begin
+  %v = load i64, ptr %scratch
+  store i64 %v, ptr %q
+  %w = add i64 %v, 1
+  store i64 %w, ptr %scratch
+  %more.p = getelementptr i64, ptr %scratch, i64 8
+  br label %delay
+delay:
+  %k = phi i64 [0, %entry], [%k.next, %delay]
+  store volatile i64 %k, ptr %more.p
+  %k.next = add i64 %k, 1
+  %waiting = icmp ult i64 %k, 2000
+  br i1 %waiting, label %delay, label %done
+done:
+  ret void
+}
+
 ; args: from, to, n, salt; waits for a pseudo-random while, then to[unit] = from[n - 1 - unit] + 1
 define void @mirror(ptr %args, i64 %begin, i64 %end, ptr %scratch) {
 entry:

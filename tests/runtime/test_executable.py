@@ -3,6 +3,7 @@
 import ctypes
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -236,7 +237,8 @@ def test_threads_claim_at_ends_of_their_own(address: Address) -> None:
     x, y = np.zeros(n, np.int64), np.zeros(n, np.int64)
     context.record(1000)
     n_shared = 0
-    for _ in range(1000):  # until threads met often enough
+    until = time.monotonic() + 60
+    while time.monotonic() < until:  # threads met often enough
         context.run([address(x)], [address(y)])
         chunks = list(context.chunks())
         for step in range(len(steps)):
@@ -247,6 +249,27 @@ def test_threads_claim_at_ends_of_their_own(address: Address) -> None:
         if n_shared > 20:
             break
     assert n_shared > 20
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3])
+def test_notes_last_while_a_thread_goes_on(address: Address, n_threads: int) -> None:
+    """They are zero when it begins a step, or another part of one."""
+    n = 40
+    ys = [np.zeros(n, np.int64) for _ in range(4)]
+    steps = [Kernel(address("note"), (Output(i),), n, beside=i in (2, 3)) for i in range(4)]
+    context = Executable(steps, n_outputs=4, scratch_bytes=128, n_threads=n_threads).context()
+    context.record(1000)
+    n_kept = 0
+    for _ in range(50):
+        context.run([], [address(y) for y in ys])
+        last: dict[int, tuple[int, int]] = {}  # of each thread, the step that it ran and the note that it left
+        for chunk in sorted(context.chunks(), key=lambda c: c.start_ns):
+            step, note = last.get(chunk.thread, (-1, 0))
+            found = ys[chunk.step][chunk.begin]
+            assert found in (0, note) if step == chunk.step else found == 0  # 0: it gave way in between
+            last[chunk.thread] = chunk.step, found + 1
+            n_kept += bool(found)
+    assert n_kept or n_threads == 1  # which runs each step in one piece
 
 
 @pytest.mark.parametrize("limit", [0, 1])

@@ -16,7 +16,7 @@ from vivace.base.machine import ISAS, Isa, host, missing_flags
 from vivace.loops.kernel import Kernel
 from vivace.loops.verify import verify_kernel
 from vivace.targets.cpu import jit
-from vivace.targets.cpu.code import KernelCode
+from vivace.targets.cpu.code import NOTES_BYTES, KernelCode
 from vivace.targets.cpu.llvm import emit_kernel
 
 PAGE = mmap.PAGESIZE
@@ -62,6 +62,7 @@ class Loaded:
         words = np.array([a.ctypes.data for a in copies] + [values[name] for name in self.code.dims], np.int64)
         scratch = np.full(evaluate(self.code.scratch_bytes, values) + 128, 0xAB, np.uint8)
         aligned = scratch.ctypes.data + -scratch.ctypes.data % 64
+        scratch[: -scratch.ctypes.data % 64 + NOTES_BYTES] = 0
         units = evaluate(self.code.units, values)
         edges = [units * k // n_parts for k in range(n_parts + 1)]
         for begin, end in pairwise(edges):

@@ -21,7 +21,7 @@ from vivace.lower.arithmetic import arithmetic_of
 from vivace.lower.pack import contiguous_run, pack_groups
 from vivace.lower.tile import Tile, panel_lanes
 from vivace.targets.cpu import jit
-from vivace.targets.cpu.code import KernelCode
+from vivace.targets.cpu.code import NOTES_BYTES, KernelCode
 from vivace.targets.cpu.contraction import emit_contraction
 from vivace.targets.cpu.depthwise import emit_depthwise
 
@@ -94,6 +94,7 @@ def call(
     n_bytes = evaluate(code.scratch_bytes, dims)
     raw = np.full(n_bytes + 192, 0xA5, np.uint8)
     skip = -raw.ctypes.data % 64
+    raw[skip : skip + min(n_bytes, NOTES_BYTES)] = 0
     units = evaluate(code.units, dims)
     for begin, end in pairwise(units * i // n_ranges for i in range(n_ranges + 1)):
         _ENTRY(address)(args.ctypes.data, begin, end, raw.ctypes.data + skip)

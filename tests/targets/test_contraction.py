@@ -21,6 +21,7 @@ from vivace.loops.kernel import Binary, Buffer, Const, Expr, Load, Read
 from vivace.lower.pack import aligned_zeros, pack_panels
 from vivace.lower.tile import Tile, choose_tile, panel_lanes, split_axis
 from vivace.targets.cpu import jit
+from vivace.targets.cpu.code import NOTES_BYTES
 from vivace.targets.cpu.contraction import emit_contraction
 
 f32 = DType.f32
@@ -78,6 +79,7 @@ class Case:
         args = np.array(words, np.int64)
         scratch = aligned_zeros((evaluate(code.scratch_bytes, self.dims) // 4 + 16,))
         scratch[...] = np.nan
+        scratch[: NOTES_BYTES // 4] = 0
         scratch[-16:] = UNTOUCHED
         units = evaluate(code.units, self.dims)
         edges = [units * i // splits for i in range(splits + 1)]

@@ -13,7 +13,7 @@ Rules:
 * SYMBOLS: a stage is a kernel of its own, whose run-time dims may include `block`, `part` and, in `each`, `step`; the
   others are dims of the whole. `parts` and the sizes of local buffers are dims of the whole, `steps` may vary with
   block and part.
-* AGAIN: a thread that begins in the middle of a block runs `once` for it too, so `once` may write local buffers only.
+* AGAIN: each thread that works on a block runs `once` for it, so `once` may write local buffers only.
 """
 
 from __future__ import annotations

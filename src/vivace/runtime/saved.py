@@ -37,7 +37,7 @@ from vivace.base.specs import TensorSpec
 from vivace.base.version import ENGINE_MAGIC
 from vivace.lower.image import Appended, Batch, ForeignEntry, Image, KernelEntry, LineEntry, Part, StorageEntry
 
-FORMAT = 4
+FORMAT = 5
 _HEAD = struct.Struct("<8sIQ32s")
 _BLOCK = 1 << 22  # bytes per block sum
 _MAX_HEADER = 1 << 28

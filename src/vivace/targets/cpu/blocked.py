@@ -16,7 +16,7 @@ from vivace.loops.blocked import BLOCK, PART, STEP, Blocked, Stage, blocked_dims
 from vivace.loops.contraction import Contraction, Depthwise
 from vivace.loops.kernel import Buffer, Kernel
 from vivace.loops.pack import Pack
-from vivace.targets.cpu.code import KernelCode
+from vivace.targets.cpu.code import NOTES_BYTES, KernelCode
 from vivace.targets.cpu.contraction import emit_contraction
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.depthwise import emit_depthwise
@@ -30,7 +30,7 @@ def emit_blocked(k: Blocked, isa: Isa) -> KernelCode:
     """The kernel: a module with one internal function per stage."""
     codes = [_stage_code(replace(s.spec, name=f"{k.name}_{i}"), isa) for i, s in enumerate(k.stages)]
     place: dict[Buffer, Dim] = {}
-    local_bytes: Dim = 0
+    local_bytes: Dim = NOTES_BYTES  # the first note is the block that `once` was run for, plus one
     for b in sorted(k.local, key=lambda b: not isinstance(extent_of(b), int)):
         place[b] = local_bytes
         local_bytes = local_bytes + ceildiv(extent_of(b) * b.dtype.size_bytes, _ALIGN_BYTES) * _ALIGN_BYTES
@@ -99,8 +99,6 @@ def _main(
         for i, d in enumerate(code.dims):
             if d in dims:
                 t.put(f"store i64 {dims[d]}, ptr {t.at(table, 8 * (len(code.params) + i))}, align 8")
-    last = t.op("alloca i64, align 8")
-    t.put(f"store i64 -1, ptr {last}, align 8")
 
     def call(stage: Stage, n: int, at: dict[str, Int]) -> None:
         wanted = t.dim(stage.when, dims | at)
@@ -123,15 +121,17 @@ def _main(
         for i, d in enumerate(code.dims):
             if d in at:
                 t.put(f"store i64 {at[d]}, ptr {t.at(table, 8 * (len(code.params) + i))}, align 8")
+        if code.scratch_bytes != 0:
+            t.put(f"store <{NOTES_BYTES} x i8> zeroinitializer, ptr {rest}, align {_ALIGN_BYTES}")
         t.put(f"call void @{code.name}(ptr {table}, i64 0, i64 {t.dim(code.units, env)}, ptr {rest})")
 
     with t.loop("%begin", "%end") as unit:
         block, part = t.divmod(unit, t.dim(k.parts, dims))
         again, fresh = t.label(), t.label()
-        before = t.op(f"load i64, ptr {last}, align 8")
-        t.branch(t.op(f"icmp eq i64 {before}, {block}"), again, fresh)
+        before, note = t.op("load i64, ptr %scratch, align 8"), t.add(block, 1)
+        t.branch(t.op(f"icmp eq i64 {before}, {note}"), again, fresh)
         t.start(fresh)
-        t.put(f"store i64 {block}, ptr {last}, align 8")
+        t.put(f"store i64 {note}, ptr %scratch, align 8")
         for n, s in enumerate(k.once):
             call(s, n, {BLOCK: block})
         t.jump(again)

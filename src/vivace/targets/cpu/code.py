@@ -5,7 +5,10 @@ Every kernel is one function `void name(ptr args, i64 begin, i64 end, ptr scratc
   value of each run-time dim in the order of `dims`;
 * `[begin, end)` is the range of parallel units to compute; ranges of one step are independent and may run on any
   thread;
-* `scratch` is this thread's private memory, 64-byte aligned, at least `scratch_bytes` long.
+* `scratch` is this thread's private memory, 64-byte aligned, at least `scratch_bytes` long. Its first `NOTES_BYTES`,
+  the notes, are zero when a thread first runs the kernel in a step; all of it stays as the kernel left it until the
+  thread runs another one, gives its core away, or the step ends. So what a range of units prepared, the next need not:
+  two threads claim a step in a dozen ranges, and ResNet-50 in f32 took 1.04 of the time where each staged its rows.
 A kernel calls nothing outside its module and allocates nothing.
 """
 
@@ -19,6 +22,9 @@ from vivace.base.dims import Dim
 if TYPE_CHECKING:  # the loop IR is not needed to load code
     from vivace.loops.kernel import Buffer
 
+
+# The notes of a kernel at the head of its scratch memory, a whole line. Who uses scratch has room for them.
+NOTES_BYTES = 64
 
 # `none`: the text is final, only instruction selection and register allocation follow. `light`: peepholes and dead
 # code.

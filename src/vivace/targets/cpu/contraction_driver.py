@@ -2,7 +2,8 @@
 calls micro-kernels.
 
 A thread that gets a range of units walks panels outside and tiles inside, so that a panel of B stays in the first-
-level cache and a block of A in the second. Staged blocks stay in scratch from unit to unit of one call.
+level cache and a block of A in the second. Staged blocks stay in scratch
+from unit to unit of one step; where they came from stands in the notes (see `code`).
 """
 
 from __future__ import annotations
@@ -65,10 +66,6 @@ def driver(p: Plan) -> tuple[str, dict[str, str]]:
     t = Text()
     dims = load_dims(t, p)
     bases = (base_of(t, p, p.c.a), base_of(t, p, p.c.b), base_of(t, p, p.c.out))
-    for staged, name in ((p.tile.stage_a, "a"), (p.tile.stage_b, "b")):
-        if staged:
-            t.put(f"%staged_{name} = alloca ptr, align 8")
-            t.put(f"store ptr null, ptr %staged_{name}, align 8")
     if p.ar.is_tile:
         begin(t, p)
     with t.loop("%begin", "%end") as number:
@@ -132,27 +129,30 @@ def _decode(t: Text, p: Plan, dims: Mapping[str, Int], number: Int, bases: tuple
     first_panel, first_tile = t.mul(panel_block, p.tile.panels_per_unit), t.mul(tile_block, p.tile.tiles_per_unit)
     panel_end = t.minimum(t.add(first_panel, p.tile.panels_per_unit), n_panels)
     tile_end = t.minimum(t.add(first_tile, p.tile.tiles_per_unit), n_tiles)
-    staged_b = t.at("%scratch", t.dim(p.staged_a_bytes, dims)) if p.tile.stage_b else b
-    waiting = t.at("%scratch", t.dim(p.staged_a_bytes + p.staged_b_bytes, dims)) if p.tile.k_block else ""
+    staged_b = t.at("%scratch", t.dim(p.notes_bytes + p.staged_a_bytes, dims)) if p.tile.stage_b else b
+    waiting = (
+        t.at("%scratch", t.dim(p.notes_bytes + p.staged_a_bytes + p.staged_b_bytes, dims)) if p.tile.k_block else ""
+    )
     return _Unit(at, a, b, out, first_panel, panel_end, first_tile, tile_end, staged_b, waiting)
 
 
 def _stage_a(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit) -> None:
     stride = t.dim(p.staged_row_bytes, dims)
     corner = _corner(t, p, dims, _locate(t, p, dims, unit.first_tile), unit.a)
-    with _unless_staged(t, "a", corner), t.loop(unit.first_tile, unit.tile_end) as tile:
+    with _unless_staged(t, 0, corner), t.loop(unit.first_tile, unit.tile_end) as tile:
         spot = _locate(t, p, dims, tile)
         _stage_tile(t, p, dims, spot, _corner(t, p, dims, spot, unit.a), _staged_tile(t, p, dims, unit, tile), stride)
 
 
 def _staged_tile(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit, tile: Int) -> str:
-    return t.at("%scratch", t.mul(t.sub(tile, unit.first_tile), t.dim(p.staged_row_bytes * p.tile_rows, dims)))
+    at = t.add(p.notes_bytes, t.mul(t.sub(tile, unit.first_tile), t.dim(p.staged_row_bytes * p.tile_rows, dims)))
+    return t.at("%scratch", at)
 
 
 def _stage_b(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit) -> None:
     column = t.dim(p.c.packing.n_stride * p.tile.lanes * F32_BYTES, dims)
     first = t.at(unit.b, t.mul(unit.first_panel, column))
-    with _unless_staged(t, "b", first), t.loop(unit.first_panel, unit.panel_end) as panel:
+    with _unless_staged(t, 1, first), t.loop(unit.first_panel, unit.panel_end) as panel:
         to = t.at(unit.staged_b, t.mul(t.sub(panel, unit.first_panel), _panel_bytes(t, p, dims)))
         _stage_panel(t, p, dims, panel, t.at(unit.b, t.mul(panel, column)), to)
 
@@ -229,13 +229,14 @@ def _stage_tile(t: Text, p: Plan, dims: Mapping[str, Int], spot: _Spot, a: str, 
 
 
 @contextmanager
-def _unless_staged(t: Text, name: str, source: str) -> Iterator[None]:
-    """Runs the body where the block staged last did not come from `source`."""
+def _unless_staged(t: Text, note: int, source: str) -> Iterator[None]:
+    """Runs the body where the block staged last did not come from `source`, as the nth note tells."""
     stale, ready = t.label(), t.label()
-    before = t.op(f"load ptr, ptr %staged_{name}, align 8")
+    at = t.at("%scratch", 8 * note)
+    before = t.op(f"load ptr, ptr {at}, align 8")
     t.branch(t.op(f"icmp eq ptr {before}, {source}"), ready, stale)
     t.start(stale)
-    t.put(f"store ptr {source}, ptr %staged_{name}, align 8")
+    t.put(f"store ptr {source}, ptr {at}, align 8")
     yield
     t.jump(ready)
     t.start(ready)

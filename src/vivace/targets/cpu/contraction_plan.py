@@ -12,6 +12,7 @@ from vivace.loops.contraction import Axis, Contraction
 from vivace.loops.kernel import Buffer
 from vivace.lower.arithmetic import LEAST_TILE_ROWS, Arithmetic, choose_arithmetic, chunk_bytes
 from vivace.lower.tile import Tile, pieces, staged_rows, staged_stride
+from vivace.targets.cpu.code import NOTES_BYTES
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.contraction_vector import F32_BYTES, LINE_BYTES
 
@@ -94,6 +95,11 @@ class Plan:
         return not isinstance(self.c.n, int) or self.c.n >= self.tile.lanes
 
     @property
+    def notes_bytes(self) -> int:
+        """Scratch for the addresses of what was staged last; staged rows of A follow it."""
+        return NOTES_BYTES if self.tile.stage_a or self.tile.stage_b else 0
+
+    @property
     def staged_a_bytes(self) -> Dim:
         """Scratch for staged rows of A; staged panels of B follow it."""
         if not self.tile.stage_a:
@@ -116,7 +122,7 @@ class Plan:
     @property
     def scratch_bytes(self) -> Dim:
         n_waiting = self.tile.tiles_per_unit * self.tile.panels_per_unit
-        return self.staged_a_bytes + self.staged_b_bytes + n_waiting * self.waiting_bytes
+        return self.notes_bytes + self.staged_a_bytes + self.staged_b_bytes + n_waiting * self.waiting_bytes
 
     @property
     def n_passes(self) -> int:

@@ -26,6 +26,7 @@ Rules:
 
 from __future__ import annotations
 
+from vivace.targets.cpu.code import NOTES_BYTES
 from vivace.targets.cpu.methods import METHODS
 from vivace.targets.cpu.program_layout import N_WORDS, PARALLEL_HEAD_WORDS, PART_WORDS, Header, Op, Record, Ring, Status
 from vivace.targets.cpu.shuffled import DELAY, shuffled_grains_text
@@ -58,8 +59,9 @@ define internal void @set_float_mode() alwaysinline {
 """
 
 _EXECUTE = f"""
-; Runs units [begin, end) of a part, and records it where the context has a ring.
-define internal void @execute(ptr %ctx, ptr %part, i64 %begin, i64 %end, i64 %id) {{
+; Runs units [begin, end) of a part, and records it where the context has a ring. The notes of its kernel are cleared
+; unless %is.on: this thread has run it before in this step, and nothing since.
+define internal void @execute(ptr %ctx, ptr %part, i64 %begin, i64 %end, i64 %id, i1 %is.on) {{
 entry:
   %fn = load ptr, ptr %part
   %args.p = getelementptr i8, ptr %part, i64 8
@@ -70,6 +72,13 @@ entry:
   %stride = load i64, ptr %stride.p
   %scratch.at = mul i64 %stride, %id
   %scratch = getelementptr i8, ptr %scratch.base, i64 %scratch.at
+  %is.without = icmp eq i64 %stride, 0
+  %is.kept = or i1 %is.on, %is.without
+  br i1 %is.kept, label %noted, label %clear
+clear:
+  store <{NOTES_BYTES} x i8> zeroinitializer, ptr %scratch, align 64
+  br label %noted
+noted:
   %ring.p = getelementptr i64, ptr %ctx, i64 {Header.RING:d}
   %ring = load ptr, ptr %ring.p
   %quiet = icmp eq ptr %ring, null
@@ -103,6 +112,7 @@ timed:
 }}
 """
 
+
 def _lead_text() -> str:
     t = Team
 
@@ -128,7 +138,7 @@ step:
 serial:
 {word("serial.units", 3)}
   %serial.part = getelementptr i64, ptr %at, i64 1
-  call void @execute(ptr %ctx, ptr %serial.part, i64 0, i64 %serial.units, i64 %id)
+  call void @execute(ptr %ctx, ptr %serial.part, i64 0, i64 %serial.units, i64 %id, i1 false)
   %at.serial = getelementptr i64, ptr %at, i64 {N_WORDS[Op.SERIAL]}
   br label %step
 jump:
@@ -209,7 +219,7 @@ parallel:
   %is.lonely = or i1 %is.alone, %is.small
   br i1 %is.lonely, label %alone, label %together
 alone:
-  call void @grains(ptr %ctx, ptr %parts, i64 %total, i64 0, i64 %total, i64 %id, i64 0)
+  %alone.last = call ptr @grains(ptr %ctx, ptr %parts, i64 %total, i64 0, i64 %total, i64 %id, i64 0, ptr null)
   br label %step
 together:
   %solo.p = getelementptr i8, ptr %team, i64 {t.SOLO}

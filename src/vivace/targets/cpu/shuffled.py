@@ -54,7 +54,7 @@ done:
   ret void
 }}
 
-define internal void @grains(ptr %ctx, ptr %parts, i64 %total, i64 %first, i64 %last, i64 %id, i64 %salt) {{
+define internal ptr @grains(ptr %ctx, ptr %parts, i64 %total, i64 %first, i64 %last, i64 %id, i64 %salt, ptr %on) {{
 entry:
   %clock = call i64 @llvm.readcyclecounter()
   %is.alone = icmp eq i64 %salt, 0
@@ -68,6 +68,7 @@ entry:
   br label %test
 test:
   %g = phi i64 [%first, %entry], [%g.next, %run]
+  %ran = phi ptr [%on, %entry], [%ran.next, %run]
   %more = icmp ult i64 %g, %last
   br i1 %more, label %run, label %done
 run:
@@ -76,11 +77,12 @@ run:
   %moved = add i64 %far, %offset
   %from = urem i64 %moved, %total
   %to = add i64 %from, 1
-  call void @grains_in_order(ptr %ctx, ptr %parts, i64 %total, i64 %from, i64 %to, i64 %id, i64 %salt)
+  %ran.next = call ptr @grains_in_order(ptr %ctx, ptr %parts, i64 %total, i64 %from, i64 %to, i64 %id, i64 %salt,
+                                        ptr %ran)
   %g.next = add i64 %g, 1
   br label %test
 done:
-  ret void
+  ret ptr %ran
 }}
 """
     )

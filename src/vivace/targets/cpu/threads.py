@@ -31,14 +31,18 @@ from vivace.targets.cpu.waiting import waiting_text
 
 
 def grains_text(name: str = "grains") -> str:
-    """The LLVM function that runs grains [first, last) of all parts, in order; it calls `execute` of `program_text`."""
+    """The LLVM function that runs grains [first, last) of all parts, in order; it calls `execute` of `program_text`.
+
+    It is told which part this thread ran last in this step, or null, and returns the same for the next call.
+    """
     return f"""
-define internal void @{name}(ptr %ctx, ptr %parts, i64 %total, i64 %first, i64 %last, i64 %id, i64 %salt) {{
+define internal ptr @{name}(ptr %ctx, ptr %parts, i64 %total, i64 %first, i64 %last, i64 %id, i64 %salt, ptr %on) {{
 entry:
   br label %part
 part:
   %from = phi i64 [%first, %entry], [%from.next, %part.next]
   %p = phi ptr [%parts, %entry], [%p.next, %part.next]
+  %ran = phi ptr [%on, %entry], [%ran.next, %part.next]
   %begins = phi i64 [0, %entry], [%ends, %part.next]
   %ends.p = getelementptr i8, ptr %p, i64 32
   %ends = load i64, ptr %ends.p
@@ -55,9 +59,11 @@ part.run:
   %from.unit = mul i64 %from.grain, %grain
   %to.unit.0 = mul i64 %to.grain, %grain
   %to.unit = call i64 @llvm.umin.i64(i64 %to.unit.0, i64 %units)
-  call void @execute(ptr %ctx, ptr %p, i64 %from.unit, i64 %to.unit, i64 %id)
+  %is.on = icmp eq ptr %p, %ran
+  call void @execute(ptr %ctx, ptr %p, i64 %from.unit, i64 %to.unit, i64 %id, i1 %is.on)
   br label %part.skip
 part.skip:
+  %ran.next = phi ptr [%ran, %part], [%p, %part.run]
   %p.next = getelementptr i8, ptr %p, i64 40
   %from.next = call i64 @llvm.umax.i64(i64 %from, i64 %to)
   %finished = icmp uge i64 %from.next, %last
@@ -65,7 +71,7 @@ part.skip:
 part.next:
   br label %part
 done:
-  ret void
+  ret ptr %ran.next
 }}
 """
 
@@ -132,6 +138,7 @@ entry:
   br label %retry
 retry:
   %done.0 = phi i64 [0, %entry], [%done.0, %contended], [%done.2, %work]
+  %on = phi ptr [null, %entry], [%on, %contended], [%ran, %work]
   %word = load atomic i64, ptr %claim acquire, align 8
   %front.up = lshr i64 %word, 16
   %front = and i64 %front.up, 65535
@@ -182,7 +189,7 @@ work:
   %first = select i1 %at.back, i64 %back.first, i64 %front
   %last = add i64 %first, %chunk
   %number = lshr i64 %word, 32
-  call void @grains(ptr %ctx, ptr %parts, i64 %total, i64 %first, i64 %last, i64 %id, i64 %number)
+  %ran = call ptr @grains(ptr %ctx, ptr %parts, i64 %total, i64 %first, i64 %last, i64 %id, i64 %number, ptr %on)
   %done.2 = add i64 %done.0, %chunk
   %over = call i1 @is_over(ptr %team, ptr %seat)
   br i1 %over, label %settle, label %retry
