@@ -10,6 +10,7 @@ from tests.lower.harness import BEST, HERE, build, check, run_plan
 
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
+from vivace.base.errors import GraphError
 from vivace.base.machine import ISAS
 from vivace.graph.build import Builder
 from vivace.graph.graph import Type, Value
@@ -211,6 +212,49 @@ def test_scatter_into_a_part_of_a_result_and_other_types() -> None:
         Type(DType.bool, (5,)),
     )
     check(graph, data((9,), DType.bool) > 4, positions(9, (5,)), data((5,), DType.bool))
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_lines_beyond_the_data_touch_no_memory_outside(axis: int, isa: str) -> None:
+    """Only the run knows how many lines there are."""
+    m, n = symbol("M", 0), symbol("N", 0)
+    shape, more = ((m, 4), (n, 4)) if axis else ((4, m), (4, n))
+    types = Type(f32, shape), Type(i64, more)
+    gathers = lower(build(lambda b, x, i: b.gather_elements(x, i, axis=axis), *types), ISAS[isa])
+    scatters = lower(
+        build(lambda b, x, i, u: b.scatter_elements(x, i, u, axis=axis, reduction="none"), *types, Type(f32, more)),
+        ISAS[isa],
+    )
+    for sizes in ({"M": 2, "N": 70}, {"M": 70, "N": 2}, {"M": 0, "N": 2}):
+        x, i = (
+            np.ones([sizes.get(str(d), d) for d in shape], np.float32),
+            np.zeros([sizes.get(str(d), d) for d in more], np.int64),
+        )
+        (y,) = run_plan(gathers, [x, i], sizes, isa)
+        assert y.shape == i.shape and (not x.size or (y == 1).all())
+        (y,) = run_plan(scatters, [x, i, np.full(i.shape, 2, np.float32)], sizes, isa)
+        few = min(sizes.values())
+        want = x.copy()
+        (want[:few, 0] if axis else want[0, :few])[...] = 2
+        np.testing.assert_array_equal(y, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes"),
+    [
+        ("gather_elements", [(3, 4), (5, 4)]), ("scatter_elements", [(3, 4), (5, 4), (5, 4)]),
+        ("scatter_elements", [(3, 4), (3, 2), (3, 1)]), ("scatter_elements", [(3, 4), (3,), (3,)]),
+        ("scatter_nd", [(3, 4), (2, 1), (1, 4)]), ("scatter_nd", [(3, 4), (2, 1), (2,)]),
+        ("scatter_nd", [(3, 4), (2, 3), (2,)]),
+    ],
+)  # fmt: skip
+def test_operands_that_do_not_fit_are_refused(name: str, shapes: list[tuple[int, ...]]) -> None:
+    types = [Type(i64 if i == 1 else f32, shape) for i, shape in enumerate(shapes)]
+    attrs = {"axis": 1} if "elements" in name else {}
+    attrs |= {"reduction": "none"} if "scatter" in name else {}
+    with pytest.raises(GraphError, match=name.partition("_")[0]):
+        build(lambda b, *xs: getattr(b, name)(*xs, **attrs), *types)
 
 
 # ---- topk ------------------------------------------------------------------------------------------------------------

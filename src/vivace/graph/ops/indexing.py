@@ -2,7 +2,8 @@
 
 gather{axis}(data, indices)                              data[..., indices, ...]: the axis is replaced by the axes of
         indices
-gather_elements{axis}(data, indices)                     out[i][j] = data[indices[i][j]][j] for axis 0
+gather_elements{axis}(data, indices)                     out[i][j] = data[indices[i][j]][j] for axis 0; beside the axis
+        the indices reach no further than the data
 gather_nd{batch_dims}(data, indices)                     the last axis of indices holds coordinates
 scatter_elements{axis, reduction}(data, indices, updates)
 scatter_nd{reduction}(data, indices, updates)            reduction none|add|mul|max|min; with none, the last of equal
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vivace.base.dims import Dim
+from vivace.base.dims import Dim, bounds
 from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError
 from vivace.graph.graph import Attrs, Op, Type
@@ -56,10 +57,21 @@ def _gather_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:
 
 def _gather_elements(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
     x, idx = need(types, 0, "gather_elements"), _indices(types, 1, "gather_elements")
-    axis_of(attrs["axis"], x.rank, "gather_elements")
-    if x.rank != idx.rank:
-        raise GraphError(f"operands are {x} and {idx}", where="gather_elements", expected="one rank")
+    _check_lines(x, idx, attrs["axis"], "gather_elements")
     return (Type(x.dtype, idx.shape),)
+
+
+def _check_lines(x: Type, idx: Type, axis: int, where: str) -> None:
+    """Raises: GraphError where indices of lines along an axis cannot fit those of the data."""
+    axis = axis_of(axis, x.rank, where)
+    if x.rank != idx.rank:
+        raise GraphError(f"operands are {x} and {idx}", where=where, expected="one rank")
+    for d, (n, most) in enumerate(zip(idx.shape, x.shape, strict=True)):
+        least = bounds(n - most)[0]
+        if d != axis and least is not None and least > 0:
+            raise GraphError(
+                f"operands are {x} and {idx}", where=where, expected="indices that reach no further than the data"
+            )
 
 
 def _positions(idx: Array, axis: int, size: int, where: str) -> tuple[Array, ...]:
@@ -99,13 +111,37 @@ def _gather_nd_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...
     return (np.asarray(x[where]) if where else np.broadcast_to(x, (*idx.shape[:-1], *x.shape)).copy(),)
 
 
-def _scatter(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
-    x = need(types, 0, "scatter")
-    _indices(types, 1, "scatter")
-    if (u := need(types, 2, "scatter")).dtype is not x.dtype:
-        raise GraphError(f"operands are {x} and {u}", where="scatter", expected="one dtype")
+def _scatter_elements(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
+    x, idx, updates = _scattered(types, attrs)
+    _check_lines(x, idx, attrs["axis"], "scatter_elements")
+    return _updated(x, updates, idx.shape, "scatter_elements")
+
+
+def _scatter_nd(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
+    x, idx, updates = _scattered(types, attrs)
+    depth = idx.shape[-1] if idx.rank else None
+    if not isinstance(depth, int) or depth > x.rank:
+        raise GraphError(
+            f"operands are {x} and {idx}", where="scatter_nd", expected="coordinates within the rank of the data"
+        )
+    return _updated(x, updates, (*idx.shape[:-1], *x.shape[depth:]), "scatter_nd")
+
+
+def _scattered(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, Type, Type]:
+    """Data, indices and updates."""
+    x, idx, updates = need(types, 0, "scatter"), _indices(types, 1, "scatter"), need(types, 2, "scatter")
+    if updates.dtype is not x.dtype:
+        raise GraphError(f"operands are {x} and {updates}", where="scatter", expected="one dtype")
     if attrs["reduction"] != "none" and attrs["reduction"] not in REDUCTIONS:
         raise GraphError(f"reduction {attrs['reduction']!r} is unknown", where="scatter")
+    return x, idx, updates
+
+
+def _updated(x: Type, updates: Type, wanted: Sequence[Dim], where: str) -> tuple[Type, ...]:
+    if updates.rank != len(wanted):
+        raise GraphError(f"updates are {updates}", where=where, expected=str(Type(x.dtype, tuple(wanted))))
+    for got, want in zip(updates.shape, wanted, strict=True):
+        same(got, want, where)
     return (x,)
 
 
@@ -168,7 +204,7 @@ FAMILY = (
     Op("gather", _gather, _gather_run, _no_flops),
     Op("gather_elements", _gather_elements, _gather_elements_run, _no_flops),
     Op("gather_nd", _gather_nd, _gather_nd_run, _no_flops),
-    Op("scatter_elements", _scatter, _scatter_elements_run, _updates_flops),
-    Op("scatter_nd", _scatter, _scatter_nd_run, _updates_flops),
+    Op("scatter_elements", _scatter_elements, _scatter_elements_run, _updates_flops),
+    Op("scatter_nd", _scatter_nd, _scatter_nd_run, _updates_flops),
     Op("topk", _topk, _topk_run, _no_flops),
 )

@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vivace.base.dims import Dim, ceildiv, minimum, symbol
+from vivace.base.dims import Dim, bounds, ceildiv, minimum, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Node, Value
 from vivace.loops.kernel import Binary, Cast, Const, Expr, For, Index, Kernel, Let, Load, Select, Stmt, Store, dtype_of
@@ -196,14 +196,24 @@ def lower_gather_elements(ctx: Lowering, g: Group) -> None:
     data, indices, out = _stored(ctx, data_value), ctx.view(index_value), ctx.target(y)
     params = Params()
     index = tuple(symbol(f"i{i}", 0) for i in range(y.rank))
-    size = data_value.shape[axis]
-    let = Let("at", position(params.load(indices, index), size))
-    value = params.load(data, tuple(place("at", size) if i == axis else s for i, s in enumerate(index)))
-    store = Store(params.buffer(out, writable=True), index, value)
-    inner: tuple[Stmt, ...] = (let, store)
+    sizes = [n for i, n in enumerate(data_value.shape) if i == axis or not _reaches(y.shape[i], n)]
+    at, lets = list(index), list[Stmt]()
+    for i, n in enumerate(data_value.shape):
+        if i == axis or not _reaches(y.shape[i], n):
+            given = params.load(indices, index) if i == axis else Index(index[i])
+            lets.append(Let(f"at{i}", position(given, n)))
+            at[i] = place(f"at{i}", n)
+    store = Store(params.buffer(out, writable=True), index, params.load(data, tuple(at)))
+    inner: tuple[Stmt, ...] = (*lets, store)
     if y.rank:
         inner = (For(f"i{y.rank - 1}", y.shape[-1], inner, "vector"),)
-    _emit(ctx, node.op.name, params, [(f"i{i}", n) for i, n in enumerate(y.shape[:-1])], inner, (node,), 0, (size,))
+    _emit(ctx, node.op.name, params, [(f"i{i}", n) for i, n in enumerate(y.shape[:-1])], inner, (node,), 0, sizes)
+
+
+def _reaches(n: Dim, size: Dim) -> bool:
+    """Whether `n` places lie within `size` for certain."""
+    most = bounds(n - size)[1]
+    return most is not None and most <= 0
 
 
 def _stored(ctx: Lowering, value: Value) -> View:
@@ -281,7 +291,10 @@ def lower_scatter_elements(ctx: Lowering, g: Group) -> None:
     out = _copied(ctx, node)
     rank = len(out.shape)
     axis = node.attrs["axis"] % rank
-    shape = index_value.shape
+    shape = [
+        n if i == axis or _reaches(n, size) else minimum(n, size)
+        for i, (n, size) in enumerate(zip(index_value.shape, out.shape, strict=True))
+    ]
     indices, updates = ctx.view(index_value), ctx.view(update_value)
     params = Params()
     index = [symbol(f"i{i}", 0) for i in range(rank)]
