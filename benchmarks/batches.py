@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.compiled_torch import PAUSE_SECONDS, torch_contestant, why_not
+from benchmarks.compiled_torch import torch_contestant, why_not
 from benchmarks.models import find, materialise
 from benchmarks.models.quantized import materialise_quantized
 from benchmarks.records import PROVIDERS, ROOT, kept, output_names, versions
@@ -106,7 +106,6 @@ def measure_one(name: str, precision: str, threads: int, batch: int, options: ar
     more = ()
     if options.torch and not is_quantized and not why_not(name):
         more = (torch_contestant(name, threads, output_names(path), precision),)
-        settings = replace(settings, pause_seconds=PAUSE_SECONDS)
     tolerance = Tolerance(1e-3, 1e-3, None if precision == "f32" else LEAST_SNR_DB)
     report = measure(job, arrays, Wanted(PROVIDERS, settings, tolerance, memory=False, limit=False, more=more))
     engines = {e.name: e for e in report.bench.engines}

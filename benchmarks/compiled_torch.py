@@ -9,7 +9,6 @@ could execute. That the network computes what the ONNX file does is checked like
 Rules:
 * FAIR: shapes are fixed, weights are constants (freezing), as the guide of TorchInductor recommends for inference on
   CPUs; bf16 is autocast. Arrays go in and out without copies.
-* PAUSE: idle threads of its OpenMP library spin for up to some ms; `PAUSE_SECONDS` outlasts them.
 
 Needs the extra `torch` and a C++ compiler.
 """
@@ -25,8 +24,6 @@ import numpy as np
 
 from vivace.base.errors import ProviderError
 from vivace.measure.bench import Contestant, Runner
-
-PAUSE_SECONDS = 0.02
 
 
 def why_not(name: str) -> str:

@@ -22,9 +22,9 @@ Emerald Rapids), leave them out:
     pip install --no-binary llama-cpp-python llama-cpp-python
 
 Rules:
-* TURNS: the contestants of a row take turns; a call that does not count goes before the first turn, and before each
-  turn of several calls; a call longer than a turn is one. The median of the turns' medians counts. Measuring in a child
-  process works the same.
+* TURNS: the contestants of a row take turns, which begin when all threads are idle; a call that does not count goes
+  before the first turn, and before each turn of several calls; a call longer than a turn is one. The median of the
+  turns' medians counts. Measuring in a child process works the same.
 * BARE: the loop is that of `vivace sys`, which shows it for more bytes than the last level holds. What it reaches here
   has the caches' help as the engines have it, and the machine's mood.
 * IN PLACE: the same engine of ours, with caches in arrays with room for more (`docs/guide.md`). Its calls are those of
@@ -284,6 +284,7 @@ def engines(form: str, threads: int, given: dict[str, Inputs], llama_python: str
 
 def measure(form: str, threads: int, phases: Sequence[str], llama_python: str) -> list[dict[str, Any]]:
     """The rows of one format and number of threads."""
+    from vivace.measure.bench import wait_until_idle
     from vivace.measure.noise import noise_since, snapshot
 
     given = feeds()
@@ -299,9 +300,11 @@ def measure(form: str, threads: int, phases: Sequence[str], llama_python: str) -
             for e in contestants if turn % 2 else contestants[::-1]:
                 if phase not in e.phases:
                     continue
+                wait_until_idle()
                 start = snapshot()
                 seconds.setdefault((e.name, phase), []).append(e.call(phase))
                 foreign[phase] += [noise_since(start).foreign_cores] * (not e.name.startswith(LLAMA))
+            wait_until_idle()
             for n in sizes.get(phase, ()):
                 read[n].append(bare[n]("decode"))
     rows: list[dict[str, Any]] = []

@@ -29,7 +29,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compiled_torch import PAUSE_SECONDS, torch_contestant, why_not
+from benchmarks.compiled_torch import torch_contestant, why_not
 from benchmarks.limits import limit_line
 from benchmarks.models import MODELS, ModelUnavailable, inputs, materialise
 from benchmarks.models.quantized import QUANTIZED, materialise_quantized
@@ -151,7 +151,6 @@ def measure_one(form: str, name: str, threads: int, budget: float, with_torch: b
     if with_torch and not no_torch:
         torch = torch_contestant(name, threads, output_names(path), form)
         contestants.append(replace(torch, load=lambda: runners.setdefault("torch", torch.load())))
-        settings = replace(settings, pause_seconds=PAUSE_SECONDS)
     found = bench(contestants, arrays, settings)
     engines = {}
     for times in found.engines:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.compiled_torch import PAUSE_SECONDS, torch_contestant, why_not
+from benchmarks.compiled_torch import torch_contestant, why_not
 from benchmarks.models import MODELS, ModelUnavailable, find, inputs, materialise
 from benchmarks.overhead import call_overhead
 from benchmarks.records import PROVIDERS, RESULTS, ROOT, Record, output_names, versions, write
@@ -122,7 +122,6 @@ def measure_one(name: str, threads: int, budget: float, is_disturbed: bool, with
     settings, more = Settings(budget_seconds=budget), ()
     if with_torch and not why_not(name):
         more = (torch_contestant(name, threads, output_names(job.model)),)
-        settings = Settings(budget_seconds=budget, pause_seconds=PAUSE_SECONDS)
     wanted = Wanted(PROVIDERS, settings, Tolerance(), memory=not is_disturbed, more=more)
     busy = _start_busy_process() if is_disturbed else None
     try:

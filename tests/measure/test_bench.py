@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
+
 import numpy as np
 import pytest
 
@@ -37,6 +40,28 @@ def test_turns_are_interleaved() -> None:
     assert rounds == {"ab"}
     assert len({turns[i] for i in range(0, len(turns), 2)}) == 2  # not always the same one first
     assert found.engines[1].ratio is not None and found.engines[0].ratio is None
+
+
+def test_a_turn_begins_when_all_threads_are_idle() -> None:
+    """Those of the engine before, too, which may spin after its runs."""
+    spinning: list[threading.Thread] = []
+    met: list[bool] = []
+
+    def spin() -> None:
+        hashlib.sha256(bytes(20_000_000))  # which needs no lock of Python
+
+    def spins(inputs):  # type: ignore[no-untyped-def]
+        spinning.append(threading.Thread(target=spin))
+        spinning[-1].start()
+        return {}
+
+    def meets(inputs):  # type: ignore[no-untyped-def]
+        met.append(any(thread.is_alive() for thread in spinning))
+        return {}
+
+    settings = Settings(budget_seconds=0.0, least_rounds=3, turn_seconds=0.0, least_calls=1)
+    bench([Contestant("spins", "1", lambda: spins), Contestant("meets", "1", lambda: meets)], X, settings)
+    assert not any(met[1:])  # the first is of the loading
 
 
 def test_outputs_are_checked() -> None:

@@ -3,9 +3,12 @@
     result = bench([contestant, ...], inputs, Settings(budget_seconds=10))
 
 Rules:
-* TURNS: a round gives every engine one turn, in an order that changes; a turn is a pause, calls that are not counted,
-  and counted calls. The pause outlasts the spinning of the other engines' idle threads, and the uncounted calls bring
-  the engine's data back into the caches: what is timed is the steady state of each.
+* TURNS: a round gives every engine one turn, in an order that changes; a turn is calls that are not counted, and
+  counted ones. The uncounted calls bring the engine's data back into the caches: what is timed is the steady state of
+  each.
+* IDLE: a turn begins when no thread of the process works any more. After a run ONNX Runtime's threads spin for 45 ms,
+  OpenMP's for 20: who came next would lose a core to them (PP-OCR's recogniser at 2 threads 6.8 ms, right after ONNX
+  Runtime 10.8).
 * EQUAL: all engines have the same inputs and as many threads; each returns arrays that belong to the caller.
 * CHECKED: outputs are compared with the reference's before anything is timed; an engine that differs is timed and
   marked, never silently ranked.
@@ -19,9 +22,11 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -31,7 +36,8 @@ from vivace.measure.noise import Noise, noise_since, snapshot
 from vivace.measure.statistics import Estimate, percentile, ratio_of_medians, variation
 from vivace.providers.provider import Arrays
 
-PAUSE_SECONDS = 0.003  # ONNX Runtime's idle threads spin for about a millisecond
+_LOOK_SECONDS, _MOST_LOOKS = 0.002, 250
+_TASKS = Path("/proc/self/task")
 _CHECK_EVERY = 5  # rounds between looks at the interval of the ratio
 _TAIL_FRACTIONS = (0.5, 0.9, 0.99)
 
@@ -53,7 +59,7 @@ class Settings:
     """How long and how closely to measure.
 
     Measuring ends with the budget, or earlier once every ratio is known to `half_width` (relative); never before
-    `least_rounds`. `turn_seconds` is the aim for the counted calls of one turn, `pause_seconds` stands before each.
+    `least_rounds`. `turn_seconds` is the aim for the counted calls of one turn.
     """
 
     budget_seconds: float = 10.0
@@ -63,7 +69,6 @@ class Settings:
     least_calls: int = 2
     most_calls: int = 200
     seed: int = 0
-    pause_seconds: float = PAUSE_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +186,7 @@ def _load(
 def _measure(entries: Sequence[_Entry], inputs: Arrays, settings: Settings, progress: Progress | None) -> int:
     """Fills the entries' rounds and returns how many there were (TURNS)."""
     for entry in entries:
-        estimate_s = min(_turn(entry.run, inputs, 3, settings.pause_seconds)) / 1e9
+        estimate_s = min(_turn(entry.run, inputs, 3)) / 1e9
         wanted = math.ceil(settings.turn_seconds / max(estimate_s, 1e-7))
         entry.n_calls = min(max(wanted, settings.least_calls), settings.most_calls)
     order = np.random.default_rng(settings.seed)
@@ -195,16 +200,33 @@ def _measure(entries: Sequence[_Entry], inputs: Arrays, settings: Settings, prog
             progress("measuring", min(round(elapsed * 10), round(settings.budget_seconds * 10)),
                      round(settings.budget_seconds * 10))  # fmt: skip
         for i in order.permutation(len(entries)):
-            entries[i].rounds.append(_turn(entries[i].run, inputs, entries[i].n_calls, settings.pause_seconds))
+            entries[i].rounds.append(_turn(entries[i].run, inputs, entries[i].n_calls))
         n_rounds += 1
         if settings.half_width and n_rounds >= settings.least_rounds and n_rounds % _CHECK_EVERY == 0:
             if _is_close(entries, settings.half_width):
                 return n_rounds
 
 
-def _turn(run: Runner, inputs: Arrays, n_calls: int, pause_seconds: float) -> list[int]:
+def wait_until_idle() -> None:
+    """Returns when no other thread of this process works any more (IDLE), or after half a second."""
+    for _ in range(_MOST_LOOKS):
+        time.sleep(_LOOK_SECONDS)
+        if not any(map(_is_running, _TASKS.iterdir())):
+            return
+
+
+def _is_running(task: Path) -> bool:
+    """Whether a thread runs or could run, and is not the one that asks."""
+    try:
+        state = (task / "stat").read_text().rpartition(")")[2].split()[0]  # the name before it may hold anything
+    except OSError:  # it has ended
+        return False
+    return state == "R" and task.name != str(threading.get_native_id())
+
+
+def _turn(run: Runner, inputs: Arrays, n_calls: int) -> list[int]:
     """Nanoseconds of each counted call."""
-    time.sleep(pause_seconds)
+    wait_until_idle()
     clock = time.perf_counter_ns
     was_enabled = gc.isenabled()
     gc.disable()
