@@ -6,7 +6,9 @@ Damaged and hostile model files are in `tests/onnx/test_reader.py`, damaged engi
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tests.images import build_image
@@ -24,7 +27,8 @@ import vivace
 from vivace.base.cache import default_cache
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
-from vivace.base.errors import EngineError, InputError, UnsupportedError, VivaceError
+from vivace.base.errors import EngineError, InputError, ModelError, UnsupportedError, VivaceError
+from vivace.base.events import Notice, collecting
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type
 from vivace.graph.reference import evaluate
@@ -112,7 +116,12 @@ def test_sizes_that_the_model_cannot_take() -> None:
         ({"max_drop": 0.1}, "a tolerance has no effect with fixed formats. Expected precision='auto'"),
         ({"metric": "top1", "precision": "bf16"}, "a tolerance has no effect with fixed formats"),
         ({"calibration": {}}, "no error is measured in f32. Expected another precision"),
-        ({"precision": "f7"}, "precision 'f7' is not available"),
+        ({"precision": "f7"}, "precision: 'f7' is not available. Expected f32, bf16"),
+        ({"threads": True}, "threads is True. Expected 1 to 64"),
+        ({"providers": None}, "providers: unknown provider None. Expected native, onnxruntime"),
+        ({"shapes": [(1, 32)]}, "shapes: they are of type list. Expected shapes by input name"),
+        ({"shapes": {"x": 2.5}}, r"shapes\['x'\]: the shape 2.5. Expected sizes, as in"),
+        ({"shapes": {"x": (1 << 62, 32)}}, r"dims \[4611686018427387904, 32\] make .* bytes. Expected"),
         ({"shapes": {"q": (1, 2)}}, "no input is called 'q'"),
         ({"shapes": {"x": (1, 2, 3)}}, "input 'x': is given shape \\(1, 2, 3\\). Expected 2 dims"),
         ({"shapes": {"x": (1, 31)}}, "input 'x': is given the size 31. Expected 32, as the model declares"),
@@ -122,6 +131,49 @@ def test_sizes_that_the_model_cannot_take() -> None:
 def test_options_that_do_not_exist(options: dict, what: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(VivaceError, match=what):
         vivace.compile(model(), **options)
+
+
+@pytest.mark.parametrize("source", [None, 3, model().graph], ids=lambda s: type(s).__name__)
+def test_what_is_no_model(source: object) -> None:
+    with pytest.raises(InputError, match=f"a model of type {type(source).__name__}. Expected the path of an ONNX file"):
+        vivace.compile(source)
+
+
+def test_a_branch_that_the_given_shapes_contradict() -> None:
+    """The other branch may be the one that runs: sizes stay open, with a notice. Elsewhere a contradiction is one."""
+    branching = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["" : 17]>
+        pick (bool c, float[N, 4, K] x) => (float[N, 4] y)
+        <int64[1] two = {2}, int64 one = {1}> {
+            y = If (c) <
+                then_branch = one_wide () => (float[N, 4] p) {
+                    m = MaxPool<kernel_shape = [2], strides = [2]>(x)
+                    size = Shape<start = 2, end = 3>(m)  is_one = Equal(size, one)
+                    h = If (is_one) <then_branch = a () => (g) { g = Squeeze(m, two) },
+                                     else_branch = b () => (k) { k = Identity(m) }>
+                    t = Transpose<perm = [1, 0]>(h)  p = Transpose<perm = [1, 0]>(t)
+                },
+                else_branch = any_width () => (float[N, 4] q) { q = ReduceSum<keepdims = 0>(x, two) }
+            >
+        }
+    """)
+    with collecting() as records:
+        engine = vivace.compile(branching, threads=1, shapes={"x": (2, 4, 5)})
+    assert ["cannot run at the given shapes" in r.text for r in records if isinstance(r, Notice)] == [True]
+    assert engine(np.array(False), np.ones((3, 4, 7), np.float32)).tolist() == [[7.0] * 4] * 3
+    straight = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["" : 17]>
+        net (float[N, K] x) => (float[N, 1] y) <float[4, 1] w = {1, 1, 1, 1}> { y = MatMul(x, w) }
+    """)
+    with pytest.raises(ModelError):
+        vivace.compile(straight, shapes={"x": (2, 5)})
+
+
+def test_engines_are_not_pickled() -> None:
+    engine = vivace.compile(model(1), threads=1)
+    for copying in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="save it, and load the file in the other process"):
+            copying(engine)
 
 
 def test_native_alone_refuses_what_it_cannot_do() -> None:
@@ -248,7 +300,10 @@ def test_an_engine_for_another_machine_is_compiled_again(
     assert again.stats["n_kernels"] == source.stats["n_kernels"]
 
 
-def test_a_model_is_no_engine(tmp_path: Path) -> None:
+def test_a_model_is_no_engine_nor_an_engine_a_model(tmp_path: Path) -> None:
+    vivace.compile(model(1), threads=1).save(tmp_path / "m.vivace")
+    with pytest.raises(ModelError, match=r"m\.vivace: is a saved engine\. Expected an ONNX model\. Try: vivace\.load"):
+        vivace.compile(tmp_path / "m.vivace")
     (tmp_path / "m.onnx").write_bytes(model().SerializeToString())
     with pytest.raises(
         EngineError, match=r"m\.onnx: is no saved engine\. Expected .*\. Try: vivace\.compile for models"

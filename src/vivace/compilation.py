@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vivace.base.dtypes import DType
-from vivace.base.errors import ModelError, ProviderError, UnsupportedError, VivaceError
+from vivace.base.errors import BranchError, ProviderError, UnsupportedError, VivaceError
 from vivace.base.events import warn
 from vivace.base.heap import trim
 from vivace.base.specs import TensorSpec
@@ -206,8 +206,8 @@ def _specs(values: Sequence[Value]) -> tuple[TensorSpec, ...]:
 def load_graph(source: object, shapes: Mapping[str, Sequence[int]] | None) -> Graph:
     """Import a model, or take a graph as it is.
 
-    A branch that never runs at the given shapes may contradict them; then the sizes stay symbolic, and the shapes are
-    only checked to fit.
+    A branch that never runs at the given shapes may contradict them; then the sizes stay symbolic, with a notice, and
+    the shapes are only checked to fit.
     """
     from vivace.graph.graph import Graph
 
@@ -217,7 +217,7 @@ def load_graph(source: object, shapes: Mapping[str, Sequence[int]] | None) -> Gr
 
     try:
         return import_model(source, overrides=shapes)  # type: ignore[arg-type]
-    except ModelError as refusal:
+    except BranchError as refusal:
         if not shapes:
             raise
         from vivace.measure.inputs import check_shapes
@@ -227,7 +227,7 @@ def load_graph(source: object, shapes: Mapping[str, Sequence[int]] | None) -> Gr
             check_shapes([TensorSpec(v.name, v.dtype, v.shape) for v in graph.inputs], shapes)
         except VivaceError:
             raise refusal from None
-        warn("compile", f"the shapes stay symbolic: {refusal}")
+        warn("compile", f"a branch of the model cannot run at the given shapes, so that sizes stay open: {refusal}")
         return graph
 
 

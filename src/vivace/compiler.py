@@ -20,7 +20,7 @@ from vivace.building import (
     placements,
 )
 from vivace.compilation import Compilation, load_graph, textual_nodes
-from vivace.options import Options, Progress, checked_shapes, choose_isa, threads_for
+from vivace.options import Options, Progress, checked_shapes, choose_isa, provider_names, threads_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from vivace.runtime.partitioned import PartitionedEngine
 
 PRECISIONS = ("f32", "bf16", "f16", "auto")
-PROVIDERS = ("native", "onnxruntime", "openvino")
 
 
 def compile(
@@ -77,13 +76,10 @@ def compile(
     Raises: ModelError, UnsupportedError (a node has no provider), InputError (a bad option).
     """
     if precision not in PRECISIONS:
-        raise UnsupportedError(f"precision {precision!r} is not available", expected=", ".join(PRECISIONS))
+        raise UnsupportedError(f"{precision!r} is not available", where="precision", expected=", ".join(PRECISIONS))
     from vivace.tuning import tune_of
 
-    names = tuple(providers.split(",")) if isinstance(providers, str) else tuple(providers)
-    for name in names or ("",):
-        if name not in (*PROVIDERS, "auto"):
-            raise InputError(f"unknown provider {name!r}", where="providers", expected=", ".join((*PROVIDERS, "auto")))
+    names = provider_names(providers)
     options = Options(
         threads_for(threads), choose_isa(target), names, precision, level,
         (disable,) if isinstance(disable, str) else tuple(disable), cache, progress,

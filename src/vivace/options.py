@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from vivace.tuning import Tune
 
 Progress = Callable[[str, int, int], None]
+
+PROVIDERS = ("native", "onnxruntime", "openvino")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +75,34 @@ def threads_for(threads: Any) -> int:
 
     if threads is None:
         return knobs.threads or host().n_compute_threads
-    if not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS:
+    is_count = isinstance(threads, (int, np.integer)) and not isinstance(threads, bool)
+    if not is_count or not 1 <= threads <= MAX_THREADS:
         raise InputError(f"threads is {threads!r}", expected=f"1 to {MAX_THREADS}")
-    return threads
+    return int(threads)
 
 
 def checked_shapes(shapes: Mapping[str, Any] | None) -> dict[str, tuple[int, ...]] | None:
     """Raises: InputError for what is no shape."""
+    if not isinstance(shapes, Mapping | None):
+        raise InputError(
+            f"they are of type {type(shapes).__name__}", where="shapes",
+            expected="shapes by input name, as in {'x': (1, 3, 224, 224)}",
+        )  # fmt: skip
     for name, shape in (shapes or {}).items():
-        if isinstance(shape, (str, int)) or any(not isinstance(d, (int, np.integer)) or d < 0 for d in shape):
+        sizes = tuple(shape) if isinstance(shape, Iterable) else (shape, None)
+        if any(not isinstance(d, (int, np.integer)) or d < 0 for d in sizes):
             raise InputError(
                 f"the shape {shape!r}", where=f"shapes[{name!r}]", expected="sizes, as in (1, 3, 224, 224)"
             )
     return None if shapes is None else {name: tuple(map(int, shape)) for name, shape in shapes.items()}
+
+
+def provider_names(providers: object) -> tuple[str, ...]:
+    """Those who may compute. Raises: InputError for a name that is nobody's."""
+    found = providers.split(",") if isinstance(providers, str) else providers
+    names = tuple(found) if isinstance(found, Iterable) else (found,)
+    names = tuple(name.strip() if isinstance(name, str) else name for name in names)
+    for name in names or ("",):
+        if name not in (*PROVIDERS, "auto"):
+            raise InputError(f"unknown provider {name!r}", where="providers", expected=", ".join((*PROVIDERS, "auto")))
+    return names

@@ -13,6 +13,7 @@ import pytest
 
 from vivace import __version__
 from vivace.base.errors import GateError, InternalError, ModelError
+from vivace.base.events import warn
 from vivace.cli import app
 from vivace.cli.app import describe
 
@@ -53,6 +54,9 @@ def test_version(cli) -> None:  # type: ignore[no-untyped-def]
         ["bench", "nowhere.onnx"],
         ["bench", "nowhere.vivace"],
         ["run", "nowhere.onnx", "--seed", "-1"],
+        ["bench", "nowhere.onnx", "--budget", "-1"],
+        ["compile", "."],
+        ["reduce", "."],
         ["sys", "--threads", "-1"],
         ["bench", "nowhere.onnx", "--threads", "5000"],
         ["demo", "--image", "nowhere.png"],
@@ -165,6 +169,26 @@ def test_interrupt(model: Path) -> None:
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 128 + signal.SIGINT
     assert done.stderr == "interrupted\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
+def test_a_closed_output_is_no_fault() -> None:
+    process = subprocess.run(
+        ["sh", "-c", 'exec "$0" -c "from vivace.cli import main; main()" timings >&-', sys.executable],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert (process.returncode, process.stderr) == (0, "")
+
+
+def test_a_notice_is_told_once(cli, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    def machine() -> None:
+        warn("machine", "is odd")
+        warn("machine", "is odd")
+        raise ModelError("none")
+
+    monkeypatch.setattr("vivace.base.machine.host", machine)
+    assert cli("sys").err == "notice: machine: is odd\nerror: none.\n"
+    assert cli("sys").err.startswith("notice: machine: is odd\n")
 
 
 def test_no_escape_codes_in_pipes(model: Path) -> None:

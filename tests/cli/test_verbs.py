@@ -222,6 +222,14 @@ def test_optimize(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-
     assert no_rule.code == 2 and "Expected a rule" in no_rule.err
 
 
+@pytest.mark.parametrize("verb", ["compile", "reduce"])
+def test_no_model_is_replaced_by_what_is_made_of_it(cli, model: Path, verb: str) -> None:  # type: ignore[no-untyped-def]
+    before = model.read_bytes()
+    refused = cli(verb, model, "-o", model)
+    assert refused.code == 2 and "is the model itself. Expected another file" in refused.err
+    assert model.read_bytes() == before
+
+
 def test_compile_then_run_and_inspect(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     engine = tmp_path / "small.vivace"
     result = cli("compile", model, "-o", engine, "--threads", 1)
@@ -234,7 +242,13 @@ def test_compile_then_run_and_inspect(cli, model: Path, tmp_path: Path) -> None:
     seen = cli("inspect", engine, "--json")
     assert seen.code == 0, seen.err
     assert {place["provider"] for place in json.loads(seen.out)["placement"]} == {"native"}
+    shown = cli("inspect", engine)
+    assert shown.code == 0 and "5 ONNX nodes run natively (--layers shows" in shown.out and "->" not in shown.out
+    assert "-> " in cli("inspect", engine, "--layers").out
     assert cli("run", engine, "--provider", "onnxruntime").code == 2
+    for without_effect in (["--precision", "bf16"], ["--target", "sse"], ["--level", "0"], ["--tune", "fast"]):
+        refused = cli("run", engine, *without_effect)
+        assert refused.code == 2 and f"{without_effect[0]}: a saved engine stays as it was compiled" in refused.err
     unnamed = tmp_path / "small"  # an engine is known by its first bytes too
     unnamed.write_bytes(engine.read_bytes())
     assert cli("run", unnamed, "--shapes", SHAPES, "--threads", 1).code == 0

@@ -29,6 +29,10 @@ class ModelError(VivaceError):
     """The model file is damaged, inconsistent, or unsafe to read."""
 
 
+class BranchError(ModelError):
+    """A nested graph contradicts the sizes around it; whether it ever runs, the file does not say."""
+
+
 class UnsupportedError(VivaceError):
     """The model is valid, but needs something that the chosen providers cannot do."""
 

@@ -1,7 +1,7 @@
-"""What happened: events of kernels and notices for people, sent to whoever listens.
+"""What happened: times of kernels, and notices for people, sent to whoever listens.
 
-The runtime emits and never knows who listens; a profiler, the progress of a compile and the tests register a sink.
-Without a sink, events cost one test of a tuple and notices go to the standard `logging` logger "vivace".
+`engine.profile` returns Events. Who emits a Notice never knows who listens: a sink may be registered, and every notice
+goes to the standard `logging` logger "vivace".
 
 Not handled: buffering and clocks across processes. A sink is called in the emitting thread and must be quick.
 """
@@ -42,25 +42,17 @@ class Notice:
     text: str
 
 
-Record = Event | Notice
-Sink = Callable[[Record], None]
+Sink = Callable[[Notice], None]
 
 _sinks: tuple[Sink, ...] = ()  # replaced as a whole under the lock, so that emitting needs none
 _lock = threading.Lock()
 
 
-def has_sinks() -> bool:
-    """Whether anyone listens; the runtime records kernel times only then."""
-    return bool(_sinks)
-
-
-def emit(record: Record) -> None:
-    """Hands a record to every sink; a notice goes to the log too."""
+def emit(notice: Notice) -> None:
+    """Hands a notice to every sink and to the log."""
     for sink in _sinks:
-        sink(record)
-    if isinstance(record, Notice):
-        level = logging.WARNING if record.level == "warning" else logging.INFO
-        logger.log(level, "%s: %s", record.source, record.text)
+        sink(notice)
+    logger.log(logging.WARNING if notice.level == "warning" else logging.INFO, "%s: %s", notice.source, notice.text)
 
 
 def warn(source: str, text: str) -> None:
@@ -88,11 +80,11 @@ def add_sink(sink: Sink) -> Callable[[], None]:
 
 
 @contextmanager
-def collecting() -> Iterator[list[Record]]:
-    """The records that are emitted inside the `with` block, by any thread."""
-    records: list[Record] = []
-    remove = add_sink(records.append)
+def collecting() -> Iterator[list[Notice]]:
+    """The notices that are emitted inside the `with` block, by any thread."""
+    notices: list[Notice] = []
+    remove = add_sink(notices.append)
     try:
-        yield records
+        yield notices
     finally:
         remove()

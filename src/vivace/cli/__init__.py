@@ -5,8 +5,12 @@ from __future__ import annotations
 
 def main() -> None:
     """The entry point of the `vivace` command."""
+    import os
     import sys
 
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # a shell closed it
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     try:
         from vivace.cli.app import run
 

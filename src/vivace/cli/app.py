@@ -79,7 +79,8 @@ def run(arguments: Sequence[str]) -> int:
     """Runs the command line and returns the exit code (CODES, PARAGRAPH)."""
     n_before = console.n_documents
     try:
-        code = app(list(arguments), standalone_mode=False)
+        with console.notices():
+            code = app(list(arguments), standalone_mode=False)
         sys.stdout.flush()
         if code == INTERRUPTED:  # Typer's way of handing on Ctrl-C
             raise KeyboardInterrupt

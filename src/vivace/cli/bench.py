@@ -39,8 +39,10 @@ def bench_model(
     tune: options.Tune = "off",
     tune_budget: options.TuneBudget = 0.0,
     timing_cache: options.TimingCache = None,
-    budget: Annotated[float, typer.Option(help="Seconds of measuring.")] = 10.0,
-    half_width: Annotated[float, typer.Option(help="Stop early once ratios are known so closely, such as 0.01.")] = 0.0,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds of measuring.")] = 10.0,
+    half_width: Annotated[
+        float, typer.Option(min=0, help="Stop early once ratios are known so closely, such as 0.01.")
+    ] = 0.0,
     memory: Annotated[bool, typer.Option(help="Measure peak memory and cold start in fresh processes.")] = True,
     limit: Annotated[bool, typer.Option(help="Show the share of this machine's limit.")] = True,
     layers: Annotated[bool, typer.Option(help="Show the time of each kernel of our engine.")] = False,
@@ -48,10 +50,10 @@ def bench_model(
         Path | None, typer.Option(help="Write a page with the kernels and a roofline picture.", show_default=False)
     ] = None,
     max_ratio: Annotated[
-        float, typer.Option(help="Exit with 1 unless our median over the best other one is at most this.")
+        float, typer.Option(min=0, help="Exit with 1 unless our median over the best other one is at most this.")
     ] = math.inf,
-    absolute: Annotated[float, typer.Option("--atol", help="Tolerance of the outputs, absolute.")] = 1e-3,
-    relative: Annotated[float, typer.Option("--rtol", help="Tolerance of the outputs, relative.")] = 1e-3,
+    absolute: options.Absolute = 1e-3,
+    relative: options.Relative = 1e-3,
     as_json: options.Json = False,
 ) -> None:
     """Times engines on a model, interleaved in one process with equal threads, and checks their outputs.
@@ -65,6 +67,8 @@ def bench_model(
 
     options.check_output(html)
     options.check_timings(timing_cache)
+    if (layers or html) and not options.is_native(provider):
+        raise InputError("only our own engine shows its kernels", where="--layers", expected="--provider native")
     given = options.shapes_of(shapes)
     job = Job(model, options.threads_of(threads), precision, given, level=options.level_of(level), target=target,
               tune=tune, tune_budget=tune_budget, timing_cache=str(timing_cache or ""))  # fmt: skip

@@ -58,7 +58,7 @@ def compile_model(
 
     options.check_model(model)
     path = output or model.with_suffix(".vivace")
-    options.check_output(path)
+    options.check_output(path, model)
     options.check_timings(timing_cache)
     start = time.perf_counter()
     with progress() as show:

@@ -3,11 +3,13 @@
 Rules:
 * PLAIN: where the output is no terminal there are no escape codes and no wrapping; NO_COLOR is obeyed (by rich).
 * QUIET: progress appears on a terminal only, and only once something takes longer than a second.
+* ONCE: a notice is a line on standard error, and the same one is told once, however many engines a verb makes.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import sys
 import time
@@ -78,6 +80,31 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     return str(value)
+
+
+class _Told(logging.Handler):
+    """Notices as lines (ONCE)."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self.told:
+            self.told.add(text)
+            print(f"notice: {text}", file=sys.stderr)
+
+
+@contextmanager
+def notices() -> Iterator[None]:
+    """Tells what the logger of notices gets (ONCE)."""
+    logger, handler = logging.getLogger("vivace"), _Told()
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from vivace.base.errors import InputError, ProviderError
-from vivace.cli.options import check_model, is_native, is_saved, split
+from vivace.cli.options import check_model, is_native, is_saved
 
 if TYPE_CHECKING:
     from vivace.base.specs import TensorSpec
@@ -39,17 +39,19 @@ def open_engine(provider: str, job: Job, progress: Any = None) -> Session:
     check_model(job.model, or_engine=True)
     if is_saved(job.model):
         return _open_saved(provider, job)
+    from vivace.options import provider_names
+
+    names = provider_names(provider)
     if is_native(provider):
         import vivace
 
-        providers: str | Sequence[str] = provider if provider == "auto" else split(provider)
         return cast(
             "Session",
             vivace.compile(
                 job.model,
                 precision=job.precision,
                 threads=job.threads,
-                providers=providers,
+                providers=names,
                 target=job.target,
                 cache=job.cache,
                 tune=job.tune,
@@ -90,6 +92,11 @@ def input_specs(job: Job) -> tuple[TensorSpec, ...]:
 def _open_saved(provider: str, job: Job) -> Session:
     if not is_native(provider):
         raise InputError("a saved engine runs natively only", where=str(job.model), expected="--provider native")
+    default = Job(job.model)
+    for option in ("precision", "target", "level", "tune", "timing_cache", "disable"):
+        if getattr(job, option) != getattr(default, option):
+            raise InputError("a saved engine stays as it was compiled", where=f"--{option.replace('_', '-')}",
+                             expected="an ONNX model", hint="vivace compile with this option")  # fmt: skip
     import vivace
 
     return cast("Session", vivace.load(job.model, threads=job.threads))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vivace.base.errors import VivaceError
+from vivace.base.events import warn
 from vivace.cli import options
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def show_demo(
         str, typer.Option(help="Engines to compare with. [default: all installed]", show_default=False)
     ] = "",
     threads: options.Threads = 0,
-    budget: Annotated[float, typer.Option(help="Seconds of measuring per model; 0 measures nothing.")] = 4.0,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds of measuring per model; 0 measures nothing.")] = 4.0,
     as_json: options.Json = False,
 ) -> None:
     """Reads the text in a picture (find lines, turn them, recognise them), then times the three networks.
@@ -64,7 +65,7 @@ def show_demo(
             print(f"{line.confidence:4.0%}  {line.text}{'   (turned)' if line.is_turned else ''}")
         print(f"\n{len(lines)} lines in {duration(done - ready)} with {provider}, engines ready after "
               f"{duration(ready - start)}; boxes drawn in {output}")  # fmt: skip
-    reports = _measure(jobs, seen, provider, against, budget)
+    reports = _measure(jobs, seen, provider, against, budget, quiet=as_json)
     if as_json:
         print_json(
             {
@@ -109,7 +110,7 @@ def _characters(model: Path) -> list[str]:
 
 
 def _measure(
-    jobs: Mapping[str, Any], seen: Mapping[str, Any], provider: str, against: str, budget: float
+    jobs: Mapping[str, Any], seen: Mapping[str, Any], provider: str, against: str, budget: float, quiet: bool
 ) -> dict[str, Any]:
     from vivace.cli.bench import Wanted, measure, print_report
     from vivace.cli.console import progress
@@ -130,8 +131,9 @@ def _measure(
             with progress() as show:
                 reports[role] = measure(fixed, arrays, wanted, show)
         except VivaceError as error:
-            print(f"{role}: cannot be measured: {error}")
+            warn(role, f"cannot be measured: {error}")
             continue
-        print()
-        print_report(reports[role])
+        if not quiet:
+            print()
+            print_report(reports[role])
     return reports

@@ -17,13 +17,16 @@ if TYPE_CHECKING:
     from vivace.graph.graph import Graph
     from vivace.measure.roofline import Layer
     from vivace.measure.scaling import Scaling
+    from vivace.runtime.engine import Placement
 
 
 def inspect_model(
     model: Annotated[Path, typer.Argument(help="The ONNX file, or a saved engine.", show_default=False)],
     shapes: options.Shapes = [],
     level: options.Level = "extended",
-    layers: Annotated[bool, typer.Option(help="Print every layer, not only the most expensive ones.")] = False,
+    layers: Annotated[
+        bool, typer.Option(help="Print every layer, not only the most expensive; of an engine, every node.")
+    ] = False,
     html: Annotated[
         Path | None,
         typer.Option(help="Draw the graph before and after the optimizer on this page.", show_default=False),
@@ -44,7 +47,7 @@ def inspect_model(
     counts = thread_counts(threads)
     scaling = scaling_of(model, shapes, counts) if counts else None
     if options.is_saved(model):
-        _inspect_engine(model, as_json, scaling)
+        _inspect_engine(model, as_json, scaling, show_all=layers)
         return
 
     found, before, after = examine(model, options.shapes_of(shapes), options.level_of(level))
@@ -237,7 +240,7 @@ def _print_tuning(facts: dict[str, Any]) -> None:
         print_table("", ["kernel", "made with", "time over default's"], rows, left=2)
 
 
-def _inspect_engine(path: Path, as_json: bool, scaling: Scaling | None) -> None:
+def _inspect_engine(path: Path, as_json: bool, scaling: Scaling | None, show_all: bool) -> None:
     import vivace
     from vivace.cli.console import plain, print_json, size
 
@@ -250,6 +253,7 @@ def _inspect_engine(path: Path, as_json: bool, scaling: Scaling | None) -> None:
                 "outputs": list(map(str, engine.outputs)),
                 "stats": plain(engine.stats),
                 "placement": plain(engine.placement),
+                "conversions": plain(engine.conversions),
             }
             | ({"scaling": plain(scaling)} if scaling else {})
         )
@@ -257,7 +261,7 @@ def _inspect_engine(path: Path, as_json: bool, scaling: Scaling | None) -> None:
     print(f"{path}  {size(path.stat().st_size)}")
     for name, specs in (("inputs", engine.inputs), ("outputs", engine.outputs)):
         for i, spec in enumerate(specs):
-            print(f"{name if i == 0 else '':10} {spec}")
+            print(f"{name if i == 0 else '':24} {spec}")
     layers = engine.stats.get("layers")
     for fact, value in engine.stats.items():
         if fact == "tuning" and isinstance(value, dict):
@@ -269,11 +273,19 @@ def _inspect_engine(path: Path, as_json: bool, scaling: Scaling | None) -> None:
     if isinstance(layers, list):
         _print_layers(layers)
     _print_conversions(engine.conversions)
-    for place in engine.placement:
-        because = f", because {place.reason}" if place.reason else ""
-        print(f"{place.node} ({place.op}) -> {place.kernel} in {place.provider}{because}")
+    _print_placement(engine.placement, show_all)
     if scaling:
         print_scaling(scaling)
+
+
+def _print_placement(placement: Sequence[Placement], show_all: bool) -> None:
+    """Every node with its kernel, or those alone that have a reason to be where they are."""
+    for place in placement:
+        because = f", because {place.reason}" if place.reason else ""
+        if show_all or because or place.provider != "native":
+            print(f"{place.node} ({place.op}) -> {place.kernel} in {place.provider}{because}")
+    n = len({place.node for place in placement if place.provider == "native"})
+    print(f"{n} ONNX nodes run natively" + ("" if show_all else " (--layers shows the kernel of each)"))
 
 
 def _shown(fact: str, value: object) -> str:

@@ -93,8 +93,9 @@ def print_optimization(report: Report) -> None:
         for op in sorted({*before, *after}, key=lambda op: (-before[op], op))
     ]
     print_table("nodes", ["operator", "before", "after"], [*rows, ["all", str(before.total()), str(after.total())]])
-    print_table("rules", ["rule", "times"], [[rule, str(n)] for rule, n in report.fired.most_common()])
-    print(f"memory traffic {size(report.bytes_before)} -> {size(report.bytes_after)}; {duration(report.seconds)}")
+    if report.fired:
+        print_table("rules", ["rule", "times"], [[rule, str(n)] for rule, n in report.fired.most_common()])
+    print(f"memory traffic {size(report.bytes_before)} -> {size(report.bytes_after)}, in {duration(report.seconds)}")
     if report.largest_error is not None:
         print(f"checked on random inputs: largest difference {report.largest_error:.1e}")
     for note in report.notes:

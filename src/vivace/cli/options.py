@@ -25,6 +25,8 @@ Inputs = Annotated[
     typer.Option("--input", "-i", metavar="NAME=FILE.npy | FILE.npz", help="Arrays for inputs; others are generated."),
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of generated arrays.")]
+Absolute = Annotated[float, typer.Option("--atol", help="Tolerance of the outputs, absolute.")]
+Relative = Annotated[float, typer.Option("--rtol", help="Tolerance of the outputs, relative.")]
 Threads = Annotated[int, typer.Option("--threads", "-t", help="Threads; 0 is all that this process may use.")]
 
 
@@ -60,7 +62,7 @@ Level = Annotated[str, typer.Option(help="Optimization: 0, 1, 2, 3, 99 or disabl
 Disable = Annotated[list[str], typer.Option(metavar="RULE,...", help="Rules to leave out.")]
 Target = Annotated[str, typer.Option(help="host, or an instruction set: sse, avx2, avx512, avx512+avx512_vnni, ...")]
 Tune = Annotated[str, typer.Option(help="How much to measure for choosing kernels: off, fast, full.")]
-TuneBudget = Annotated[float, typer.Option(metavar="SECONDS", help="Seconds of tuning; 0 is the effort's own.")]
+TuneBudget = Annotated[float, typer.Option(metavar="SECONDS", min=0, help="Seconds of tuning; 0 is the effort's own.")]
 TimingCache = Annotated[
     Path | None,
     typer.Option(metavar="FILE", show_default=False,
@@ -113,18 +115,21 @@ def is_saved(path: Path) -> bool:
 
 def check_model(path: Path, or_engine: bool = False) -> None:
     """Raises: InputError where there is no file, or a saved engine where only a model will do."""
-    if not path.exists():
+    if not path.exists() or path.is_dir():
         wanted = "an ONNX model or a saved engine" if or_engine else "an ONNX model"
-        raise InputError("no such file", where=str(path), expected=wanted)
+        raise InputError("is a folder" if path.is_dir() else "no such file", where=str(path), expected=wanted)
     if is_saved(path) and not or_engine:
         raise InputError("is a saved engine", where=str(path), expected="an ONNX model",
                          hint="the model that it was compiled from")  # fmt: skip
 
 
-def check_output(path: Path | None) -> None:
-    """Raises: InputError where no file can be written; called before the work whose result it is to hold."""
+def check_output(path: Path | None, source: Path | None = None) -> None:
+    """Raises: InputError where no file can be written, or where it would replace its own source; called before the work
+    whose result it is to hold."""
     if path is None:
         return
+    if source is not None and path.exists() and path.samefile(source):
+        raise InputError("is the model itself", where=str(path), expected="another file", hint="another --output")
     if path.exists() and not path.is_file():
         raise InputError("is no regular file", where=str(path), expected="a file, or a name that is free")
     if not path.parent.is_dir():
@@ -157,6 +162,19 @@ def read_arrays(inputs: Sequence[str]) -> dict[str, np.ndarray]:
                 raise InputError(f"cannot read {text!r}", where="--input", expected="NAME=FILE.npy or FILE.npz")
             arrays[name] = _read_array(Path(file))
     return arrays
+
+
+def write_archive(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """A .npz file, as a whole or not at all."""
+    import io
+
+    import numpy as np
+
+    from vivace.base.cache import write_atomic
+
+    held = io.BytesIO()
+    np.savez(held, allow_pickle=False, **arrays)
+    write_atomic(path, [held.getbuffer()])
 
 
 def read_samples(files: Sequence[Path]) -> list[dict[str, np.ndarray]]:

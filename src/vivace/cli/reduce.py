@@ -37,8 +37,8 @@ def reduce_model(
     target: options.Target = "host",
     level: options.Level = "all",
     disable: options.Disable = [],
-    absolute: Annotated[float, typer.Option("--atol", help="Tolerance of the outputs, absolute.")] = 1e-3,
-    relative: Annotated[float, typer.Option("--rtol", help="Tolerance of the outputs, relative.")] = 1e-3,
+    absolute: options.Absolute = 1e-3,
+    relative: options.Relative = 1e-3,
     as_json: options.Json = False,
 ) -> None:
     """Leaves out nodes of a model as long as it fails in the same way: does not compile or run, or gives other answers
@@ -52,9 +52,9 @@ def reduce_model(
     from vivace.onnx.exporter import save
     from vivace.onnx.shrink import names_of, read_whole
 
-    path = output or model.with_name(f"{model.stem}-reduced.onnx")
     options.check_model(model)
-    options.check_output(path)
+    path = output or model.with_name(f"{model.stem}-reduced.onnx")
+    options.check_output(path, model)
     job = Job(
         model, options.threads_of(threads), precision, options.shapes_of(shapes), {}, options.level_of(level),
         options.split(*disable), target,
@@ -63,7 +63,7 @@ def reduce_model(
     with progress() as show:
         found = reduce(Trial(provider, job, Tolerance(absolute, relative)), read_whole(model), arrays, show)
     save(found.model, path)
-    _write_arrays(path.with_suffix(".npz"), found.arrays)
+    options.write_archive(path.with_suffix(".npz"), found.arrays)
     names = names_of(found.model)
     again = f"vivace run {path} --input {path.with_suffix('.npz')} --against onnxruntime"
     if as_json:
@@ -153,10 +153,3 @@ def reduce(trial: Trial, model: Any, arrays: Mapping[str, np.ndarray], show: Any
 
 def _taken(part: Any, values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {v.name: values[v.name] for v in part.graph.input}
-
-
-def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    import numpy as np
-
-    with path.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]

@@ -36,8 +36,8 @@ def run_model(
     against: Annotated[
         str, typer.Option("--against", help="Compare the outputs with this engine's: onnxruntime or openvino.")
     ] = "",
-    absolute: Annotated[float, typer.Option("--atol", help="Tolerance of --against, absolute.")] = 1e-3,
-    relative: Annotated[float, typer.Option("--rtol", help="Tolerance of --against, relative.")] = 1e-3,
+    absolute: options.Absolute = 1e-3,
+    relative: options.Relative = 1e-3,
     as_json: options.Json = False,
 ) -> None:
     """Runs a model once and prints its outputs.
@@ -48,6 +48,10 @@ def run_model(
     from vivace.cli.contestants import Job, open_engine
 
     _check_archive(save)
+    if against and options.is_saved(model):
+        raise InputError(
+            "a saved engine has no other engine to compare with", where="--against", expected="an ONNX model"
+        )
     options.check_timings(timing_cache)
     given = options.shapes_of(shapes)
     job = Job(model, options.threads_of(threads), precision, given, level=options.level_of(level), target=target,
@@ -59,7 +63,7 @@ def run_model(
     outputs = engine.run(arrays)
     seconds = time.perf_counter() - start
     if save is not None:
-        _save(save, outputs)
+        options.write_archive(save, outputs)
     differences = _differences(against, job, arrays, outputs, absolute, relative) if against else ()
     if as_json:
         print_json(
@@ -93,10 +97,6 @@ def _differences(
     from vivace.cli.contestants import open_engine
     from vivace.measure.compare import Tolerance, compare
 
-    if options.is_saved(job.model):
-        raise InputError(
-            "a saved engine has no other engine to compare with", where="--against", expected="an ONNX model"
-        )
     other = open_engine(against, replace(job, precision="f32", level=99))
     return compare(outputs, other.run(arrays), Tolerance(absolute, relative))
 
@@ -151,15 +151,3 @@ def _check_archive(path: Path | None) -> None:
     options.check_output(path)
     if path is not None and path.suffix != ".npz":
         raise InputError("outputs are written as .npz", where=str(path), expected="a name that ends in .npz")
-
-
-def _save(path: Path, outputs: dict[str, np.ndarray]) -> None:
-    import io
-
-    import numpy as np
-
-    from vivace.base.cache import write_atomic
-
-    held = io.BytesIO()
-    np.savez(held, allow_pickle=False, **outputs)
-    write_atomic(path, [held.getbuffer()])

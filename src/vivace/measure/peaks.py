@@ -70,10 +70,6 @@ class Peaks:
         """Bytes read per second from a cache level, or from `memory`, by all threads together."""
         return self._rate("read", level, threads)
 
-    def copy_bandwidth(self, level: str, threads: int) -> float:
-        """Bytes read plus bytes written per second."""
-        return self._rate("copy", level, threads)
-
     def read_seconds(self, n_bytes: float, threads: int) -> float:
         """The least time to read so many bytes once: from each level as many as it holds, from the nearest on. Private
         caches of several threads add up.

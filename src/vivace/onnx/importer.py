@@ -21,7 +21,7 @@ from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
 from vivace.base.dims import Dim, Expr, Symbol, as_symbol, parse, symbols
 from vivace.base.dtypes import DType
-from vivace.base.errors import GraphError, ModelError, UnsupportedError, VivaceError
+from vivace.base.errors import BranchError, GraphError, ModelError, UnsupportedError, VivaceError
 from vivace.graph.build import constant
 from vivace.graph.graph import Graph, Type, Value, substitute_type
 from vivace.graph.ops.shapes import DimMismatch
@@ -53,7 +53,8 @@ class Misfit(DimMismatch):
 def import_model(source: str | Path | bytes | ModelProto, *, overrides: Mapping[str, Shape] | None = None) -> Graph:
     """The Graph of an ONNX model. `overrides` fixes input shapes by name: sizes, symbols, or None to keep a dim.
 
-    Raises: ModelError for a damaged or inconsistent model, UnsupportedError for an operator that nobody knows.
+    Raises: ModelError for a damaged or inconsistent model, BranchError where only a nested graph is inconsistent,
+    UnsupportedError for an operator that nobody knows.
     """
     model = read(source)
     assume = Assumptions()
@@ -64,7 +65,8 @@ def import_model(source: str | Path | bytes | ModelProto, *, overrides: Mapping[
             continue
         except DimMismatch as e:
             if not assume.learn_inside(e.a, e.b, e.paths if isinstance(e, Misfit) else ()):
-                raise ModelError(
+                kind = BranchError if isinstance(e, Misfit) and e.paths else ModelError
+                raise kind(
                     f"its shapes contradict each other: {e.what}", where=e.where, hint="check the model's declared dims"
                 ) from e
     raise ModelError(

@@ -10,6 +10,7 @@ Tensors are not read here but through `Model.tensors`, when an importer asks for
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,8 @@ import onnx
 import onnx.inliner
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto
 
-from vivace.base.errors import ModelError, UnsupportedError
+from vivace.base.errors import InputError, ModelError, UnsupportedError
+from vivace.base.version import ENGINE_MAGIC
 from vivace.onnx.tensors import Tensors
 from vivace.onnx.wire import skeleton
 
@@ -61,6 +63,11 @@ def _parse(source: str | Path | bytes | ModelProto) -> tuple[ModelProto, Tensors
         return copy, Tensors(None), "model"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(bytes(source), len(source), "model"), Tensors(None), "model"
+    if not isinstance(source, (str, os.PathLike)):
+        raise InputError(
+            f"a model of type {type(source).__name__}", where="compile",
+            expected="the path of an ONNX file, its bytes, or an onnx.ModelProto",
+        )  # fmt: skip
     path = Path(source)
     try:
         size = path.stat().st_size
@@ -71,6 +78,8 @@ def _parse(source: str | Path | bytes | ModelProto) -> tuple[ModelProto, Tensors
             where=str(path)[:200],
             expected="the path of an ONNX file",
         ) from e
+    if data[: len(ENGINE_MAGIC)].tobytes() == ENGINE_MAGIC:
+        raise ModelError("is a saved engine", where=str(path), expected="an ONNX model", hint="vivace.load")
     return _decode(skeleton(data), size, path.name), Tensors(path.parent, data), path.name
 
 

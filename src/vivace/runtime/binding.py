@@ -100,11 +100,12 @@ class MemoryPlanner:
     def plan(self, dims: Mapping[str, int]) -> tuple[dict[str, int], MemoryPlan]:
         """Offsets for these dims; the plan is kept for the class of shapes."""
         key = tuple(_round_up(dims[n]) for n in self.names)
-        if key not in self.planned:
+        found = self.planned.get(key)
+        if found is None:
             if len(self.planned) >= MAX_PLANS:
-                self.planned.clear()
-            self.planned[key] = self._make(dict(zip(self.names, key, strict=True)))
-        sizes, offsets, plan = self.planned[key]
+                self.planned.clear()  # also while another thread is here, so `planned` is not asked again
+            found = self.planned[key] = self._make(dict(zip(self.names, key, strict=True)))
+        sizes, offsets, plan = found
         if any(map(gt, self.sizes(dims), sizes)):  # a size that falls as a dim grows
             _, offsets, plan = self._make(dims)
         return offsets, plan

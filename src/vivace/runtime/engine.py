@@ -17,6 +17,7 @@ from functools import cached_property
 from itertools import islice
 from operator import attrgetter
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy import empty, ndarray
@@ -50,6 +51,7 @@ MakeForeign = Callable[[ForeignEntry], ForeignRunner]
 
 _shape_of = attrgetter("shape")
 _COPIED_BYTES = 1 << 22  # at a time
+NOT_PICKLED = "an engine is not pickled or copied: save it, and load the file in the other process"
 MAX_CALLS = 256  # sets of input shapes whose dims are remembered
 
 
@@ -226,7 +228,12 @@ class Engine:
         return Sharing(self.image.lines)
 
     def __repr__(self) -> str:
-        return describe(self.inputs, self.outputs, f"{self.image.isa}, {self.threads} threads")
+        return describe(
+            self.inputs, self.outputs, f"{self.image.isa}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NOT_PICKLED)
 
     def save(self, path: str | Path) -> int:
         """Write the engine to one file (see `vivace.runtime.saved`), atomically; returns its size in bytes."""

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from vivace.lower.image import Part
 from vivace.providers.provider import LoadOptions, Session, find
 from vivace.runtime.arguments import apart, check_outputs, checked, fitting, refuse_inputs
 from vivace.runtime.binding import ShapeSolver
-from vivace.runtime.engine import Arrays, Engine, Placement, describe
+from vivace.runtime.engine import NOT_PICKLED, Arrays, Engine, Placement, describe
 from vivace.runtime.saved import Program, save
 
 _SUMMED = ("n_steps", "n_kernels", "n_foreign", "weights_bytes", "code_bytes")
@@ -88,6 +88,9 @@ class PartitionedEngine:
 
     def __repr__(self) -> str:
         return describe(self.inputs, self.outputs, f"{len(self.parts)} parts, {self.threads} threads")
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(NOT_PICKLED)
 
     def _given(self, inputs: object) -> Arrays:
         if not isinstance(inputs, Mapping) or set(inputs) != self._names:

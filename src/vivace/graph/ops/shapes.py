@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vivace.base.dims import Dim, as_symbol, floordiv
+from vivace.base.dims import Dim, floordiv
 from vivace.base.errors import GraphError
 from vivace.graph.graph import Type
 
@@ -15,15 +15,6 @@ class DimMismatch(GraphError):
     def __init__(self, a: Dim, b: Dim, where: str) -> None:
         self.a, self.b = a, b
         super().__init__(f"dims {a} and {b} must be equal", where=where)
-
-    @property
-    def unifier(self) -> tuple[str, Dim] | None:
-        """`(symbol, replacement)` that would make the two equal, if one of them is a bare symbol."""
-        for x, y in ((self.b, self.a), (self.a, self.b)):
-            s = as_symbol(x)
-            if s is not None:
-                return s.name, y
-        return None
 
 
 def same(a: Dim, b: Dim, where: str) -> Dim:

@@ -12,6 +12,7 @@ from onnx import GraphProto
 
 from vivace.base.dims import Dim, maximum
 from vivace.base.dtypes import DType
+from vivace.base.errors import BranchError, ModelError
 from vivace.graph.graph import Graph, Type, Value
 from vivace.graph.ops.shapes import DimMismatch
 from vivace.onnx.call import Call, Result, onnx_op
@@ -28,18 +29,28 @@ def _known_condition(c: Call, cond: Value | None) -> bool | None:
 
 @onnx_op("If")
 def if_(c: Call, cond: Value) -> Result:
-    from vivace.onnx.importer import import_inline, import_subgraph
+    from vivace.onnx.importer import import_inline
 
     then, other = c.attr("then_branch"), c.attr("else_branch")
     known = _known_condition(c, cond)
     if known is not None:
         return import_inline(c.scope, then if known else other)
-    branches = [import_subgraph(c.scope, g, (), c.site, f"{c.site}/{k}") for k, g in (("then", then), ("else", other))]
+    branches = [_branch(c, g, k) for k, g in (("then", then), ("else", other))]
     _unify(c, branches)
     captures = list({v: None for inner, _ in branches for v in inner.captures})
     graphs = [_close(c.scope, inner, g, outs, captures) for (inner, outs), g in zip(branches, (then, other))]
     result = c.if_(c.reshaped(cond, ()), *captures, **{"then": graphs[0], "else": graphs[1]})
     return result if isinstance(result, tuple) else (result,)
+
+
+def _branch(c: Call, proto: GraphProto, which: str) -> tuple[Scope, list[Value]]:
+    """A branch as a graph of its own. Raises: BranchError where it contradicts itself or what is around it."""
+    from vivace.onnx.importer import import_subgraph
+
+    try:
+        return import_subgraph(c.scope, proto, (), c.site, f"{c.site}/{which}")
+    except ModelError as e:
+        raise BranchError(e.what, where=e.where, expected=e.expected, hint=e.hint) from e
 
 
 def _unify(c: Call, branches: Sequence[tuple[Scope, list[Value]]]) -> None:
