@@ -242,6 +242,21 @@ def test_sparse_initializers_are_made_dense() -> None:
     np.testing.assert_array_equal(weight.data, [[0, 5, 0], [0, 0, 7]])
 
 
+@pytest.mark.parametrize(
+    "indices",
+    [[0, 6], [-1, 0], [[0, 1], [1, 3]], [[0, 1], [-1, 0]], [[0], [1]], [[0, 1, 2], [0, 1, 2]], [0], 3, [0.0, 1.0]],
+    ids=str,
+)
+def test_sparse_initializers_that_do_not_fit(indices: object) -> None:
+    m = model([node("Add", "x w", "y")], [X], [Y])
+    values = numpy_helper.from_array(np.array([5, 7], np.float32), "w")
+    m.graph.sparse_initializer.append(
+        helper.make_sparse_tensor(values, numpy_helper.from_array(np.array(indices), "i"), [2, 3])
+    )
+    with pytest.raises(ModelError, match="the indices of a sparse tensor do not fit its dims"):
+        import_model(m)
+
+
 def test_nested_graphs_are_checked_too() -> None:
     inner = graph([node("Relu", "nothing", "b")], [], [value("b", [2, 3])])
     m = model([helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner)], [X, value("c", [], 9)], [Y])

@@ -116,9 +116,14 @@ class Tensors:
         values = self.array(t.values, where)
         indices = self.array(t.indices, where)
         shape = checked_shape(list(t.dims), DType.of(values.dtype), where)
-        flat = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), shape)
-        if flat.size != values.size or (flat.size and (flat.min() < 0 or flat.max() >= math.prod(shape))):
+        sizes = np.array(shape if indices.ndim == 2 else [math.prod(shape)], np.int64)
+        places = indices if indices.ndim == 2 else indices.reshape(-1, 1)
+        fits = (
+            indices.dtype == np.int64 and indices.ndim in (1, 2) and places.shape == (values.size, max(1, sizes.size))
+        )
+        if not fits or ((places < 0) | (places >= sizes)).any():
             raise ModelError("the indices of a sparse tensor do not fit its dims", where=where)
+        flat = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), shape)
         out = np.zeros(math.prod(shape), values.dtype)
         out[flat] = values
         return out.reshape(shape)
