@@ -38,9 +38,7 @@ def optimize_model(
 
     `opset` is the source's, at least 20, unless given. `sizes` fixes symbolic dims for the check.
     Raises: ModelError, UnsupportedError for a model that cannot be read or written; InputError where the disk refuses;
-    GateError when an output differs.
-    Nothing is
-    written then, and a file that was there stays as it was.
+    GateError when an output differs. Nothing is written then, and a file that was there stays as it was.
     """
     if target is None and not dry_run:
         raise InputError("no file to write", where="target", expected="a path, or a dry run")

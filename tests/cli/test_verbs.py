@@ -252,7 +252,11 @@ def test_compile_then_run_and_inspect(cli, model: Path, tmp_path: Path) -> None:
     unnamed = tmp_path / "small"  # an engine is known by its first bytes too
     unnamed.write_bytes(engine.read_bytes())
     assert cli("run", unnamed, "--shapes", SHAPES, "--threads", 1).code == 0
-    for verb in (["compile"], ["bench"], ["optimize", "--dry-run"], ["opt"], ["reduce"]):
+    alone = cli("bench", engine, "--shapes", SHAPES, "--budget", 0, "--no-memory", "-t", 1)
+    assert alone.code == 0 and "measured 8 rounds" in alone.out and "onnxruntime" not in alone.out, alone.err
+    refused = cli("bench", engine, "--against", "onnxruntime")
+    assert refused.code == 2 and "--against: a saved engine has no other engine to compare with" in refused.err
+    for verb in (["compile"], ["optimize", "--dry-run"], ["opt"], ["reduce"]):
         refused = cli(*verb, unnamed)
         assert refused.code == 2 and "small: is a saved engine. Expected an ONNX model." in refused.err, verb
     engine.write_bytes(engine.read_bytes()[:500])

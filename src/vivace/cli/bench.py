@@ -26,8 +26,14 @@ if TYPE_CHECKING:
 
 
 def bench_model(
-    model: options.Model,
-    against: Annotated[str, typer.Option(help="Engines to compare with: onnxruntime, openvino.")] = "onnxruntime",
+    model: options.ModelOrEngine,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            help="Engines to compare with: onnxruntime, openvino; of a saved engine none. [default: onnxruntime]",
+            show_default=False,
+        ),
+    ] = None,
     shapes: options.Shapes = [],
     inputs: options.Inputs = [],
     seed: options.Seed = 0,
@@ -65,6 +71,9 @@ def bench_model(
     from vivace.measure.bench import Settings
     from vivace.measure.compare import LEAST_SNR_DB, Tolerance
 
+    options.check_model(model, or_engine=True)
+    if against and options.is_saved(model):
+        raise InputError(options.NOTHING_TO_COMPARE, where="--against", expected="an ONNX model")
     options.check_output(html)
     options.check_timings(timing_cache)
     if (layers or html) and not options.is_native(provider):
@@ -72,6 +81,8 @@ def bench_model(
     given = options.shapes_of(shapes)
     job = Job(model, options.threads_of(threads), precision, given, level=options.level_of(level), target=target,
               tune=tune, tune_budget=tune_budget, timing_cache=str(timing_cache or ""))  # fmt: skip
+    if against is None:
+        against = "" if options.is_saved(model) else "onnxruntime"
     others = [name for name in options.split(against) if name != "native"]
     settings = Settings(budget_seconds=budget, half_width=half_width, seed=seed)
     with progress() as show:
@@ -138,7 +149,7 @@ class Report:
             "model": str(self.job.model),
             "shapes": plain(dict(self.shapes)),
             "threads": self.job.threads,
-            "precision": self.job.precision,
+            "precision": None if options.is_saved(self.job.model) else self.job.precision,
             "best_ratio": plain(self.best_ratio),
             "engines": [_engine_dict(engine, self) for engine in self.bench.engines],
             "reference": self.bench.reference,
@@ -153,40 +164,38 @@ class Report:
 
 
 def gather_inputs(job: Job, inputs: Sequence[str], seed: int) -> tuple[dict[str, np.ndarray], Job]:
-    """Arrays for the model's inputs, and the job with all shapes fixed to theirs.
-
-    Raises: InputError for a saved engine, which has no model that other engines could load.
-    """
+    """Arrays for the inputs of a model or a saved engine, and the job with all shapes fixed to theirs."""
     from dataclasses import replace
 
     from vivace.cli.contestants import input_specs
 
-    options.check_model(job.model)
     arrays, sizes = options.gather(input_specs(job), job.shapes, inputs, seed)
     return arrays, replace(job, shapes={name: tuple(a.shape) for name, a in arrays.items()}, sizes=sizes)
 
 
 def measure(job: Job, arrays: dict[str, np.ndarray], wanted: Wanted, progress: Any = None) -> Report:
-    """Everything that `vivace bench` shows."""
+    """Everything that `vivace bench` shows; a saved engine is measured alone, without a reference and a limit."""
     from dataclasses import replace
 
     from vivace.cli.contestants import contestant, open_engine
     from vivace.measure.bench import bench
 
     notes: list[str] = []
-    reference = open_engine("onnxruntime", replace(job, precision="f32", level=99)).run(arrays)
+    is_saved = options.is_saved(job.model)
+    exact = replace(job, precision="f32", level=99)
+    reference = None if is_saved else open_engine("onnxruntime", exact).run(arrays)
     found = bench(
         [*(contestant(name, job, progress) for name in wanted.providers), *wanted.more],
         arrays,
         wanted.settings,
         reference=reference,
-        reference_name="onnxruntime f32",
+        reference_name="" if is_saved else "onnxruntime f32",
         tolerance=wanted.tolerance,
         progress=progress,
     )
     if wanted.providers[0] == "auto" and not found.engines[0].failure:
         notes.append(describe_choice(open_engine("auto", job)))
-    total, peaks = _limit(job, notes, progress) if wanted.limit else (None, None)
+    total, peaks = _limit(job, notes, progress) if wanted.limit and not is_saved else (None, None)
     able = [name for name, engine in zip(wanted.providers, found.engines, strict=False) if not engine.failure]
     cold = _cold_starts(job, arrays, able, notes, progress) if wanted.memory else {}
     shapes = {name: array.shape for name, array in arrays.items()}
@@ -268,7 +277,8 @@ def print_report(report: Report) -> None:
 
     shapes = ", ".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in report.shapes.items())
     shapes = shapes if len(shapes) <= 100 else shapes[:97] + "..."
-    title = f"{report.job.model.name}  {shapes}  {report.job.threads} thread(s), {report.job.precision}"
+    precision = "" if options.is_saved(report.job.model) else f", {report.job.precision}"
+    title = f"{report.job.model.name}  {shapes}  {report.job.threads} thread(s){precision}"
     columns = [
         "engine",
         "median",
@@ -295,7 +305,9 @@ def print_report(report: Report) -> None:
     quiet = "quiet" if noise.is_quiet else "NOT QUIET"
     print(f"measured {bench.n_rounds} rounds in {duration(bench.seconds)}; machine {quiet}: others used "
           f"{noise.foreign_cores:.2f} cores, {noise.steal:.1%} stolen, load {noise.load_average:.2f}")  # fmt: skip
-    print(f"checked  against {bench.reference}: {bench.tolerance}; '-' is a figure that so small a sample cannot give")
+    if bench.reference:
+        print(f"checked  against {bench.reference}: {bench.tolerance}")
+    print("'-' is a figure that was not measured, or that so small a sample cannot give")
     for note in report.notes:
         print(f"note     {note}")
 
@@ -319,7 +331,7 @@ def _row(engine: EngineTimes, report: Report) -> list[str]:
         duration(cold.load_seconds if cold else engine.load_seconds),
         duration(cold.first_run_seconds if cold else engine.first_run_seconds),
         size(cold.peak_bytes) if cold else "-",
-        f"{'equal' if engine.agrees else 'DIFFERS'} ({errors:.0e})",
+        "-" if engine.agrees is None else f"{'equal' if engine.agrees else 'DIFFERS'} ({errors:.0e})",
     ]
 
 

@@ -76,10 +76,13 @@ def open_engine(provider: str, job: Job, progress: Any = None) -> Session:
 
 
 def input_specs(job: Job) -> tuple[TensorSpec, ...]:
-    """The model's inputs as ONNX Runtime reads them.
+    """The model's inputs as ONNX Runtime reads them, or a saved engine's.
 
     Raises: ModelError for a damaged model, from our reader, which says better what is wrong with it.
     """
+    check_model(job.model, or_engine=True)
+    if is_saved(job.model):
+        return open_engine("native", job).inputs
     try:
         return open_engine("onnxruntime", replace(job, precision="f32", level=0, shapes={})).inputs
     except ProviderError:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def inspect_model(
-    model: Annotated[Path, typer.Argument(help="The ONNX file, or a saved engine.", show_default=False)],
+    model: options.ModelOrEngine,
     shapes: options.Shapes = [],
     level: options.Level = "extended",
     layers: Annotated[

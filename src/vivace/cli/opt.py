@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,7 +12,7 @@ from vivace.cli import options
 
 
 def run_passes(
-    model: Annotated[Path, typer.Argument(help="The ONNX file.", show_default=False)],
+    model: options.Model,
     passes: Annotated[
         str, typer.Option("--passes", "-p", metavar="PASS,...", help="Passes in order; all where none is named.")
     ] = "",

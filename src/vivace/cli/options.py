@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vivace.base.specs import TensorSpec
 
 Model = Annotated[Path, typer.Argument(help="The ONNX file.", show_default=False)]
+ModelOrEngine = Annotated[Path, typer.Argument(help="The ONNX file, or a saved engine.", show_default=False)]
 Shapes = Annotated[list[str], typer.Option("--shapes", metavar="NAME:1x3x224x224,...", help="Shapes of inputs.")]
 Inputs = Annotated[
     list[str],
@@ -71,6 +72,7 @@ TimingCache = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 ENGINE_SUFFIX = ".vivace"
+NOTHING_TO_COMPARE = "a saved engine has no other engine to compare with"
 _MOST_BYTES = 1 << 42  # of an array: as of a tensor in a model
 LEVELS = {"disable": 0, "basic": 1, "extended": 2, "layout": 3, "all": 99, "0": 0, "1": 1, "2": 2, "3": 3, "99": 99}
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def run_model(
-    model: Annotated[Path, typer.Argument(help="The ONNX file, or a saved engine.", show_default=False)],
+    model: options.ModelOrEngine,
     inputs: options.Inputs = [],
     shapes: options.Shapes = [],
     seed: options.Seed = 0,
@@ -49,9 +49,7 @@ def run_model(
 
     _check_archive(save)
     if against and options.is_saved(model):
-        raise InputError(
-            "a saved engine has no other engine to compare with", where="--against", expected="an ONNX model"
-        )
+        raise InputError(options.NOTHING_TO_COMPARE, where="--against", expected="an ONNX model")
     options.check_timings(timing_cache)
     given = options.shapes_of(shapes)
     job = Job(model, options.threads_of(threads), precision, given, level=options.level_of(level), target=target,
