@@ -42,3 +42,9 @@ def test_a_view_outside_is_refused(shape: tuple[int, ...], offset: int) -> None:
 def test_pages_for_several_threads(n_bytes: int) -> None:
     buffer = Buffer(n_bytes, by_page=True)
     assert buffer.address % PAGE_BYTES == 0 and not buffer.bytes.any()
+
+
+@pytest.mark.parametrize("n_bytes", [1 << 62, 1 << 80])
+def test_more_than_there_is(n_bytes: int) -> None:
+    with pytest.raises(MemoryError):
+        Buffer(n_bytes)
