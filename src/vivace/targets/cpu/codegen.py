@@ -72,38 +72,43 @@ def generate(
 ) -> tuple[list[KernelCode], list[int], list[bytes], int]:
     """Compile the distinct specs, several at once: while LLVM works on one, the text of the next is written.
 
-    `known` keeps kernels in memory, for whoever generates versions of one model. Returns the kernels, for each spec the
-    number of its kernel, the object of each kernel, and how many were compiled anew.
+    `known` keeps kernels in memory, for whoever generates versions of one model. `progress` is told how many kernels
+    are done, of how many. Returns the kernels, for each spec the number of its kernel, the object of each kernel, and
+    how many were compiled anew.
     """
     choices, known = choices or NO_CHOICES, {} if known is None else known
-    numbers: list[int] = []
-    seen: dict[str, int] = {}
+    keys = [hashlib.sha256(repr(spec).encode()).hexdigest()[:24] for spec in specs]
+    distinct = dict(zip(keys, specs, strict=True))
+    number = {key: i for i, key in enumerate(distinct)}
     codes: list[KernelCode] = []
     names: list[tuple[str, Choice]] = []
     objects: list[bytes | Future[bytes]] = []
+    done: list[bytes] = []
     found: bytes | None
-    with ThreadPoolExecutor(max(1, min(host().n_compute_threads, _MOST_THREADS)), "vivace-compile") as threads:
-        for i, spec in enumerate(specs):
-            key = hashlib.sha256(repr(spec).encode()).hexdigest()[:24]
-            if key not in seen:
-                seen[key] = len(codes)
-                made = (key, choices.of(spec) if isinstance(spec, (Contraction, Depthwise)) else DEFAULT)
-                names.append(made)
-                if made in known:
-                    code, found = known[made]
-                else:
-                    code = emit(replace(spec, name=f"k_{key}"), isa, choices)
-                    found = cache.get("object", jit.object_key(code, isa)) if cache else None
-                objects.append(threads.submit(jit.compile_kernel, code, isa) if found is None else found)
-                codes.append(code)
-            numbers.append(seen[key])
-            if progress:
-                progress(i + 1, len(specs))
-        n_new = sum(isinstance(o, Future) for o in objects)
-        done: list[bytes] = []
+
+    def tell() -> None:
+        if progress:
+            progress(sum(not isinstance(o, Future) or o.done() for o in objects), len(distinct))
+
+    threads = ThreadPoolExecutor(max(1, min(host().n_compute_threads, _MOST_THREADS)), "vivace-compile")
+    try:
+        for key, spec in distinct.items():
+            made = (key, choices.of(spec) if isinstance(spec, (Contraction, Depthwise)) else DEFAULT)
+            names.append(made)
+            if made in known:
+                code, found = known[made]
+            else:
+                code = emit(replace(spec, name=f"k_{key}"), isa, choices)
+                found = cache.get("object", jit.object_key(code, isa)) if cache else None
+            objects.append(threads.submit(jit.compile_kernel, code, isa) if found is None else found)
+            codes.append(code)
+            tell()
         for made, code, o in zip(names, codes, objects, strict=True):
             done.append(o.result() if isinstance(o, Future) else o)
             known[made] = (code, done[-1])
             if cache and isinstance(o, Future):
                 cache.put("object", jit.object_key(code, isa), done[-1])
-    return codes, numbers, done, n_new
+            tell()
+    finally:
+        threads.shutdown(cancel_futures=True)  # an interrupt waits for the kernels at work, not for all
+    return codes, [number[key] for key in keys], done, sum(isinstance(o, Future) for o in objects)
