@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx.parser
 import pytest
 from onnx import helper
 from tests.onnx.making import BOOL, F32, I64, graph, model, node, value
@@ -443,3 +444,30 @@ def test_einsum_against_numpy() -> None:
 
 def test_parse_reads_what_dims_print() -> None:
     assert str(parse("floor(h/2)")) == "(h)//(2)"
+
+
+@pytest.mark.parametrize(
+    ("text", "least"),
+    [
+        ("(float[N] x) => (float[K] v, int64[K] i) <int64[1] k = {5}> { v, i = TopK(x, k) }", 5),
+        ("(float[N] x) => (float[2] y) <int64[2] k = {2, 7}> { y = Gather(x, k) }", 8),
+        ("(float[N] x) => (float[2] y) <int64[2] k = {2, -7}> { y = Gather(x, k) }", 7),
+        ('(float[N] x) => (float[M] y) <int64[2] p = {3, 1}> { y = Pad<mode = "reflect">(x, p) }', 4),
+        ('(float[N] x) => (float[M] y) <int64[2] p = {3, 1}> { y = Pad<mode = "edge">(x, p) }', 1),
+        ("(float[N] x) => (float[M] y) <int64[2] p = {-3, -1}> { y = Pad(x, p) }", 4),
+    ],
+)
+def test_sizes_that_operators_demand_are_demanded_of_inputs(text: str, least: int) -> None:
+    """What lies outside would be memory of others."""
+    head = '<ir_version: 10, opset_import: ["" : 18]> m '
+    assert bounds(import_model(onnx.parser.parse_model(head + text)).inputs[0].shape[0])[0] == least
+    with pytest.raises(ModelError, match=r"out of range|too little|cut away|k is 5"):
+        import_model(onnx.parser.parse_model(head + text.replace("[N]", f"[{least - 1}]")))
+
+
+def test_symbols_that_are_divided_become_multiples() -> None:
+    thirds = "(float[N, 2] x) => (float[M, 3] y) <int64[2] s = {-1, 3}> { y = Reshape(x, s) }"
+    blocks = "(float[1, 1, H, W] x) => (float[1, 4, h, w] y) { y = SpaceToDepth<blocksize = 2>(x) }"
+    for text, shape in ((thirds, "f32[3*N_by_3,2]"), (blocks, "f32[1,1,2*H_by_2,2*W_by_2]")):
+        g = import_model(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18]> m {text}'))
+        assert str(g.inputs[0].type) == shape

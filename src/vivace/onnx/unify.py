@@ -117,16 +117,16 @@ class Assumptions:
         return self._rename(a, b) or self._invert(a - b) or self._invert(b - a) or self._divide(a, b)
 
     def _divide(self, a: Dim, b: Dim) -> bool:
-        """`2*((H+1)//2) == H` holds for even H: take the symbol for a multiple of the least power of two that makes
-        the two equal.
+        """`2*((H+1)//2) == H` holds for even H: take the symbol, or all that are divided, for multiples of the least
+        power of two, or of what they are divided by, that makes the two equal.
         """
-        for name in {s.name: None for s in symbols(a - b)}:
-            for by in (2, 4, 8, 16, 32, 64, 128, 256):
-                part = self.symbol(f"{name}_by_{by}")
-                if substitute(a, {name: part * by}) == substitute(b, {name: part * by}):
-                    self.replaced = {k: substitute(v, {name: part * by}) for k, v in self.replaced.items()} | {
-                        name: part * by
-                    }
+        divided = [d for d in _divisions(a - b) if isinstance(d.b, int) and d.b > 1]
+        together = {s.name for d in divided for s in symbols(d.a)}
+        for names in [*({s.name} for s in symbols(a - b)), together]:
+            for by in sorted({2, 4, 8, 16, 32, 64, 128, 256, *(int(d.b) for d in divided)}):  # type: ignore[arg-type]
+                parts = {name: self.symbol(f"{name}_by_{by}") * by for name in names}
+                if substitute(a, parts) == substitute(b, parts):
+                    self.replaced = {k: substitute(v, parts) for k, v in self.replaced.items()} | parts
                     return True
         return False
 
@@ -211,6 +211,13 @@ class Assumptions:
         fresh = {name: symbol(name, lo, hi)}
         self.replaced = {k: substitute(v, fresh) for k, v in self.replaced.items()}
         return True
+
+
+def _divisions(d: Dim) -> list[Apply]:
+    """Every division in an expression."""
+    atoms = [a for t, _ in d.terms for a in t if isinstance(a, Apply)] if isinstance(d, Expr) else []
+    inner = [x for a in atoms for part in (a.a, a.b) for x in _divisions(part)]
+    return [a for a in atoms if a.fn == "//"] + inner
 
 
 def _first(d: Dim, name: str, at_least: int) -> int:

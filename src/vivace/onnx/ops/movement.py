@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vivace.base.dims import Dim, as_symbol, bounds, ceildiv, floordiv, maximum, minimum, symbols
+from vivace.base.dims import Dim, bounds, ceildiv, floordiv, maximum, minimum, symbols
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Value
 from vivace.graph.ops.shapes import DimMismatch
@@ -152,24 +152,38 @@ def _pad(c: Call, x: Value, pads: Sequence[Dim], axes: Sequence[int], value: Any
     for axis in range(x.rank):
         cut = [0 if sign_of(p) > 0 else -p for p in (before[axis], after[axis])]
         if cut != [0, 0]:
+            _demand(c, x.shape[axis] - cut[0] - cut[1], f"more than all of {x.type} is cut away")
             x = c.sliced(x, axis, cut[0], x.shape[axis] - cut[0] - cut[1])
             before[axis], after[axis] = (p if k == 0 else 0 for p, k in zip((before[axis], after[axis]), cut))
     if all(p == 0 for p in before + after):
         return x
+    mode = c.attr("mode", "constant")
+    for size, *sides in zip(x.shape, before, after) if mode != "constant" else ():
+        for side in sides:
+            if side != 0:  # a mirror image has no second reflection, and of nothing there is no image
+                _demand(c, size - 1 - (side if mode == "reflect" else 0), f"{x.type} has too little to repeat")
     fill = bool(value) if x.dtype is DType.bool else float(value) if x.dtype.is_float else int(value)
-    return c.pad(x, before=tuple(before), after=tuple(after), mode=c.attr("mode", "constant"), value=fill)
+    return c.pad(x, before=tuple(before), after=tuple(after), mode=mode, value=fill)
+
+
+def _demand(c: Call, d: Dim, fault: str) -> None:
+    """What must not be below zero. Raises: ModelError; DimMismatch, from which the importer learns a bound, since what
+    would then be read is memory of others."""
+    most = bounds(d)[1]
+    if most is not None and most < 0:
+        raise c.error(fault)
+    at_least_zero(d, c.node.op_type)
 
 
 @onnx_op("Gather")
 def gather(c: Call, x: Value, indices: Value) -> Value:
     axis = c.axis(c.attr("axis", 0), x.rank)
+    size = x.shape[axis]
+    if indices.data is not None and indices.data.size:
+        for i in {int(indices.data.min()), int(indices.data.max())}:
+            _demand(c, size - 1 - i if i >= 0 else size + i, f"index {i} is out of range")
     if indices.rank == 0 and indices.data is not None:  # one position: a view
         i = int(indices.data)
-        size = x.shape[axis]
-        if isinstance(size, int) and not -size <= i < size:
-            raise c.error(f"index {i} is out of range", f"-{size} to {size - 1}")
-        if as_symbol(size) is not None:  # what lies outside would be an error at run time, and is memory of others
-            at_least_zero(size - 1 - i if i >= 0 else size + i, "Gather")
         part = c.sliced(x, axis, i if i >= 0 else size + i, 1)
         return c.reshaped(part, (*x.shape[:axis], *x.shape[axis + 1 :]))
     return c.gather(x, indices, axis=axis)
@@ -199,16 +213,20 @@ def scatter_nd(c: Call, x: Value, indices: Value, updates: Value) -> Value:
 
 @onnx_op("TopK")
 def topk_attribute(c: Call, x: Value) -> Result:
-    return c.topk(x, axis=c.axis(c.attr("axis", -1), x.rank), k=c.attr("k"), largest=True, sorted=True)
+    return _topk(c, x, c.attr("k"), is_largest=True, is_sorted=True)
 
 
 @onnx_op("TopK", since=10)
 def topk(c: Call, x: Value, k: Value) -> Result:
-    axis, size = c.axis(c.attr("axis", -1), x.rank), c.scalar(k, "k")
-    most = x.shape[axis]
-    if isinstance(size, int) and isinstance(most, int) and not 0 <= size <= most:
-        raise c.error(f"k is {size}", f"0 to {most}")
-    return c.topk(x, axis=axis, k=size, largest=bool(c.attr("largest", 1)), sorted=bool(c.attr("sorted", 1)))
+    return _topk(c, x, c.scalar(k, "k"), bool(c.attr("largest", 1)), bool(c.attr("sorted", 1)))
+
+
+def _topk(c: Call, x: Value, k: Any, is_largest: bool, is_sorted: bool) -> Result:
+    axis = c.axis(c.attr("axis", -1), x.rank)
+    if isinstance(k, int) and k < 0:
+        raise c.error(f"k is {k}", f"0 to {x.shape[axis]}")
+    _demand(c, x.shape[axis] - k, f"k is {k}, of {x.shape[axis]}")
+    return c.topk(x, axis=axis, k=k, largest=is_largest, sorted=is_sorted)
 
 
 @onnx_op("OneHot", since=9)
