@@ -32,8 +32,9 @@ def function(m: Maker, x: Value) -> Value:
                 y = m.op("Reciprocal", m.op("Add", m.op("Mul", y, y), m.const(1)))
             case 4:
                 y = m.op("Pow", m.op("Abs", y), m.const(m.random.choice((2, 3, 0.5, 1.7, -0.5 if m.flip(0.1) else 1))))
-            case 5:
-                y = m.op("Where", m.op("Greater", x.name, m.const(0.1)), *m.random.sample((y, m.const(0.3)), 2))
+            case 5 if m.values[0].shape == x.shape:  # an input is exact in every format
+                seen = m.op("Greater", m.values[0].name, m.const(0.1))
+                y = m.op("Where", seen, *m.random.sample((y, m.const(0.3)), 2))
             case 6:
                 y = m.op(m.random.choice(("Max", "Min", "Add", "Mul", "Sub")), y, _like(m, x))
             case 7:
