@@ -2,6 +2,7 @@
 
 Rules:
 * PLAIN: where the output is no terminal there are no escape codes and no wrapping; NO_COLOR is obeyed (by rich).
+* NARROW: a table of few rows that is wider than the terminal is turned, so that its figures stay whole.
 * QUIET: progress appears on a terminal only, and only once something takes longer than a second.
 * ONCE: a notice is a line on standard error, and the same one is told once, however many engines a verb makes.
 """
@@ -12,7 +13,7 @@ import json
 import logging
 import math
 import sys
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -21,12 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 Progress = Callable[[str, int, int], None]
 
 SCHEMA_VERSION = 1
 n_documents = 0  # that `print_json` printed
 _WIDE = 200  # columns where nobody's terminal sets a width
+_UNBOUNDED = 10_000
 _PATIENCE_SECONDS = 1.0
 
 
@@ -38,7 +41,18 @@ def console() -> Console:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
-    """Prints a table; the first `left` columns are words, the rest are figures."""
+    """Prints a table; the first `left` columns are words, the rest are figures (NARROW)."""
+    screen = console()
+    table = _table(title, columns, rows, left)
+    wide = screen.options.update(width=_UNBOUNDED)
+    if len(rows) < len(columns) and screen.measure(table, options=wide).maximum > screen.width:
+        heads = [row[0] for row in rows]
+        turned = [[name, *(row[i] for row in rows)] for i, name in enumerate(columns) if i]
+        table = _table(title, [columns[0], *heads], turned, 1)
+    screen.print(table)
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
     from rich import box
     from rich.table import Table
 
@@ -47,7 +61,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         table.add_column(column, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(_escape, row))
-    console().print(table)
+    return table
 
 
 def _escape(text: str) -> str:
@@ -120,20 +134,23 @@ def progress() -> Iterator[Progress | None]:
     bar = Bar(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
               TimeElapsedColumn(), console=Console(stderr=True), transient=True)  # fmt: skip
     task = bar.add_task("", total=None)
-    start, is_shown = time.monotonic(), False
+    later = threading.Timer(_PATIENCE_SECONDS, bar.start)  # also where nothing more is told by then
+    later.daemon, is_begun = True, False
 
     def show(stage: str, done: int, total: int) -> None:
-        nonlocal is_shown
-        if not is_shown and time.monotonic() - start > _PATIENCE_SECONDS:
-            bar.start()
-            is_shown = True
+        nonlocal is_begun
         bar.update(task, description=stage, completed=done, total=total)
+        if not is_begun:
+            later.start()
+        is_begun = True
 
     try:
         yield show
     finally:
-        if is_shown:
-            bar.stop()
+        if is_begun:
+            later.cancel()
+            later.join()
+        bar.stop()
 
 
 def duration(seconds: float) -> str:

@@ -40,17 +40,20 @@ def inspect_model(
 
     Example: vivace inspect model.onnx --shapes x:1x3x224x224 --json
     """
-    from vivace.cli.console import plain, print_json
+    from vivace.cli.console import plain, print_json, progress
 
     options.check_model(model, or_engine=True)
     options.check_output(html)
     counts = thread_counts(threads)
-    scaling = scaling_of(model, shapes, counts) if counts else None
-    if options.is_saved(model):
+    with progress() as show:
+        if show:
+            show(f"reading {model.name}", 0, 1)
+        scaling = scaling_of(model, shapes, counts, show) if counts else None
+        seen = None if options.is_saved(model) else examine(model, options.shapes_of(shapes), options.level_of(level))
+    if seen is None:
         _inspect_engine(model, as_json, scaling, show_all=layers)
         return
-
-    found, before, after = examine(model, options.shapes_of(shapes), options.level_of(level))
+    found, before, after = seen
     if html is not None:
         from vivace.base.cache import write_atomic
         from vivace.cli.picture import graph_page

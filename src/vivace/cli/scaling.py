@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vivace.base.errors import InputError
 from vivace.cli import options
@@ -24,7 +24,7 @@ def thread_counts(text: str) -> tuple[int, ...]:
     return counts
 
 
-def scaling_of(model: Path, shapes: Sequence[str], counts: tuple[int, ...]) -> Scaling:
+def scaling_of(model: Path, shapes: Sequence[str], counts: tuple[int, ...], progress: Any = None) -> Scaling:
     """Compiles the model for one thread, times its steps on generated inputs, and predicts.
 
     Raises: InputError for a model that our kernels do not run.
@@ -34,7 +34,7 @@ def scaling_of(model: Path, shapes: Sequence[str], counts: tuple[int, ...]) -> S
     from vivace.measure.scaling import examine
     from vivace.runtime.engine import Engine
 
-    engine = vivace.load(model, threads=1) if is_saved(model) else vivace.compile(model, threads=1)
+    engine = vivace.load(model, threads=1) if is_saved(model) else vivace.compile(model, threads=1, progress=progress)
     if not isinstance(engine, Engine):
         raise InputError("another engine runs this model", where=str(model), expected="a model with native kernels")
     arrays, _ = options.gather(engine.inputs, options.shapes_of(shapes), (), 0)
