@@ -331,6 +331,24 @@ def test_runs_that_fill_no_tile_register_are_multiplied_in_f32(channels: int, k:
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("images", [2, symbol("N", 1)])
+@pytest.mark.parametrize(("size", "n", "gathers"), [(14, 512, True), (14, 64, False), (28, 512, False)])
+def test_rows_that_leave_tile_registers_half_empty_are_gathered(images: Any, size: int, n: int, gathers: bool) -> None:
+    """7 pixels of every other one fill half of a register of 16 rows; with few columns copying them takes longer."""
+    graph = build(lambda b, x: b.relu(conv(b, b.relu(x), n, stride=2)), Type(F32, (images, size, size, 32)))
+    found = narrow(graph)
+
+    def labels(of: str) -> list[str]:
+        return [s.label for s in steps_of(lower(found.graph, isa(of)).body)]
+
+    assert ("copy" in labels("avx512+amx_bf16+amx_tile+avx512_bf16")) is gathers
+    assert "copy" not in labels("avx512+avx512_bf16")
+    x = numbers(Type(F32, (2, size, size, 32)))
+    (want,) = reference.evaluate(found.graph, [x])
+    got = Engine(build_image(found.graph, best_isa(host()), False), 2, []).run({graph.inputs[0].name: x})
+    np.testing.assert_allclose(got[graph.outputs[0].name], want, rtol=1e-5, atol=1e-4)
+
+
 def test_sums_that_a_product_reads_through_movers_are_stored_narrow() -> None:
     def net(b: Builder, x: Value) -> Value:
         power = b.reduce_sum(b.mul(x, x), axes=(4,), keepdims=False)

@@ -29,7 +29,7 @@ from vivace.lower.rules.half_products import (
     pays_in_halves,
     unpacked,
 )
-from vivace.lower.tile import panel_lanes
+from vivace.lower.tile import panel_lanes, pays_to_gather
 from vivace.lower.views import View
 
 
@@ -38,6 +38,8 @@ def emit_contraction(
     ways: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     """Append the step, its operands in the order of the kernel's params. `ways` are what else could compute it."""
+    if pays_to_gather(c, ctx.isa):
+        c, views = _gathered(ctx, c, views, g)
     params = contraction_params(c)
     ordered = [views[p] for p in params]
     moved: Dim = 0
@@ -48,6 +50,18 @@ def emit_contraction(
         moved = moved + part
     site = Site(ctx.choices.key(c), c, ways)
     ctx.emit(label, c, ordered, len(ordered) - 1, g.nodes, flops, moved, site=site)
+
+
+def _gathered(
+    ctx: Lowering, c: Contraction, views: dict[Buffer, View], g: Group
+) -> tuple[Contraction, dict[Buffer, View]]:
+    """The same product of rows that were copied next to each other before."""
+    a, run = views[c.a], c.taps[-1]
+    apart = replace(a, shape=(*(r.extent for r in c.rows), run.extent), strides=(*(r.a for r in c.rows), run.a))
+    dense = ctx.contiguous(apart, f"{g.output.name}_rows")
+    rows = tuple(replace(r, a=step) for r, step in zip(c.rows, dense.strides[:-1], strict=True))
+    a_buf = dense.buffer(c.a.name)
+    return replace(c, rows=rows, a=a_buf), views | {a_buf: dense}
 
 
 # ---- matrix products
