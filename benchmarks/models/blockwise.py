@@ -111,7 +111,7 @@ def _tensors() -> Iterator[tuple[Array, Array, Array, int]]:
         from gguf import GGUFReader
     except ImportError as missing:
         raise ModelUnavailable(
-            "reading the file of SmolLM2 needs gguf; install the extra: pip install 'vivace[torch]'"
+            "reading the file of SmolLM2 needs gguf; install the extra: pip install '.[torch]'"
         ) from missing
     tensors = {t.name: t for t in GGUFReader(str(gguf_file())).tensors}
     n_layers = sum(name.endswith("attn_q.weight") for name in tensors)

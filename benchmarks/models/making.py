@@ -73,7 +73,7 @@ def _maker(model: Model) -> Callable[[Path], None]:
     if not can_make(model.name):
         raise ModelUnavailable(
             f"{model.name} is not in the cache, and making it needs PyTorch; install the extra: "
-            f"pip install 'vivace[torch]' "
+            f"pip install '.[torch]' "
             f"(only to make it: the finished file needs nothing), then: python -m benchmarks.models get {model.name}"
         )
     exporters = importlib.import_module("benchmarks.models.export_torch").EXPORTERS

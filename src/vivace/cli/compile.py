@@ -103,7 +103,7 @@ def compile_model(
     print(f"  nodes    {len(engine.placement) - n_foreign} native, {n_foreign} in other engines")
     left = engine.conversions
     cost = f", {sum(float(str(c['cost_us'])) for c in left):.0f} us on one core" if left else ""
-    print(f"  layouts and formats: {len(left)} conversions are steps of their own{cost}")
+    print(f"  conversions of layout and format that are steps of their own: {len(left)}{cost}")
     if "tuning" in engine.stats:
         print(f"  tuning   {tuned(engine.stats['tuning'])}")
     if "layers" in engine.stats:

@@ -44,7 +44,7 @@ def _pillow() -> Any:
         import PIL.ImageFont
     except ImportError as missing:
         raise InputError(
-            "drawing and reading pictures needs Pillow", where="vivace demo", hint='pip install "vivace[demo]"'
+            "drawing and reading pictures needs Pillow", where="vivace demo", hint="pip install pillow"
         ) from missing
     return PIL
 

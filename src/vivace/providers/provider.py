@@ -74,7 +74,7 @@ class Provider(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """Where a provider comes from: its module here, the package behind it, and the extra that installs it."""
+    """Where a provider comes from: its module here, the package behind it, and how to install it."""
 
     name: str
     module: str
@@ -84,7 +84,7 @@ class Known:
 
 KNOWN: dict[str, Known] = {
     "onnxruntime": Known("onnxruntime", "vivace.providers.onnxruntime", "onnxruntime", "pip install onnxruntime"),
-    "openvino": Known("openvino", "vivace.providers.openvino", "openvino", 'pip install "vivace[openvino]"'),
+    "openvino": Known("openvino", "vivace.providers.openvino", "openvino", "pip install openvino"),
 }
 
 
@@ -118,7 +118,7 @@ def find(name: str) -> Provider:
     known = _known(name)
     found = availability(name)
     if not found.is_available:
-        raise ProviderError(found.reason, where=name, expected=f"the package {known.package}", hint=known.install)
+        raise ProviderError(f"the package {known.package} is not installed", where=name, hint=known.install)
     try:
         module = importlib.import_module(known.module)
     except ImportError as error:
