@@ -1,5 +1,6 @@
 """How the threads of the process behave: together, idle, in children, at exit."""
 
+import functools
 import os
 import random
 import subprocess
@@ -8,11 +9,13 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import vivace.runtime.pool as of_pool
 from vivace.base.errors import InternalError
 from vivace.runtime.executable import Context, Executable
 from vivace.runtime.pool import pool
@@ -265,3 +268,21 @@ def test_fewer_workers_than_wanted_still_run(address: Address, monkeypatch: pyte
     context.run([], [address(y)])
     assert (y == 4).all()
     assert shared.n_workers == had
+
+
+def test_threads_that_ask_at_once_get_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+
+    class Slow:
+        def __init__(self, is_shuffled: bool) -> None:
+            made.append(self)
+            time.sleep(0.05)
+
+        def restart_in_child(self) -> None: ...
+
+    monkeypatch.setattr(os, "register_at_fork", lambda **_: None)
+    monkeypatch.setattr(of_pool, "Pool", Slow)
+    monkeypatch.setattr(of_pool, "_pool", functools.cache(of_pool._pool.__wrapped__))
+    with ThreadPoolExecutor(4) as threads:
+        found = set(threads.map(lambda _: of_pool.pool(), range(4)))
+    assert found == set(made) and len(made) == 1

@@ -54,7 +54,7 @@ def compile_model(
     Example: vivace compile model.onnx -o model.vivace --shapes x:1x3x224x224
     """
     import vivace
-    from vivace.cli.console import duration, print_json, progress, size
+    from vivace.cli.console import print_json, progress
 
     options.check_model(model)
     path = output or model.with_suffix(".vivace")
@@ -96,6 +96,13 @@ def compile_model(
     if as_json:
         print_json(facts)
         return
+    _print(engine, path, seconds)
+
+
+def _print(engine: Any, path: Path, seconds: float) -> None:
+    """The lines for people."""
+    from vivace.cli.console import duration, size
+
     n_foreign = sum(place.provider != "native" for place in engine.placement)
     print(f"{path}: {size(path.stat().st_size)}, compiled in {duration(seconds)}")
     print(f"  inputs   {', '.join(map(str, engine.inputs))}")

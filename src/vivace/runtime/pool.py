@@ -202,9 +202,13 @@ def _symbol(library: ctypes.CDLL, name: str) -> int:
     return address
 
 
+_one_at_a_time = threading.Lock()
+
+
 def pool() -> Pool:
     """The pool of this process; with the knob `shuffle` one of its own, which looks for races."""
-    return _pool(knobs.shuffle)
+    with _one_at_a_time:  # two threads that ask first would make two teams, which fight for the cores
+        return _pool(knobs.shuffle)
 
 
 @cache
