@@ -42,6 +42,13 @@ def test_a_shipped_file_saves_tuning(cli, model: Path, tmp_path: Path) -> None: 
     assert merged.read_text().splitlines() and "(this one)" in cli("timings", merged).out
 
 
+def test_where_nothing_was_measured(cli, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    with knobs.scope(cache_dir=tmp_path):
+        shown = cli("timings")
+        assert (shown.code, json.loads(cli("timings", "--json").out)["timings"]) == (0, [])
+    assert shown.out.startswith("nothing was measured yet in ") and "machine" not in shown.out
+
+
 def test_bad_input_of_tuning(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     for arguments in (
         ("compile", model, "-o", tmp_path / "x.vivace", "--tune", "hard"),

@@ -42,6 +42,9 @@ def show_timings(
         rows = [{"machine": m, "isa": isa, "threads": n, **counts} for (m, isa, n), counts in found.items()]
         print_json({"files": list(map(str, given)), "output": None if output is None else str(output), "timings": rows})
         return
+    if not found:
+        print(f"nothing was measured yet in {', '.join(map(str, given))}: vivace compile --tune fast measures")
+        return
     here = host().fingerprint()
     lines = [
         [f"{m}{' (this one)' if m == here else ''}", isa, str(n), *map(str, counts.values())]
