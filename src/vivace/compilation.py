@@ -185,7 +185,11 @@ class Compilation:
         from vivace.runtime.partitioned import PartitionedEngine
         from vivace.runtime.saved import Program
 
-        model: Any = self.source if isinstance(self.source, (str, bytes, Path)) else self.portable()
+        model: Any = self.source
+        if not isinstance(model, (str, Path)):
+            from vivace.onnx.reader import as_given
+
+            model = as_given(model) or self.portable()
         fixed = {k: tuple(v) for k, v in (self.shapes or {}).items()}
         session = find(provider).load(model, LoadOptions(threads=self.options.threads, shapes=fixed))
         part = Part(provider, session.inputs, session.outputs)
@@ -232,11 +236,17 @@ def load_graph(source: object, shapes: Mapping[str, Sequence[int]] | None) -> Gr
 
 
 def portable_model(source: object, shapes: Mapping[str, Sequence[int]] | None) -> bytes:
-    """The model as one ONNX file. A path is read again, so that an engine need not keep a second copy of the
-    weights."""
+    """The model as one ONNX file: as it was given, where it has operators of old opsets that cannot be written beside
+    new ones. A path is read again, so that an engine need not keep a second copy of the weights."""
     from vivace.onnx.exporter import export
+    from vivace.onnx.reader import as_given
 
-    return export(load_graph(source, shapes)).SerializeToString()
+    try:
+        return export(load_graph(source, shapes)).SerializeToString()
+    except UnsupportedError:
+        if (given := as_given(source)) is None:
+            raise
+        return given
 
 
 def refuse_odd_types(provider: str, border: Sequence[Value]) -> None:

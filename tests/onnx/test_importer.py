@@ -471,3 +471,17 @@ def test_symbols_that_are_divided_become_multiples() -> None:
     for text, shape in ((thirds, "f32[3*N_by_3,2]"), (blocks, "f32[1,1,2*H_by_2,2*W_by_2]")):
         g = import_model(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18]> m {text}'))
         assert str(g.inputs[0].type) == shape
+
+
+@pytest.mark.parametrize(
+    "how", ['kernel_shape = [3, 3], auto_pad = "SAME_UPPER"', "kernel_shape = [4, 4], ceil_mode = 1"]
+)
+@pytest.mark.parametrize("stride", [2, 3])
+def test_windows_take_any_size(how: str, stride: int) -> None:
+    """What is known of a window's results says that there are some: no size has to be a multiple of the stride."""
+    text = f"(float[1, 2, H, 7] x) => (float[1, 2, h, w] y) {{ y = MaxPool<strides = [{stride}, 1], {how}>(x) }}"
+    g = import_model(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18]> m {text}'))
+    assert str(g.inputs[0].type) == "f32[1,2,H,7]"
+    for h in (5, 6, 7):
+        out = -(-h // stride) if "SAME" in how else -(-(h - 4) // stride) + 1
+        assert evaluate(g, [np.ones((1, 2, h, 7), np.float32)])[0].shape[2] == out

@@ -228,7 +228,7 @@ def test_boxes_that_survive_are_read_natively() -> None:
 def test_an_operator_that_cannot_be_exported_takes_the_model_along() -> None:
     text = """m (float[N, 6] x, int64[2] shape) => (float[A, B] y) { e = Exp(x)  y = Reshape(e, shape) }"""
     proto = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 24]> {text}')
-    engine = vivace.compile(proto.SerializeToString(), threads=1)  # Reshape of opset 24 is not that of 23
+    engine = vivace.compile(proto, threads=1)  # Reshape of opset 24 is not that of 23
     assert [p.provider for p in engine.placement] == ["onnxruntime"]
     assert "opset 24" in engine.placement[0].reason
     x = np.arange(12, dtype=np.float32).reshape(2, 6)
@@ -237,6 +237,32 @@ def test_an_operator_that_cannot_be_exported_takes_the_model_along() -> None:
         narrow = vivace.compile(proto.SerializeToString(), threads=1, precision="bf16")
     assert narrow.stats["precision"] == "f32" and "computed in f32" in str(narrow.stats["precision_note"])
     assert any("computed in f32, not bf16" in str(s) for s in seen)
+
+
+OLD = {
+    "pad": """m (float[N, 6] x, int64[4] p) => (float[A, B] y) { e = Exp(x)  q = Pad(e, p)  y = Relu(q) }""",
+    "loop": """m (float[N, 6] x, int64[4] p) => (float[A] y) { zero = Constant<value_ints = [0]>()
+        n = ReduceMax<keepdims = 0>(p)  yes = Constant<value = bool {1}>()  e = Exp(x)
+        s = Loop (n, yes, e) <body = turn (int64 i, bool go, float[N, 6] a) => (bool on, float[N, 6] b) {
+            on = Identity(go)  large = Greater(a, a)  k = NonZero(large)  f = Cast<to = 1>(k)
+            t = ReduceSum<axes = [0, 1], keepdims = 0>(f)  m = ReduceMean<axes = [1]>(a)  c = Sub(a, m)
+            b = Add(c, t) }>
+        y = Sigmoid(s) }""",
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_operators_of_old_opsets_leave_alone_or_with_the_model_as_it_was_given(name: str, tmp_path: Path) -> None:
+    proto = onnx.parser.parse_model(f'<ir_version: 7, opset_import: ["" : 12]> {OLD[name]}')
+    engine = vivace.compile(proto, threads=1)
+    assert isinstance(engine, PartitionedEngine)
+    around = ["native"] * (name == "pad")  # what is around a NonZero in a loop cannot be written with opset 12
+    assert [p.provider for p in engine.parts] == [*around, "onnxruntime", *around]
+    engine.save(tmp_path / "m.vivace")
+    fed = {"x": np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32), "p": np.array([1, 0, 0, 2])}
+    (want,) = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, fed)
+    for e in (engine, vivace.load(tmp_path / "m.vivace", threads=1)):
+        np.testing.assert_allclose(e.run(fed)["y"], want, rtol=1e-5, atol=1e-6)
 
 
 def test_parts_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ axes as an input) to `NEWEST`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import onnx
@@ -22,6 +22,7 @@ from vivace.graph.rewrite import rewrite
 from vivace.onnx import export_compute, export_movement, export_quantized, export_trees
 from vivace.onnx.export_attention import operator_guards_itself
 from vivace.onnx.export_control import write_onnx_node, write_subgraph_node
+from vivace.onnx.reader import OLDEST_OPSET
 from vivace.onnx.tensors import data_type_of
 from vivace.onnx.writer import Writer
 
@@ -40,7 +41,8 @@ def export(graph: Graph, opset: int = DEFAULT) -> ModelProto:
         raise InputError(f"opset {opset} cannot be written", where="export", expected=f"{OLDEST} to {NEWEST}")
     if any(_wants_narrow(n) for n in graph.walk()):
         opset = max(opset, export_quantized.NARROW_SINCE)
-    opset = _agreed(opset, [n for n in graph.walk() if n.op.name == "onnx" and not n.attrs["domain"]])
+    kept = [n for n in graph.walk() if n.op.name == "onnx" and not n.attrs["domain"]]
+    opset = _agreed(opset, kept, OLDEST if any(n.op.name != "onnx" for n in graph.walk()) else OLDEST_OPSET)
     if opset >= 23:
         graph = rewrite(graph, [operator_guards_itself])
     w = Writer(opset)
@@ -56,7 +58,8 @@ def export(graph: Graph, opset: int = DEFAULT) -> ModelProto:
     proto.output.extend(value_info(v, name) for v, name in zip(graph.outputs, outputs))
     proto.initializer.extend(w.initializer_protos())
     imports = [helper.make_opsetid("", w.opset), *(helper.make_opsetid(d, k) for d, k in w.imports.items())]
-    return helper.make_model(proto, opset_imports=imports, ir_version=_IR_VERSION[w.opset], producer_name="vivace")
+    ir_version = _IR_VERSION.get(w.opset, _IR_VERSION[OLDEST])
+    return helper.make_model(proto, opset_imports=imports, ir_version=ir_version, producer_name="vivace")
 
 
 def _wants_narrow(n: Node) -> bool:
@@ -64,9 +67,11 @@ def _wants_narrow(n: Node) -> bool:
     return n.op.name == "matmul_blocks" or any(v is not None and v.dtype in NIBBLES for v in (*n.inputs, *n.outputs))
 
 
-def _agreed(opset: int, kept: Sequence[Node]) -> int:
-    """`opset`, or the newest one else in which all kept operators mean what they did."""
-    for candidate in (opset, *range(NEWEST, OLDEST - 1, -1)):
+def _agreed(opset: int, kept: Sequence[Node], oldest: int) -> int:
+    """`opset`, or the newest one else in which all kept operators mean what they did. Models of nothing else may be
+    older than those that are written here.
+    """
+    for candidate in (opset, *range(NEWEST, oldest - 1, -1)):
         if all(_means_the_same(n, candidate) for n in kept):
             return candidate
     first = next(n for n in kept if not _means_the_same(n, opset))
@@ -83,12 +88,23 @@ def _opset_of(n: Node) -> int:
 
 
 def _means_the_same(n: Node, opset: int) -> bool:
-    name = NodeProto.FromString(n.attrs["node"]).op_type
+    def versions(name: str) -> set[int]:
+        return {onnx.defs.get_schema(name, k).since_version for k in (_opset_of(n), opset)}
+
     try:
-        old, new = (onnx.defs.get_schema(name, k).since_version for k in (_opset_of(n), opset))
+        return all(len(versions(name)) == 1 for name in _operators(NodeProto.FromString(n.attrs["node"])))
     except onnx.defs.SchemaError:
         return False
-    return old == new
+
+
+def _operators(node: NodeProto) -> Iterator[str]:
+    """The standard operators of a node and of the graphs inside it."""
+    if node.domain in ("", "ai.onnx"):
+        yield node.op_type
+    for a in node.attribute:
+        for g in (a.g, *a.graphs):
+            for inner in g.node:
+                yield from _operators(inner)
 
 
 def write_nodes(w: Writer, graph: Graph) -> None:

@@ -238,7 +238,12 @@ def _apply(scope: Scope, n: NodeProto, domain: str, inputs: list[Any], where: st
     body = function_body(n, domain, scope.session.model.opsets, inputs)
     if body is None:
         raise Fallback("it is not written with core ops")
-    return _inline(scope, n, body, inputs)
+    try:
+        return _inline(scope, n, body, inputs)
+    except Misfit as e:
+        if not scope.session.assume.copy().learn_inside(e.a, e.b, e.paths):
+            raise Fallback("the body that defines it does not say which of its open sizes are equal") from e
+        raise
 
 
 def _inline(scope: Scope, n: NodeProto, body: GraphProto, inputs: list[Any]) -> tuple[Any, ...]:

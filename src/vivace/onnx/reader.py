@@ -26,6 +26,7 @@ from vivace.onnx.tensors import Tensors
 from vivace.onnx.wire import skeleton
 
 OLDEST_OPSET = 7
+_LARGEST_MESSAGE = 1 << 31  # bytes, of protobuf
 MICROSOFT = "com.microsoft"
 _LONG = 1024  # elements of an attribute
 
@@ -54,6 +55,16 @@ def read(source: str | Path | bytes | ModelProto) -> Model:
     except (TypeError, UnicodeError) as e:  # protobuf hands out names that are no UTF-8 as bytes
         raise ModelError("a name in it is not text", where=name, hint="copy or download the file again") from e
     return Model(proto, opsets, tensors, proto.graph.name or name)
+
+
+def as_given(source: object) -> bytes | None:
+    """The model as it was given, in one piece; None for what is no ONNX model, or more than one message holds."""
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return bytes(source)
+    if not isinstance(source, (str, Path, ModelProto)):
+        return None
+    model = source if isinstance(source, ModelProto) else onnx.load(str(source))
+    return model.SerializeToString() if model.ByteSize() < _LARGEST_MESSAGE else None
 
 
 def _parse(source: str | Path | bytes | ModelProto) -> tuple[ModelProto, Tensors, str]:

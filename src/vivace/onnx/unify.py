@@ -46,6 +46,10 @@ class Assumptions:
     declared: set[str] = field(default_factory=set)
     local: dict[str, dict[str, tuple[Bound, Bound]]] = field(default_factory=dict)
 
+    def copy(self) -> Assumptions:
+        local = {path: dict(bounds) for path, bounds in self.local.items()}
+        return Assumptions(dict(self.replaced), dict(self.bounded), set(self.declared), local)
+
     def inside(self, path: str) -> dict[str, Dim]:
         """The symbols as the nested graph `path` sees them: those with tighter bounds there."""
         return {name: symbol(name, *b) for name, b in self.local.get(path, {}).items()}
@@ -96,7 +100,7 @@ class Assumptions:
         factor = _common_factor(a - b)
         if factor != 1:  # N*x == N*y: nobody means N == 0
             a, b = (q if (q := exact_div(d, factor)) is not None else d for d in (a, b))
-        return self._solve(a, b) or self._choose(a, b) or self._choose(b, a)
+        return self._solve(a, b) or self._choose(a, b) or self._choose(b, a) or self._divide(a, b)
 
     def _solve(self, a: Dim, b: Dim) -> bool:
         """Replace a symbol by what makes the two equal; a bare side first, else a symbol with a coefficient that
@@ -114,7 +118,7 @@ class Assumptions:
                 value = exact_div(-split[1], split[0])
                 if value is not None and not (isinstance(value, Expr) and isinstance(split[0], Expr)):
                     return self._replace(s, value)
-        return self._rename(a, b) or self._invert(a - b) or self._invert(b - a) or self._divide(a, b)
+        return self._rename(a, b) or self._invert(a - b) or self._invert(b - a)
 
     def _divide(self, a: Dim, b: Dim) -> bool:
         """`2*((H+1)//2) == H` holds for even H: take the symbol, or all that are divided, for multiples of the least

@@ -25,7 +25,9 @@ def window_padding(
     before: list[Dim] = []
     after: list[Dim] = []
     for size, k, s, d in zip(spatial, kernel, strides, dilations):
-        total = maximum((ceildiv(size, s) - 1) * s + (k - 1) * d + 1 - size, 0)
+        reach = (k - 1) * d + 1
+        total = (ceildiv(size, s) - 1) * s + reach - size
+        total = total if reach >= s else maximum(total, 0)  # it is not negative then, whatever the size
         less = floordiv(total, 2)
         before.append(less if auto == "SAME_UPPER" else total - less)
         after.append(total - less if auto == "SAME_UPPER" else less)

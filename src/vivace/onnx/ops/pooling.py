@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vivace.base.dims import Dim
-from vivace.base.dims import mod as dim_mod
+from vivace.base.dims import Dim, ceildiv
 from vivace.graph.graph import Value
 from vivace.onnx.call import Call, Result, onnx_op
 from vivace.onnx.ops.nn import per_axis, window_padding
@@ -31,7 +30,8 @@ def _growth(size: Dim, k: int, stride: int, dilation: int, before: Dim, after: D
     end.
     """
     extent = (k - 1) * dilation + 1
-    growth = dim_mod(-(size + before + after - extent), stride)
+    rest = size + before + after - extent
+    growth = ceildiv(rest, stride) * stride - rest
     if isinstance(growth, int):
         return 0 if growth and isinstance(after, int) and after + growth >= extent else growth
     if isinstance(after, int) and after + stride - 1 < extent:
