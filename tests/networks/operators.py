@@ -57,7 +57,7 @@ def step(m: Maker, x: Value) -> Value:
     y = m.op(m.random.choice(STEPPED), x.name)
     kind = m.random.choice((6, 7, 10, 3, 16))
     if m.flip():
-        y = m.op("Cast", m.op("Cast", m.op("Mul", x.name, m.const(4)), to=kind), to=1)
+        y = m.op("Cast", m.op("Cast", x.name, to=kind), to=1)
     if m.flip(0.3):
         seen = m.op(m.random.choice(("And", "Or", "Xor")), m.op("Less", x.name, m.const(0.3)), m.op("Greater", y, y))
         y = m.op("Mul", m.op("Cast", m.op("Not", seen), to=1), y)

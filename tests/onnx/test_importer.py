@@ -465,6 +465,12 @@ def test_sizes_that_operators_demand_are_demanded_of_inputs(text: str, least: in
         import_model(onnx.parser.parse_model(head + text.replace("[N]", f"[{least - 1}]")))
 
 
+def test_letters_of_einsum_are_one_size_each() -> None:
+    text = '(float[A, B, 2] x, float[C, D, E] y) => (float z) { z = Einsum<equation = "abc,abc->">(x, y) }'
+    g = import_model(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18]> m {text}'))
+    assert [str(v.type) for v in g.inputs] == ["f32[A,B,2]", "f32[A,B,2]"]
+
+
 def test_symbols_that_are_divided_become_multiples() -> None:
     thirds = "(float[N, 2] x) => (float[M, 3] y) <int64[2] s = {-1, 3}> { y = Reshape(x, s) }"
     blocks = "(float[1, 1, H, W] x) => (float[1, 4, h, w] y) { y = SpaceToDepth<blocksize = 2>(x) }"

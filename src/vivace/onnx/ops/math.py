@@ -10,6 +10,7 @@ import numpy as np
 from vivace.base.dims import prod
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Value
+from vivace.graph.ops.shapes import same
 from vivace.onnx.call import Call, Result, onnx_op
 from vivace.onnx.scope import Fallback
 from vivace.onnx.tensors import dtype_of
@@ -197,6 +198,8 @@ def _contract(c: Call, a: Value, an: str, b: Value, bn: str, later: set[str]) ->
     b, bn = _sum_out(c, b, bn, later | set(an))
     batch = [ch for ch in an if ch in bn and ch in later]
     shared = [ch for ch in an if ch in bn and ch not in later]
+    for ch in shared:
+        same(a.shape[an.index(ch)], b.shape[bn.index(ch)], "Einsum")
     rows, columns = [ch for ch in an if ch not in bn], [ch for ch in bn if ch not in an]
     sizes = dict(zip(bn, b.shape)) | {ch: d for ch, d in zip(an, a.shape) if d != 1 or ch not in bn}
     x = c.transposed(a, [an.index(ch) for ch in batch + rows + shared])
