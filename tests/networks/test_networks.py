@@ -1,10 +1,12 @@
-"""Random models in random ways: strips, row blocks, attention, Winograd's products, slices of a batch, number formats.
-`python -m tests.networks.cases 0 1000` tries any number of others.
+"""Random models in random ways: strips, row blocks, attention, Winograd's products, slices of a batch, number formats;
+and wide ones: any operators, in any way that users have. `python -m tests.networks.cases 0 1000` and
+`python -m tests.networks.wide 0 1000` try any number of others.
 """
 
 from __future__ import annotations
 
 import pytest
+from tests.networks import wide
 from tests.networks.cases import check
 
 from vivace.base.machine import host, isa, missing_flags
@@ -26,3 +28,12 @@ def test_random_models(seed: int) -> None:
     if HAS_ALL:
         assert told.partition(" sizes: ")[2] == {**JOINED, **MENDED}[seed], told
         assert " 0 sizes" not in told
+
+
+# Sizes that only show at run time, several callers at once, saved engines, tuned, checked and rewritten ones.
+WIDE = (7000009, 7000018, 7000023, 7000026, 7000028, 7000031, 7000037, 7000045, 7000052, 7000054)
+
+
+@pytest.mark.parametrize("seed", WIDE)
+def test_wide_models(seed: int) -> None:
+    assert " sizes, " in wide.check(seed)
