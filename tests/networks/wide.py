@@ -85,9 +85,9 @@ def check(seed: int) -> str:
         return "no run of it is known"
     shapes = {name: x.shape for name, x in runs[0][0].items()} if random.random() < 0.2 else None
     runs = runs[:1] if shapes else runs
+    told = [f"{len(m.nodes)} nodes", precision, *(f"{k}={v}" for k, v in options.items() if k != "cache" and v)]
     if precision == "auto":
         options["calibration"] = runs[0][0]
-    told = [f"{len(m.nodes)} nodes", precision, *(f"{k}={v}" for k, v in options.items() if k not in ("cache", "calibration") and v)]
     is_checked, is_shuffled = (random.random() < 0.15 for _ in range(2))
     with knobs.scope(emulate=True, check=is_checked, shuffle=is_shuffled), races.sharing_all():
         engine = vivace.compile(model, shapes=shapes, **options)  # type: ignore[arg-type]

@@ -471,6 +471,13 @@ def test_letters_of_einsum_are_one_size_each() -> None:
     assert [str(v.type) for v in g.inputs] == ["f32[A,B,2]", "f32[A,B,2]"]
 
 
+def test_channels_of_group_norms_are_as_many_as_scales() -> None:
+    scales = "<float[4] s = {1, 1, 1, 1}, float[4] b = {0, 0, 0, 0}>"
+    text = f"(float[N, C, W] x) => (float[N, C, W] y) {scales} {{ y = GroupNormalization<num_groups = 2>(x, s, b) }}"
+    g = import_model(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> m {text}'))
+    assert str(g.inputs[0].type) == "f32[N,4,W]"
+
+
 def test_symbols_that_are_divided_become_multiples() -> None:
     thirds = "(float[N, 2] x) => (float[M, 3] y) <int64[2] s = {-1, 3}> { y = Reshape(x, s) }"
     blocks = "(float[1, 1, H, W] x) => (float[1, 4, h, w] y) { y = SpaceToDepth<blocksize = 2>(x) }"

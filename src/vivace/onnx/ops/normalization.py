@@ -6,7 +6,7 @@ from vivace.base.dims import prod
 from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError
 from vivace.graph.graph import Value
-from vivace.graph.ops.shapes import broadcast
+from vivace.graph.ops.shapes import broadcast, same
 from vivace.onnx.call import Call, Result, onnx_op
 from vivace.onnx.scope import Fallback
 
@@ -43,6 +43,8 @@ def group_normalization_18(c: Call, x: Value, scale: Value, bias: Value) -> Valu
 
 @onnx_op("GroupNormalization", since=21)
 def group_normalization(c: Call, x: Value, scale: Value, bias: Value) -> Value:
+    if scale.rank == 1:
+        same(x.shape[1], scale.shape[0], "GroupNormalization")
     y, _ = _grouped(c, x)
     y = c.reshaped(y, x.shape)
     return c.add(c.mul(y, per_channel(c, scale, x)), per_channel(c, bias, x))
