@@ -31,6 +31,12 @@ def test_a_wide_table_is_turned(
     assert {cell for row in ROWS for cell in row if cell} <= cells  # none is broken
 
 
+def test_names_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_table("[red]m.onnx  x[a]:1", ["[b]name", "n"], [["y[/b]", "1"]])
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("[red]m.onnx  x[a]:1", "[b]name", "y[/b]"))
+
+
 class _Terminal:
     """Standard error of somebody who watches."""
 

@@ -43,22 +43,24 @@ def console() -> Console:
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> None:
     """Prints a table; the first `left` columns are words, the rest are figures (NARROW)."""
     screen = console()
-    table = _table(title, columns, rows, left)
+    table = _table(columns, rows, left)
     wide = screen.options.update(width=_UNBOUNDED)
     if len(rows) < len(columns) and screen.measure(table, options=wide).maximum > screen.width:
         heads = [row[0] for row in rows]
         turned = [[name, *(row[i] for row in rows)] for i, name in enumerate(columns) if i]
-        table = _table(title, [columns[0], *heads], turned, 1)
+        table = _table([columns[0], *heads], turned, 1)
+    if title:
+        print(title)
     screen.print(table)
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
+        table.add_column(_escape(column), justify="left" if i < left else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(_escape, row))
     return table
