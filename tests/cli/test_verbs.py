@@ -318,7 +318,9 @@ def test_a_full_disk_leaves_nothing(model: Path, tmp_path: Path, arguments: str)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_outputs_are_refused_before_the_work(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_outputs_are_refused_before_the_work(  # type: ignore[no-untyped-def]
+    cli, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nowhere, device = tmp_path / "no" / "out", Path("/dev/null")
     for arguments in (
         ("compile", model, "-o"), ("run", model, "-o"), ("optimize", model), ("inspect", model, "--html"),
@@ -329,3 +331,6 @@ def test_outputs_are_refused_before_the_work(cli, model: Path, tmp_path: Path) -
             assert result.code == 2, arguments
             assert str(place.parent if place is nowhere else place) in result.err
     assert device.is_char_device()
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # as for one who may not write there
+    result = cli("compile", model, "-o", tmp_path / "x.vivace")
+    assert result.code == 2 and f"{tmp_path}: the folder may not be written" in result.err

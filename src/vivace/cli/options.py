@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -136,6 +137,8 @@ def check_output(path: Path | None, source: Path | None = None) -> None:
         raise InputError("is no regular file", where=str(path), expected="a file, or a name that is free")
     if not path.parent.is_dir():
         raise InputError("the folder does not exist", where=str(path.parent), hint=f"mkdir -p {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError("the folder may not be written", where=str(path.parent), hint="another folder")
 
 
 def check_timings(path: Path | None) -> None:
