@@ -331,6 +331,6 @@ def test_outputs_are_refused_before_the_work(  # type: ignore[no-untyped-def]
             assert result.code == 2, arguments
             assert str(place.parent if place is nowhere else place) in result.err
     assert device.is_char_device()
-    monkeypatch.setattr("os.access", lambda path, mode: False)  # as for one who may not write there
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)  # as for one who may write nowhere
     result = cli("compile", model, "-o", tmp_path / "x.vivace")
     assert result.code == 2 and f"{tmp_path}: the folder may not be written" in result.err
