@@ -32,6 +32,7 @@ from vivace.base.machine import Isa
 from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing
 from vivace.loops.kernel import Binary, Buffer, Const, Expr, Load, Read
 from vivace.lower.arithmetic import arithmetic_of
+from vivace.lower.lanes import product_lanes
 from vivace.lower.pack import aligned_zeros, contiguous_run, pack_groups, pack_panels
 from vivace.lower.requantize import ACC, requantize
 from vivace.lower.tile import panel_lanes
@@ -222,8 +223,8 @@ def _spec(p: Problem, isa: Isa) -> tuple[Contraction | Depthwise, dict[Buffer, n
         DType.i32 if DType.of(flat.dtype).is_int else f32,
     )  # fmt: skip
     arithmetic = arithmetic_of(product, isa)
-    lanes = panel_lanes(n, isa, arithmetic)
     grouped = arithmetic.group > 1
+    lanes = panel_lanes(n, isa, arithmetic) if grouped else product_lanes(product, isa)
     panels = (
         pack_groups(flat[None], lanes, arithmetic.group, contiguous_run(product))
         if grouped

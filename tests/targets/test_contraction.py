@@ -18,6 +18,7 @@ from vivace.base.dtypes import DType
 from vivace.base.machine import ISAS, Isa, host, missing_flags
 from vivace.loops.contraction import Axis, Contraction, Packing
 from vivace.loops.kernel import Binary, Buffer, Const, Expr, Load, Read
+from vivace.lower.lanes import product_lanes
 from vivace.lower.pack import aligned_zeros, pack_panels
 from vivace.lower.tile import Tile, choose_tile, panel_lanes, split_axis
 from vivace.targets.cpu import jit
@@ -103,9 +104,10 @@ def matmul(
     shared: bool = False,
     symbolic: str = "",
     gap: int = 0,
+    vectors: int = 0,
 ) -> Case:
     """`out[h, m, n] = a[h, m, k] @ b[h, k, n]`; dims named in `symbolic` are passed at run time; rows of `out` lie
-    `gap` apart.
+    `gap` apart. Panels have so many `vectors`, or (0) as many as is usual.
     """
     dims = {name.upper(): value for name, value in (("m", m), ("k", k), ("n", n)) if name in symbolic}
     dim_m, dim_k, dim_n = (symbol(s.upper()) if s in symbolic else v for s, v in (("m", m), ("k", k), ("n", n)))
@@ -115,7 +117,7 @@ def matmul(
     step_head: Dim
     step_k: Dim
     if kind == "panels":
-        lanes = panel_lanes(dim_n, isa)
+        lanes = panel_lanes(dim_n, isa, chosen=vectors * isa.n_f32_lanes)
         stored, step_head, step_k = pack_panels(b, lanes), 1, 1
     elif kind == "plain":
         stored, step_head, step_k = at_page_end(b), dim_k * dim_n, dim_n
@@ -289,6 +291,13 @@ def test_passes_over_the_taps(isa: Isa, kind: str) -> None:
 
 
 @each_isa
+@pytest.mark.parametrize("vectors", [3, 4])
+def test_wide_panels(isa: Isa, vectors: int) -> None:
+    case, expected = with_epilogue(matmul(29, 24, 100, isa, vectors=vectors))
+    check(case, isa, lambda _: expected)
+
+
+@each_isa
 def test_tiles_outside_panels(isa: Isa) -> None:
     case = matmul(45, 48, 70, isa)
     case.tile = replace(choose_tile(case.c, isa), tiles_outside=True, tiles_per_unit=2, panels_per_unit=2)
@@ -301,11 +310,36 @@ def test_panels_pass_inside_only_where_a_is_the_larger_operand() -> None:
     assert not choose_tile(matmul(40, 120, 6625, isa).c, isa, machine).tiles_outside
 
 
-@pytest.mark.parametrize(("rows", "fetches"), [(1, False), (7, True), (40, True)])
-def test_the_next_panel_is_fetched_ahead_where_tiles_have_work_for_it(rows: int, fetches: bool) -> None:
+@pytest.mark.parametrize(
+    ("rows", "k", "n", "fetches"),
+    [(1, 960, 160, False), (7, 960, 160, True), (40, 960, 160, True), (40, 960, 32, False), (196, 576, 96, False)],
+    ids=["no work", "few rows", "rows", "one panel", "panels that are near"],
+)
+def test_the_next_panel_is_fetched_ahead_where_there_is_one_afar_and_work(
+    rows: int, k: int, n: int, fetches: bool
+) -> None:
     isa = ISAS["avx512"]
-    text = emit_contraction(matmul(rows, 960, 160, isa).c, isa).llvm_text
+    text = emit_contraction(matmul(rows, k, n, isa).c, isa).llvm_text
     assert ("ptr %ahead" in text and ", i32 0, i32 2, i32 1)" in text) == fetches
+
+
+def test_what_an_epilogue_reads_is_fetched_and_what_it_writes_is_not() -> None:
+    isa = ISAS["avx512"]
+    soon = "i32 0, i32 3, i32 1)"
+    assert soon not in emit_contraction(matmul(28, 24, 64, isa).c, isa).llvm_text
+    case, _ = with_epilogue(matmul(28, 24, 64, isa))
+    assert emit_contraction(case.c, isa).llvm_text.count(soon) == 14 * 2  # lines of the residual
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "vectors"),
+    [(49, 384, 4), (49, 512, 4), (49, 96, 3), (49, 240, 4), (49, 80, 3), (49, 32, 2), (49, 16, 1), (13, 384, 2)],
+)
+def test_panels_are_as_wide_as_makes_few_instructions(rows: int, n: int, vectors: int) -> None:
+    c = matmul(rows, 8, n, ISAS["avx512"]).c
+    assert product_lanes(c, ISAS["avx512"]) == 16 * vectors
+    assert product_lanes(c, ISAS["avx512"], chosen=32) == 32
+    assert product_lanes(c, ISAS["avx2"]) == panel_lanes(n, ISAS["avx2"])
 
 
 def test_large_products_are_cut_for_the_caches() -> None:

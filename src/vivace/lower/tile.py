@@ -56,6 +56,8 @@ class Tile:
 
     With a `pitch` the last two row axes are one of so many rows per step of the outer one: rows between the end of one
     step and the start of the next are computed, since A goes on there, and not stored. `inner` splits that axis.
+
+    `keeps_b` tells that all of B fits into half of the second-level cache.
     """
 
     nv: int
@@ -71,6 +73,7 @@ class Tile:
     k_block: int = 0
     tiles_outside: bool = False
     pitch: int = 0
+    keeps_b: bool = False
 
 
 def max_rows(nv: int, isa: Isa, n_spare: int = 0) -> int:
@@ -144,14 +147,14 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None, choice
     if ar.is_tile:
         outer, inner = _split_for_tiles(_at_pitch(c.rows, pitch) if pitch else c.rows)
     else:
-        outer, inner = _split_rows(c.rows, most)
+        outer, inner = split_rows(c.rows, most)
     sizes = _sizes(c)
     n_panels = max(1, -(-_known([c.n], sizes) // lanes))
     colliding = not ar.is_tile and collides(c.rows, outer, inner, machine, ar.a_bytes)
     can_stage = not ar.is_tile and len(c.taps) == 1 and c.taps[0].a == 1
     stage_a = can_stage and (colliding and n_panels > 1 if choice.stage_a is None else choice.stage_a)
     if colliding and len(c.taps) > 1 and not choice.rows:
-        outer, inner = _split_rows(c.rows, max(1, most // 2))
+        outer, inner = split_rows(c.rows, max(1, most // 2))
     n_tiles = max(1, _known([*(r.extent for r in c.rows[:-2]), pieces(outer), pieces(inner)], sizes))
     stage_b = c.packing.kind == "transposed" or (c.packing.kind == "plain" and _pays_to_stage_b(c, isa, n_tiles, lanes))
     if c.packing.kind == "plain" and choice.stage_b is not None:
@@ -168,13 +171,14 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None, choice
     if stage_b:
         rows_outer = False
         panels = max(1, min(panels, _half_l2(machine) // max(1, _known([_k(c)], sizes) * lanes * 4)))
-    b_block = panels * lanes * _known([_k(c)], sizes) * ar.b_bytes
+    panel_bytes = lanes * _known([_k(c)], sizes) * ar.b_bytes
+    b_block, keeps_b = panels * panel_bytes, n_panels * panel_bytes <= _half_l2(machine)
     fits = rows_outer and b_block <= machine.cache_bytes(2) // 16
     fits = fits if choice.tiles_outside is None else choice.tiles_outside
     tiles_outside = panels > 1 and not k_block and fits
     return Tile(
         nv, lanes, outer, inner, unroll, tiles, panels, rows_outer or stage_a, stage_a, stage_b, k_block, tiles_outside,
-        pitch,
+        pitch, keeps_b,
     )  # fmt: skip
 
 
@@ -346,7 +350,8 @@ def _known(dims: list[Dim], sizes: dict[str, int]) -> int:
     return evaluate(prod(dims), sizes)
 
 
-def _split_rows(rows: tuple[Axis, ...], most: int) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+def split_rows(rows: tuple[Axis, ...], most: int) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
+    """The last two row axes in pieces, for tiles of at most so many rows in vector registers."""
     if not rows:
         return ((1, 1),), ((1, 1),)
     last = rows[-1]

@@ -16,6 +16,7 @@ from vivace.lower.bands import bands
 from vivace.lower.choices import DIRECT, Site
 from vivace.lower.group import Group
 from vivace.lower.halves import is_depthwise, reads_half
+from vivace.lower.lanes import product_lanes
 from vivace.lower.lowering import Lowering
 from vivace.lower.pack import pack_panels, without_denormals
 from vivace.lower.rules import narrow, winograd
@@ -29,7 +30,7 @@ from vivace.lower.rules.half_products import (
     pays_in_halves,
     unpacked,
 )
-from vivace.lower.tile import panel_lanes, pays_to_gather
+from vivace.lower.tile import pays_to_gather
 from vivace.lower.views import View
 
 
@@ -122,7 +123,7 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
         wanted = unpacked(
             Contraction("k", (), rows, (tap,), n, a_buf, a_buf, out_buf, Packing(""), epilogue.expr, epilogue.extra)
         )
-        lanes = panel_lanes(n, ctx.isa, chosen=ctx.choices.of(wanted).lanes)
+        lanes = product_lanes(wanted, ctx.isa, ctx.choices.of(wanted).lanes)
         b_view = packed_panels(ctx, b_value, lanes, "matmul", lambda: np.asarray(_matrix(b, b_value))[None])
         packing = Packing("panels", lanes)
     elif b_full.strides[-1] == 1 or n == 1:
@@ -328,7 +329,7 @@ def lower_conv(ctx: Lowering, g: Group, is_exact: bool = False) -> None:
                 ctx.copy(out, target.transpose(to_last))
             return
         if w_value.data is not None:
-            lanes = panel_lanes(n, ctx.isa, chosen=choice.lanes)
+            lanes = product_lanes(wanted, ctx.isa, choice.lanes)
             w = packed_panels(ctx, w_value, lanes, f"conv{groups}", lambda: _conv_weights(w_value, groups))
             packing, taps_b = Packing("panels", lanes), taps
             batch = tuple(replace(b, b=prod(w.shape[1:])) for b in batch)

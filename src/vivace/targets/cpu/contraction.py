@@ -24,7 +24,7 @@ from vivace.targets.cpu.contraction_amx import tile_kernel
 from vivace.targets.cpu.contraction_body import Operands, Shape, Sum
 from vivace.targets.cpu.contraction_driver import driver
 from vivace.targets.cpu.contraction_epilogue import Epilogue, split_start
-from vivace.targets.cpu.contraction_fetch import destinations
+from vivace.targets.cpu.contraction_fetch import read_by_rows
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, plan_of_rows, symbol_of, variants
 from vivace.targets.cpu.contraction_step import Step
 from vivace.targets.cpu.contraction_text import Int, Text
@@ -116,8 +116,8 @@ def _vector_kernel(called: Plan, outer: int, inner: int, tail: bool) -> tuple[st
         if p.ar.acc is DType.i32:
             first, finish = split_start(p.c, "n")
             start = None if first is None else [_started(t, p, first, symbols, masks)] * len(rows)
-        for destination in destinations(t, p, dims):
-            for line in (line for o, i in rows for line in destination.lines(t, o, i, vectors * width, dims)):
+        for read in read_by_rows(t, p, dims):
+            for line in (line for o, i in rows for line in read.lines(t, o, i, vectors * width, dims)):
                 t.fetch(line)
     summed = Sum(step, Shape(rows, vectors, p.tile.unroll), operands, row_offsets, dims)
     if called.fetches_ahead:

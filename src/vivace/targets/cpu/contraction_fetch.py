@@ -1,4 +1,9 @@
-"""Asking early for what an epilogue will read and write row by row, so that it comes while the taps are summed."""
+"""Asking early for what an epilogue will read and write row by row, so that it comes while the taps are summed.
+
+Kernels in vector registers ask only for what is read: they store a few vectors of results per row, and what a store
+misses comes while others go on. Asking for 3136 x 256 results took 4 % of the time of 3136x64 @ 64x256, for 12544 x 96
+of 16 channels 20 %; not asking for the residual that is there takes 10 % (Emerald Rapids).
+"""
 
 from __future__ import annotations
 
@@ -31,17 +36,24 @@ class Destination:
 
 def destinations(t: Text, p: Plan, dims: Mapping[str, Int]) -> list[Destination]:
     """The results, and what the epilogue reads of every row."""
+    results = Destination("%out", p.outer.out, p.inner.out, p.out_bytes)
+    return list(dict.fromkeys([results, *read_by_rows(t, p, dims)]))
+
+
+def read_by_rows(t: Text, p: Plan, dims: Mapping[str, Int]) -> list[Destination]:
+    """What the epilogue reads of every row, except single elements."""
     at: dict[str, Int] = {**dims, **{x.name: f"%x{i}" for i, x in enumerate(p.axes())}, "n": "%n"}
     moving = {p.outer.name, p.inner.name} - {""}
     if p.tile.pitch:  # rows are counted from the start of both axes
         at |= dict.fromkeys(moving, 0)
     read = [e for e in walk(p.c.epilogue) if isinstance(e, Load)] if p.c.epilogue is not None else []
-    found = [Destination("%out", p.outer.out, p.inner.out, p.out_bytes)]
+    found: list[Destination] = []
     for e in read:
         flat, size = flat_index(e.buffer, e.index), e.buffer.dtype.size_bytes
         steps = [linear(flat, name) if name else (0, flat) for name in (p.outer.name, p.inner.name)]
         known = [step[0] for step in steps if step is not None]
-        if len(known) == 2 and not e.inside and any(s.name in moving for s in symbols(flat)):
+        names = {s.name for s in symbols(flat)}
+        if len(known) == 2 and not e.inside and names & moving and "n" in names:
             corner = t.at(base_of(t, p, e.buffer), t.mul(t.dim(flat, at), size))
             found.append(Destination(corner, known[0], known[1], size))
     return list(dict.fromkeys(found))
