@@ -7,14 +7,16 @@ cache) is planned once in many calls; a plan serves every smaller shape of its c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from operator import gt
+
+import numpy as np
 
 from vivace.base.dims import Expr, evaluate, linear, symbols
 from vivace.base.errors import ShapeError
 from vivace.base.specs import TensorSpec
 from vivace.lower.image import Image
 from vivace.lower.memory import Lifetime, MemoryPlan, plan_memory
-from vivace.targets.cpu.words import dims_function
+from vivace.runtime.evaluation import Evaluation
+from vivace.targets.cpu.formulas import Words
 
 ROUNDING = 64  # above this, a dim is planned as the next multiple of it
 MAX_PLANS = 256  # classes of shapes whose plan is remembered
@@ -89,33 +91,31 @@ def _mismatch(spec: TensorSpec, axis: int, shape: tuple[int, ...], want: str) ->
 
 
 class MemoryPlanner:
-    """Arena offsets of an image for given dims, as values of the symbols `@k` and `@arena`."""
+    """Arena offsets of an image for given dims, and the size of the arena: the values of `names`."""
 
     def __init__(self, image: Image) -> None:
-        self.arena = [(k, s) for k, s in enumerate(image.storages) if s.kind == "arena"]
-        self.sizes = dims_function([s.n_bytes for _, s in self.arena])
-        self.names = sorted({x.name for _, s in self.arena for x in symbols(s.n_bytes)})
-        self.planned: dict[tuple[int, ...], tuple[list[int], dict[str, int], MemoryPlan]] = {}
+        self.arena = [s for s in image.storages if s.kind == "arena"]
+        self.names = (*(f"@{k}" for k, s in enumerate(image.storages) if s.kind == "arena"), "@arena")
+        self.sizes = Evaluation([s.n_bytes for s in self.arena])
+        self.planned: dict[tuple[int, ...], tuple[Words, Words, MemoryPlan]] = {}
 
-    def plan(self, dims: Mapping[str, int]) -> tuple[dict[str, int], MemoryPlan]:
+    def plan(self, dims: Mapping[str, int]) -> tuple[Words, MemoryPlan]:
         """Offsets for these dims; the plan is kept for the class of shapes."""
-        key = tuple(_round_up(dims[n]) for n in self.names)
+        key = tuple(_round_up(dims[n]) for n in self.sizes.names)
         found = self.planned.get(key)
         if found is None:
             if len(self.planned) >= MAX_PLANS:
                 self.planned.clear()  # also while another thread is here, so `planned` is not asked again
-            found = self.planned[key] = self._make(dict(zip(self.names, key, strict=True)))
+            found = self.planned[key] = self._make(dict(zip(self.sizes.names, key, strict=True)))
         sizes, offsets, plan = found
-        if any(map(gt, self.sizes(dims), sizes)):  # a size that falls as a dim grows
+        if (self.sizes(dims) > sizes).any():  # a size that falls as a dim grows
             _, offsets, plan = self._make(dims)
         return offsets, plan
 
-    def _make(self, dims: Mapping[str, int]) -> tuple[list[int], dict[str, int], MemoryPlan]:
+    def _make(self, dims: Mapping[str, int]) -> tuple[Words, Words, MemoryPlan]:
         sizes = self.sizes(dims)
-        plan = plan_memory([Lifetime(n, s.first, s.last) for n, (_, s) in zip(sizes, self.arena, strict=True)])
-        env = {f"@{k}": offset for (k, _), offset in zip(self.arena, plan.offsets, strict=True)}
-        env["@arena"] = plan.arena_bytes
-        return sizes, env, plan
+        plan = plan_memory([Lifetime(n, s.first, s.last) for n, s in zip(sizes.tolist(), self.arena, strict=True)])
+        return sizes, np.array([*plan.offsets, plan.arena_bytes], np.int64), plan
 
 
 def _round_up(v: int) -> int:

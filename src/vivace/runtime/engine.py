@@ -34,7 +34,7 @@ from vivace.runtime.arguments import apart, check_outputs, checked, refuse_input
 from vivace.runtime.binding import MemoryPlanner, ShapeSolver
 from vivace.runtime.buffer import Buffer
 from vivace.runtime.executable import Chunk, Context, Executable
-from vivace.runtime.likeness import Words, likeness
+from vivace.runtime.likeness import likeness
 from vivace.runtime.pages import collapse
 from vivace.runtime.rooms import PLAIN, families_of, rooms_of
 from vivace.runtime.saved import Program, save
@@ -42,6 +42,7 @@ from vivace.runtime.sharing import Sharing
 from vivace.runtime.slices import Dims, Slice, slices_of, whole_specs
 from vivace.targets.cpu import jit, steps
 from vivace.targets.cpu.amx import missing_here
+from vivace.targets.cpu.formulas import Words
 from vivace.targets.cpu.words import dims_function
 
 Arrays = dict[str, np.ndarray]
@@ -221,7 +222,7 @@ class Engine:
 
     def _bind(self, context: Context, dims: dict[str, int]) -> None:
         offsets, _ = self._planner.plan(dims)
-        context.bind({**dims, **offsets}, self._sharing.threads(dims, self.threads))
+        context.bind(dims, self._sharing.threads(dims, self.threads), offsets)
 
     @cached_property
     def _sharing(self) -> Sharing:
@@ -344,7 +345,7 @@ class Engine:
         return Executable(
             made, n_inputs=len(image.inputs), n_outputs=len(image.outputs),
             arena_bytes=symbol("@arena"), scratch_bytes=scratch,
-            n_threads=self.threads, keep=(self._library, self._constants),
+            n_threads=self.threads, placed=self._planner.names, keep=(self._library, self._constants),
         )  # fmt: skip
 
     def _step(self, line: LineEntry, runners: Sequence[ForeignRunner | None]) -> steps.Step:

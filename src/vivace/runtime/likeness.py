@@ -20,9 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vivace.runtime.buffer import DATA_FIELD, data_is_first
+from vivace.targets.cpu.formulas import Words
 from vivace.targets.cpu.methods import ArrayField
-
-Words = npt.NDArray[np.int64]
 
 
 def likeness(dtypes: Sequence[np.dtype], shapes: Sequence[tuple[int, ...]]) -> Words | None:

@@ -34,6 +34,7 @@ from vivace.base.machine import isa
 from vivace.runtime.buffer import Buffer
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.code import KernelCode
+from vivace.targets.cpu.elf import Library
 from vivace.targets.cpu.methods import PYTHON_CALLS
 from vivace.targets.cpu.program import program_text
 from vivace.targets.cpu.team import MAX_THREADS, Seat, Team
@@ -52,8 +53,10 @@ class Native:
         self.worker_address = library.address("vivace_worker")
         calls = (ctypes.c_int64 * len(PYTHON_CALLS))(*(_symbol(ctypes.pythonapi, name) for name in PYTHON_CALLS))
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(library.address("vivace_bind"))(ctypes.addressof(calls))
-        self._run = _MethodDef(b"run", library.address("vivace_enter"), _METH_FASTCALL, b"One inference.")
-        self._is_like = _MethodDef(b"is_like", library.address("vivace_is_like"), _METH_FASTCALL, b"Compares arrays.")
+        self._run = _method(library, b"enter", b"One inference.")
+        self._is_like = _method(library, b"is_like", b"Compares arrays.")
+        self._evaluate = _method(library, b"evaluate", b"Evaluates formulas.")
+        self._fill = _method(library, b"fill", b"Writes what formulas gave into a program.")
         self.cycles = ctypes.CFUNCTYPE(ctypes.c_int64)(library.address("vivace_cycles"))
 
     def entry(self, context: int) -> Callable[..., int]:
@@ -64,6 +67,14 @@ class Native:
         """The function that tells whether arrays are as that context expects (rule LIKE of the program)."""
         return cast("Callable[..., int]", _new_function(ctypes.byref(self._is_like), context, None))
 
+    def evaluation(self, frame: int) -> Callable[[], int]:
+        """The function that evaluates the formulas of the frame at this address (rule FRAME of the program)."""
+        return cast("Callable[[], int]", _new_function(ctypes.byref(self._evaluate), frame, None))
+
+    def filling(self, frame: int) -> Callable[[], int]:
+        """The function that fills the program of that frame."""
+        return cast("Callable[[], int]", _new_function(ctypes.byref(self._fill), frame, None))
+
 
 class _MethodDef(ctypes.Structure):
     """PyMethodDef of CPython's methodobject.h."""
@@ -71,6 +82,10 @@ class _MethodDef(ctypes.Structure):
     _fields_ = (
         ("name", ctypes.c_char_p), ("function", ctypes.c_void_p), ("flags", ctypes.c_int), ("doc", ctypes.c_char_p)
     )  # fmt: skip
+
+
+def _method(library: Library, name: bytes, doc: bytes) -> _MethodDef:
+    return _MethodDef(name, library.address(f"vivace_{name.decode()}"), _METH_FASTCALL, doc)
 
 
 _METH_FASTCALL = 0x0080

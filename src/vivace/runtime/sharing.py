@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from operator import mul
 
 from vivace.lower.image import LineEntry, estimate_ns
-from vivace.targets.cpu.words import dims_function
+from vivace.runtime.evaluation import Evaluation
 
 # Waking a sleeping worker takes 30 to 50 us: two threads broke even with one near 100 us of shared work.
 WAKE_NS = 50_000
@@ -36,11 +36,13 @@ class Sharing:
         shared = [line for line in lines if line.kind == "run" and not line.serial]
         self._n_meetings = sum(not line.beside for line in shared)
         self._counts = Counter((line.flops, line.n_bytes) for line in shared)  # layers are alike
-        self._sizes = dims_function([size for sizes in self._counts for size in sizes])
+        self._sizes = Evaluation([size for sizes in self._counts for size in sizes])
 
     def threads(self, dims: Mapping[str, int], most: int) -> int:
         """How many of `most` threads a run takes."""
-        sizes = self._sizes(dims)
+        if most == 1:
+            return 1
+        sizes = self._sizes(dims).tolist()
         work_ns = sum(map(mul, self._counts.values(), map(estimate_ns, sizes[::2], sizes[1::2])))
         is_worth_it = work_ns * (1 - 1 / most) >= WAKE_NS + self._n_meetings * MEETING_NS
         return most if is_worth_it else 1

@@ -5,6 +5,8 @@ Rules:
   context's own table. The GIL is released during the run.
 * LIKE: `vivace_is_like` tells whether its arguments begin with arrays as the context's table of likeness describes them
   (`vivace.runtime.likeness`). It keeps the GIL, and there are as many arguments as the table has arrays.
+* FRAME: of `vivace_evaluate` and `vivace_fill`, `self` is the address of a frame (`vivace.targets.cpu.formulas`), and
+  there are no arguments. Both keep the GIL; the first returns a status, the second 0.
 """
 
 from __future__ import annotations
@@ -120,6 +122,26 @@ answer:
   %from.long.p = getelementptr ptr, ptr @python, i64 3
   %from.long = load ptr, ptr %from.long.p
   %result = call ptr %from.long(i64 %is.like)
+  ret ptr %result
+}}
+
+define ptr @vivace_evaluate(ptr %self, ptr %none, i64 %n) {{
+  %as.pointer = load ptr, ptr @python
+  %frame = call ptr %as.pointer(ptr %self)
+  %status = call i64 @evaluate(ptr %frame)
+  %from.long.p = getelementptr ptr, ptr @python, i64 3
+  %from.long = load ptr, ptr %from.long.p
+  %result = call ptr %from.long(i64 %status)
+  ret ptr %result
+}}
+
+define ptr @vivace_fill(ptr %self, ptr %none, i64 %n) {{
+  %as.pointer = load ptr, ptr @python
+  %frame = call ptr %as.pointer(ptr %self)
+  call void @fill(ptr %frame)
+  %from.long.p = getelementptr ptr, ptr @python, i64 3
+  %from.long = load ptr, ptr %from.long.p
+  %result = call ptr %from.long(i64 0)
   ret ptr %result
 }}
 """
