@@ -28,8 +28,8 @@ Rules:
 * BARE: the loop is that of `vivace sys`, which shows it for more bytes than the last level holds. What it reaches here
   has the caches' help as the engines have it, and the machine's mood.
 * IN PLACE: the same engine of ours, with caches in arrays with room for more (`docs/guide.md`). Its calls are those of
-  a loop that generates text: each is for a token more than the last, over `GROWTH` tokens, and makes its views. Calls
-  of the other engines repeat one shape.
+  a loop that generates text: each is for a token more than the last, over `GROWTH` tokens, takes the views that the
+  last gave, and makes longer ones. Calls of the other engines repeat one shape.
 * BITS: a row holds engines whose weights have the same bits. bf16: vivace and OpenVINO round values too.
 * KEPT: what was measured replaces the same phase of its format and number of threads in
   `benchmarks/results/decode.json`, and `decode.md` is written from all of them, so that a long measurement can be done
@@ -46,7 +46,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,21 +160,26 @@ def vivace_engines(form: str, precision: str, threads: int, given: dict[str, Inp
 
 def text_loop(engine: Any, given: Inputs, context: int) -> Callable[[], None]:
     """Calls for one token more each time, around a context, with caches in place (rule IN PLACE)."""
-    token, caches = {"input_ids": given["input_ids"]}, {}
-    longest = context + GROWTH // 2
-    for name in engine.appended.values():
-        cache = given[name]
-        caches[name] = np.zeros((*cache.shape[:2], longest, *cache.shape[3:]), cache.dtype)
-        caches[name][:, :, : cache.shape[2]] = cache
-    lengths = itertools.cycle(range(longest - GROWTH, longest))
+    longest, appended = context + GROWTH // 2, engine.appended
+    lengths = range(longest - GROWTH, longest)
+    caches = {}
+    for present, past in appended.items():
+        cache = given[past]
+        caches[present] = np.zeros((*cache.shape[:2], longest, *cache.shape[3:]), cache.dtype)
+        caches[present][:, :, : cache.shape[2]] = cache
 
-    def run() -> None:
-        n = next(lengths)
-        x = token | {"attention_mask": np.ones((1, n + 1), np.int64), "position_ids": np.array([[n]], np.int64)}
-        x |= {name: cache[:, :, :n] for name, cache in caches.items()}
-        engine.run(x, {y: caches[name][:, :, : n + 1] for y, name in engine.appended.items()})
+    def tokens() -> Iterator[None]:
+        inputs = {appended[y]: cache[:, :, : lengths[0]] for y, cache in caches.items()}
+        for n in lengths:
+            token = {"input_ids": given["input_ids"], "attention_mask": np.ones((1, n + 1), np.int64),
+                     "position_ids": np.array([[n]], np.int64)}  # fmt: skip
+            outputs = {y: cache[:, :, : n + 1] for y, cache in caches.items()}
+            engine.run(inputs | token, outputs)
+            inputs = {appended[y]: present for y, present in outputs.items()}
+            yield
 
-    return run
+    calls = itertools.chain.from_iterable(iter(tokens, None))
+    return lambda: next(calls)
 
 
 def _table_bytes(engine: object) -> int:

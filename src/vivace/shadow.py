@@ -61,8 +61,8 @@ class ShadowedEngine(Engine):
     def _run(self, given: list[Array], outputs: Mapping[str, Array] | None) -> list[Array]:
         with self._one_run:
             results = super()._run(given, outputs)
-            context, call = self._idle[-1]
-            assert call is not None and context.dims is not None
+            context, _ = self._idle[-1]
+            assert context.dims is not None
             memory = _Memory(self, context.arena.bytes, context.dims, given, results)
             for g in self._groups:
                 self._compare(g, memory)

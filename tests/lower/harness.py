@@ -25,7 +25,7 @@ from vivace.graph.graph import Graph, Type, Value
 from vivace.loops import reference as loops_reference
 from vivace.loops.kernel import Kernel
 from vivace.loops.verify import verify_kernel
-from vivace.lower.image import plain_rooms
+from vivace.lower.image import Appended
 from vivace.lower.in_place import write_in_place
 from vivace.lower.lowering import lower
 from vivace.lower.plan import Branch, Foreign, Instruction, Loop, Operand, Plan, Step, steps_of
@@ -230,3 +230,11 @@ def compare(got: Array, want: Array, tol: float, where: str) -> None:
         raise AssertionError(
             f"{where}: {int(bad.sum())} of {bad.size} differ, first at {at}: {g[at]} instead of {w[at]}"
         )
+
+
+def plain_rooms(
+    appended: Sequence[Appended], inputs: Sequence[tuple[int, ...]], outputs: Sequence[tuple[int, ...]]
+) -> dict[str, int]:
+    """The dims that `appended` name, where inputs and outputs of these shapes are dense and lie apart."""
+    rooms = {a.room: outputs[a.output][a.axis] for a in appended}
+    return rooms | {a.kept: inputs[a.input][a.axis] for a in appended}

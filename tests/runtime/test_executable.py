@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from vivace.base.dims import evaluate, floordiv, maximum, minimum, mod, symbol
+from vivace.base.dims import floordiv, symbol
 from vivace.base.errors import InternalError
 from vivace.runtime import executable as of_contexts
 from vivace.runtime.buffer import PAGE_BYTES, Buffer
@@ -30,7 +30,6 @@ from vivace.targets.cpu.steps import (
     Unless,
     Value,
 )
-from vivace.targets.cpu.words import dims_function
 
 Address = Callable[[object], int]
 
@@ -202,15 +201,6 @@ def test_dims_change_words_only(address: Address) -> None:
         context.bind({"batch.size": 3})
     with pytest.raises(InternalError, match="not bound"):
         context.run([0], [0])
-
-
-def test_the_compiled_evaluation_of_dims_agrees_with_the_plain_one() -> None:
-    a, b = symbol("a"), symbol("b", 1)
-    dims = [3, a, 2 * a * b - 7, floordiv(a + 5, 3), mod(a * b, b + 1), minimum(a, b), -a]
-    dims.append(maximum(a - 3, floordiv(b, a + 1)))
-    run = dims_function(dims)
-    for env in ({"a": 0, "b": 1}, {"a": 17, "b": 4}, {"a": 100, "b": 999}):
-        assert run(env) == [evaluate(d, env) for d in dims]
 
 
 def test_huge_unit_counts_are_cut_into_few_grains(address: Address) -> None:

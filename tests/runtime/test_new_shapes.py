@@ -15,6 +15,7 @@ from tests.onnx.making import model, node, value
 import vivace
 from vivace.base.dims import Dim, evaluate, floordiv, maximum, minimum, mod, symbol
 from vivace.base.errors import ShapeError
+from vivace.runtime import binding
 from vivace.runtime.evaluation import Evaluation
 
 TraceFunction = Callable[[FrameType, str, Any], Any]
@@ -77,7 +78,43 @@ def test_a_new_shape_costs_the_same_python_for_any_number_of_steps() -> None:
         xs = [np.ones((n, 8), np.float32) for n in (60, 61, 62)]
         for x in (*xs, xs[0]):
             engine(x)
-        engine._calls.clear()
         return n_opcodes(partial(engine, xs[1]))
 
     assert cost(layers(2)) == cost(layers(9))
+
+
+def decoder(n: int) -> vivace.Engine:
+    """A model with caches."""
+    nodes = [node("Concat", f"past{i} x", f"all{i}", axis=1) for i in range(n)]
+    inputs = [*(value(f"past{i}", ["b", "p"]) for i in range(n)), value("x", ["b", "s"])]
+    engine = vivace.compile(model(nodes, inputs, [value(f"all{i}", None) for i in range(n)]), threads=1)
+    assert isinstance(engine, vivace.Engine)
+    return engine
+
+
+def test_a_token_more_costs_the_same_python_for_any_number_of_caches() -> None:
+    """But for a list of the results, which takes ten instructions for each."""
+
+    def cost(n: int) -> int:
+        engine, caches = decoder(n), np.zeros((n, 2, 99), np.float32)
+        x, costs = np.ones((2, 1), np.float32), []
+        for length in range(60, 70):
+            inputs = {f"past{i}": caches[i, :, :length] for i in range(n)} | {"x": x}
+            outputs = {f"all{i}": caches[i, :, : length + 1] for i in range(n)}
+            costs.append(n_opcodes(partial(engine.run, inputs, outputs)))
+        assert (caches[:, :, 60:70] == 1).all()
+        return min(costs)
+
+    assert cost(12) - cost(2) <= 10 * 12
+
+
+def test_memory_does_not_grow_with_the_number_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(binding, "MAX_PLANS", 4)
+    engine = layers(2)
+    engine(np.ones((1200, 8), np.float32))
+    (context, last), arena = engine._idle[0], engine._idle[0][0].arena.n_bytes
+    for n in range(1, 1200, 13):
+        engine(np.ones((n, 8), np.float32))
+        assert len(engine._planner.planned) <= 4
+    assert engine._idle == [(context, last)]
+    assert context.arena.n_bytes == arena

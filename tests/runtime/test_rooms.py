@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tests.onnx.making import model, node, value
 import vivace
 from vivace.base.errors import InputError
 from vivace.lower import image
+from vivace.runtime.calls import Calls
 from vivace.runtime.engine import Engine
 
 Array = np.ndarray
@@ -97,6 +99,28 @@ def test_nothing_of_a_cache_in_place_is_copied(engine: Engine) -> None:
     feeds = caches.feeds()
     moved = copied_bytes(engine, feeds) - copied_bytes(engine, feeds, caches.outputs())
     assert moved == 2 * 2 * 4 * HEADS * DEPTH * PAST
+
+
+def test_a_call_without_outputs_follows_one_in_place(engine: Engine) -> None:
+    caches = Caches()
+    feeds = caches.feeds()
+    want = engine.run({name: a.copy() for name, a in feeds.items()})
+    for _ in range(2):
+        check(engine, caches, feeds, caches.outputs())
+        for outputs in (None, {}, {"y": np.empty((1, HEADS, NEW, DEPTH), np.float32)}):
+            for name, a in engine.run(feeds, outputs).items():
+                np.testing.assert_array_equal(a, want[name])
+                assert not np.shares_memory(a, caches.keys)
+
+
+def test_caches_in_place_are_checked_in_native_code_only(engine: Engine) -> None:
+    caches = Caches()
+    first = caches.feeds()
+    with mock.patch.object(Calls, "_examined", side_effect=AssertionError("examined")):
+        engine.run(first, caches.outputs())
+        for n in range(PAST + NEW, ROOM):
+            engine.run(caches.feeds(n, 1), caches.outputs(n + 1))
+        engine.run(first, caches.outputs())
 
 
 def test_caches_with_gaps_that_lie_elsewhere_are_copied_into(engine: Engine) -> None:

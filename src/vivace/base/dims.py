@@ -192,6 +192,24 @@ def _atom_bounds(a: Atom) -> tuple[Bound, Bound]:
     return lo, hi
 
 
+def never_falls(d: Dim) -> bool:
+    """Whether a dim provably never falls when one of its symbols grows."""
+    if not isinstance(d, Expr):
+        return True
+    grown = [(atoms, c) for atoms, c in d.terms if atoms]
+    return all(c > 0 and all(_grows(a) for a in atoms) for atoms, c in grown)
+
+
+def _grows(a: Atom) -> bool:
+    """Whether an atom never falls and is never negative."""
+    lo, _ = _atom_bounds(a)
+    if lo is None or lo < 0:
+        return False
+    if isinstance(a, Symbol) or (a.fn in ("min", "max") and never_falls(a.b)):
+        return isinstance(a, Symbol) or never_falls(a.a)
+    return a.fn == "//" and isinstance(a.b, int) and a.b > 0 and never_falls(a.a)
+
+
 def _least(a: Bound, b: Bound) -> Bound:
     return b if a is None else a if b is None else min(a, b)
 

@@ -8,7 +8,6 @@ This module imports no other of lowering, so that a process that only loads engi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -118,14 +117,6 @@ class Appended:
     axis: int
     room: str
     kept: str
-
-
-def plain_rooms(
-    appended: Sequence[Appended], inputs: Sequence[tuple[int, ...]], outputs: Sequence[tuple[int, ...]]
-) -> dict[str, int]:
-    """The dims that `appended` name, where inputs and outputs of these shapes are dense and lie apart."""
-    rooms = {a.room: outputs[a.output][a.axis] for a in appended}
-    return rooms | {a.kept: inputs[a.input][a.axis] for a in appended}
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ moment.
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -33,11 +32,12 @@ class MemoryPlan:
 
 
 def plan_memory(lifetimes: Sequence[Lifetime]) -> MemoryPlan:
-    """Place every lifetime so that none that overlap in time overlap in memory. Cost: O(n^2) for n lifetimes, tens of
-    ms for 1000."""
+    """Place every lifetime so that none that overlap in time overlap in memory. Cost: as many steps as pairs overlap in
+    time, for each order; 10 ms for 1000 lifetimes."""
     sizes = [-(-t.n_bytes // ALIGNMENT) * ALIGNMENT for t in lifetimes]
     order = range(len(lifetimes))
     bound = lower_bound(lifetimes)
+    near = _overlaps(lifetimes, sizes)
     best: tuple[int, list[int]] | None = None
     keys = (
         lambda i: (-sizes[i], lifetimes[i].first),
@@ -46,7 +46,7 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> MemoryPlan:
         lambda i: (lifetimes[i].first - lifetimes[i].last, -sizes[i]),
     )
     for key in keys:
-        offsets, peak = _place(lifetimes, sizes, sorted(order, key=key))
+        offsets, peak = _place(near, sizes, sorted(order, key=key))
         if best is None or peak < best[0]:
             best = (peak, offsets)
         if peak <= bound:
@@ -55,30 +55,34 @@ def plan_memory(lifetimes: Sequence[Lifetime]) -> MemoryPlan:
     return MemoryPlan(tuple(best[1]), best[0], bound)
 
 
-def _place(lifetimes: Sequence[Lifetime], sizes: list[int], order: list[int]) -> tuple[list[int], int]:
-    offsets = [0] * len(sizes)
-    placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last; sorted by offset
-    peak = 0
+def _overlaps(lifetimes: Sequence[Lifetime], sizes: list[int]) -> list[list[int]]:
+    """For each lifetime those that overlap with it in time; those of no bytes with none."""
+    near: list[list[int]] = [[] for _ in lifetimes]
+    alive: list[int] = []
+    for i in sorted((i for i, size in enumerate(sizes) if size), key=lambda i: lifetimes[i].first):
+        alive = [j for j in alive if lifetimes[j].last >= lifetimes[i].first]
+        near[i] += alive
+        for j in alive:
+            near[j].append(i)
+        alive.append(i)
+    return near
+
+
+def _place(near: list[list[int]], sizes: list[int], order: list[int]) -> tuple[list[int], int]:
+    offsets, ends = [0] * len(sizes), [0] * len(sizes)  # an end of 0: not placed yet
     for i in order:
-        size, t = sizes[i], lifetimes[i]
-        if size == 0:
-            continue
+        size = sizes[i]
         best_offset, best_gap, cursor = -1, -1, 0
-        for offset, end, first, last in placed:
-            if last < t.first or first > t.last:
-                continue
+        for offset, end in sorted([(offsets[j], ends[j]) for j in near[i] if ends[j]]):
             gap = offset - cursor
             if gap >= size and (best_gap < 0 or gap < best_gap):
                 best_offset, best_gap = cursor, gap
             if end > cursor:
                 cursor = end
-        if best_gap < 0:
-            best_offset = cursor
-        offsets[i] = best_offset
-        entry = (best_offset, best_offset + size, t.first, t.last)
-        insort(placed, entry)
-        peak = max(peak, best_offset + size)
-    return offsets, peak
+        if size:
+            offsets[i] = cursor if best_gap < 0 else best_offset
+            ends[i] = offsets[i] + size
+    return offsets, max(ends, default=0)
 
 
 def lower_bound(lifetimes: Sequence[Lifetime]) -> int:

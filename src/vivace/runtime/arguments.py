@@ -28,12 +28,18 @@ def refuse_inputs(inputs: object, specs: Sequence[TensorSpec]) -> NoReturn:
 
 def check_outputs(outputs: object, specs: Sequence[TensorSpec]) -> None:
     """Raises: InputError for an array that belongs to no output."""
+    if not isinstance(outputs, Mapping) or not outputs.keys() <= {s.name for s in specs}:
+        refuse_outputs(outputs, specs)
+
+
+def refuse_outputs(outputs: object, specs: Sequence[TensorSpec]) -> NoReturn:
+    """Raises: InputError that says which names are unknown, or that names are wanted at all."""
+    names = [s.name for s in specs]
     if not isinstance(outputs, Mapping):
         raise InputError(f"the outputs are of type {type(outputs).__name__}", where="engine.run",
                          expected=f"a dict of arrays by name, out of {', '.join(map(str, specs))}")  # fmt: skip
-    names = {s.name for s in specs}
-    if unknown := [n for n in outputs if n not in names]:
-        raise InputError(f"unknown outputs {unknown}", where="engine.run", expected=", ".join(map(str, specs)))
+    unknown = [n for n in outputs if n not in names]
+    raise InputError(f"unknown outputs {unknown}", where="engine.run", expected=", ".join(map(str, specs)))
 
 
 def apart(

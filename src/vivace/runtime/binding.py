@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from vivace.base.dims import Expr, evaluate, linear, symbols
+from vivace.base.dims import Expr, evaluate, linear, never_falls, symbols
 from vivace.base.errors import ShapeError
 from vivace.base.specs import TensorSpec
 from vivace.lower.image import Image
@@ -97,6 +97,7 @@ class MemoryPlanner:
         self.arena = [s for s in image.storages if s.kind == "arena"]
         self.names = (*(f"@{k}" for k, s in enumerate(image.storages) if s.kind == "arena"), "@arena")
         self.sizes = Evaluation([s.n_bytes for s in self.arena])
+        self._may_fall = not all(map(never_falls, {s.n_bytes for s in self.arena}))
         self.planned: dict[tuple[int, ...], tuple[Words, Words, MemoryPlan]] = {}
 
     def plan(self, dims: Mapping[str, int]) -> tuple[Words, MemoryPlan]:
@@ -108,7 +109,7 @@ class MemoryPlanner:
                 self.planned.clear()  # also while another thread is here, so `planned` is not asked again
             found = self.planned[key] = self._make(dict(zip(self.sizes.names, key, strict=True)))
         sizes, offsets, plan = found
-        if (self.sizes(dims) > sizes).any():  # a size that falls as a dim grows
+        if self._may_fall and (self.sizes(dims) > sizes).any():  # a size that falls as a dim grows
             _, offsets, plan = self._make(dims)
         return offsets, plan
 

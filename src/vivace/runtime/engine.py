@@ -14,13 +14,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
-from operator import attrgetter
 from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
-from numpy import empty, ndarray
 
 from vivace.base.dims import Dim, Expr, evaluate, maximum, symbol
 from vivace.base.dtypes import DType
@@ -29,43 +26,26 @@ from vivace.base.events import Event
 from vivace.base.machine import isa
 from vivace.base.mapped import forget
 from vivace.base.specs import TensorSpec
-from vivace.lower.image import ForeignEntry, Image, LineEntry, Part, plain_rooms
-from vivace.runtime.arguments import apart, check_outputs, checked, refuse_inputs, result_for
-from vivace.runtime.binding import MemoryPlanner, ShapeSolver
+from vivace.lower.image import ForeignEntry, Image, LineEntry, Part
+from vivace.runtime.arguments import refuse_inputs
+from vivace.runtime.binding import MemoryPlanner
 from vivace.runtime.buffer import Buffer
+from vivace.runtime.calls import SAME, Calls, Last
 from vivace.runtime.executable import Chunk, Context, Executable
-from vivace.runtime.likeness import likeness
 from vivace.runtime.pages import collapse
-from vivace.runtime.rooms import PLAIN, families_of, rooms_of
 from vivace.runtime.saved import Program, save
 from vivace.runtime.sharing import Sharing
-from vivace.runtime.slices import Dims, Slice, slices_of, whole_specs
+from vivace.runtime.slices import Dims, Slice, whole_specs
 from vivace.targets.cpu import jit, steps
 from vivace.targets.cpu.amx import missing_here
-from vivace.targets.cpu.formulas import Words
-from vivace.targets.cpu.words import dims_function
 
 Arrays = dict[str, np.ndarray]
 ForeignRunner = Callable[[Sequence[np.ndarray]], Sequence[np.ndarray]]
 MakeForeign = Callable[[ForeignEntry], ForeignRunner]
 
 
-_shape_of = attrgetter("shape")
 _COPIED_BYTES = 1 << 22  # at a time
 NOT_PICKLED = "an engine is not pickled or copied: save it, and load the file in the other process"
-MAX_CALLS = 256  # sets of input shapes whose dims are remembered
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Call:
-    """What follows from the input shapes of a call: the dims, shape and dtype of each output, the slices of a batch
-    that is not computed at once, and otherwise what a context that is bound to it expects."""
-
-    dims: dict[str, int]
-    shapes: list[tuple[int, ...]]
-    dtypes: list[np.dtype]
-    slices: Sequence[Slice] = ()
-    likeness: Words | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +79,9 @@ class Engine:
         self.inputs, self.outputs = whole_specs(image)
         self.placement = tuple(placement)
         self._portable: bytes | Callable[[], bytes] = b"" if portable is None else portable
-        self._families = families_of(image.appended)
         self._names = tuple(s.name for s in self.inputs)
         self._output_names = tuple(s.name for s in self.outputs)
-        self._solver = ShapeSolver(self.inputs)
-        self._output_sizes = dims_function([d for s in self.outputs for d in s.shape])
+        self._calls = Calls(image, self.inputs, self.outputs, self._arena_bytes)
         self._planner = MemoryPlanner(image)
         self._library = jit.load(image.objects) if image.objects else None
         self._constants = [_aligned(c) for c in image.constants]
@@ -111,9 +89,7 @@ class Engine:
         runners = [make_foreign(f) if make_foreign else None for f in image.foreign]
         self._symbols = _symbols_of(image)
         self._executable = self._link(runners)
-        self._idle: list[tuple[Context, Call | Dims | None]] = []
-        self._calls: dict[tuple[object, ...], Call] = {}
-        self._dtypes = [s.dtype.numpy for s in self.inputs]
+        self._idle: list[tuple[Context, Last]] = []
         self.ready_seconds = time.perf_counter() - started
 
     # ---- running ----------------------------------------------------------------------------------------------------
@@ -144,78 +120,34 @@ class Engine:
 
     def _run(self, given: list[np.ndarray], outputs: Mapping[str, np.ndarray] | None) -> list[np.ndarray]:
         try:
-            context, bound = self._idle.pop()
+            context, last = self._idle.pop()
         except IndexError:
-            context, bound = self._executable.context(), None
-        was, bound = bound, None
+            context, last = self._executable.context(), self._calls.last()
+        was, last.call = last.call, None
         try:
-            if outputs is None and type(was) is Call and context.is_like(given):  # nothing else needs to be checked
-                call, results = was, list(map(empty, was.shapes, was.dtypes))
+            if outputs is None and was is not None and was.compare(*given) == SAME:
+                call, results = was, self._calls.made(was)
             else:
-                call, given, results = self._prepared(given, outputs)
+                call, given, results = self._calls.prepare(last, was, given, outputs)
             if call.slices:
-                bound = self._run_slices(context, was, call.slices, [*given, *results])
+                self._run_slices(context, call.slices, [*given, *results])
             else:
                 if was is not call:
                     self._bind(context, call.dims)
-                    context.expect(call.likeness)
                 context.run_arrays([*given, *results])
-                bound = call
+            last.call = call
         finally:
-            self._idle.append((context, bound))
+            self._idle.append((context, last))
         return results
 
-    def _prepared(
-        self, given: list[np.ndarray], outputs: Mapping[str, np.ndarray] | None
-    ) -> tuple[Call, list[np.ndarray], list[np.ndarray]]:
-        """What follows from the shapes of a call, its inputs as kernels read them, and where its results go."""
-        rooms = PLAIN
-        if outputs is not None:
-            check_outputs(outputs, self.outputs)
-            rooms = rooms_of(self._families, given, outputs, self.outputs)
-        for i, (a, dtype) in enumerate(zip(given, self._dtypes)):
-            if type(a) is not ndarray or a.dtype is not dtype or not (a.flags.c_contiguous or i in rooms.inputs):
-                given[i] = checked(self.inputs[i], a)
-        shapes = (*map(_shape_of, given),)
-        call = self._calls.get((shapes, rooms.dims)) or self._new_call(shapes, rooms.dims)
-        if outputs is None:
-            return call, given, list(map(empty, call.shapes, call.dtypes))
-        results = [
-            result_for(s.name, shape, dtype, outputs, i in rooms.outputs)
-            for i, (s, shape, dtype) in enumerate(zip(self.outputs, call.shapes, call.dtypes, strict=True))
-        ]
-        theirs = [r for s, r in zip(self.outputs, results, strict=True) if s.name in outputs]
-        return call, apart(given, theirs, rooms.inputs), results
-
-    def _new_call(self, shapes: tuple[tuple[int, ...], ...], rooms: tuple[tuple[str, int], ...] = ()) -> Call:
-        """Solve the dims of a call with these shapes, and keep the answer. Raises: InputError where a shape does not
-        fit."""
-        dims = self._solver.solve(shapes)
-        try:
-            sizes = iter(self._output_sizes(dims))
-        except KeyError as e:
-            raise ShapeError(f"the shapes of the inputs do not tell {e}", where="engine.run") from e
-        shapes_out = [tuple(islice(sizes, len(s.shape))) for s in self.outputs]
-        dims |= plain_rooms(self.image.appended, shapes, shapes_out)
-        dims |= dict(rooms)
-        if len(self._calls) >= MAX_CALLS:
-            self._calls.clear()
-        slices = slices_of(self.image.batch, dims, [*shapes, *shapes_out], self._arena_bytes)
-        like = None if slices or rooms else likeness(self._dtypes, shapes)
-        call = Call(dims, shapes_out, [s.dtype.numpy for s in self.outputs], slices, like)
-        self._calls[shapes, rooms] = call
-        return call
-
-    def _run_slices(
-        self, context: Context, bound: Call | Dims | None, slices: Sequence[Slice], arrays: Sequence[np.ndarray]
-    ) -> Dims:
-        """One run for each slice; returns what the context is bound to at the end."""
+    def _run_slices(self, context: Context, slices: Sequence[Slice], arrays: Sequence[np.ndarray]) -> None:
+        """One run for each slice."""
+        bound: Dims | None = None
         for s in slices:
             if bound is not s.dims:
                 self._bind(context, s.dims.values)
             bound = s.dims
             context.run_arrays([a[rows] for a, rows in zip(arrays, s.rows, strict=True)])
-        return slices[-1].dims
 
     def _arena_bytes(self, dims: Mapping[str, int]) -> int:
         return self._planner.plan(dims)[1].arena_bytes
@@ -268,14 +200,14 @@ class Engine:
             "weights_bytes": sum(c.nbytes for c in self.image.constants),
             "code_bytes": sum(map(len, self.image.objects)),
         }
-        if self._solver.is_static:
+        if self._calls.solver.is_static:
             _, plan = self._planner.plan({})
             facts |= {"arena_bytes": plan.arena_bytes, "arena_lower_bound_bytes": plan.lower_bound_bytes}
         return {**facts, **self.image.facts}
 
     def memory(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
         """Arena size and its lower bound, in bytes, for inputs of these shapes: of a slice where there are several."""
-        call = self._new_call(tuple(tuple(shapes[n]) for n in self._names))
+        call = self._calls.solved([tuple(shapes[n]) for n in self._names])
         _, plan = self._planner.plan(call.slices[0].dims.values if call.slices else call.dims)
         return {"arena_bytes": plan.arena_bytes, "arena_lower_bound_bytes": plan.lower_bound_bytes}
 
@@ -287,7 +219,7 @@ class Engine:
     def dims_of(self, inputs: Mapping[str, np.ndarray]) -> dict[str, int]:
         """The value of each symbolic dim in a call, and of those that the compiler added (`lower.image.Appended`).
         Raises: InputError for an array that does not fit."""
-        return dict(self._new_call(tuple(inputs[n].shape for n in self._names)).dims)
+        return self._calls.solved([inputs[n].shape for n in self._names]).dims
 
     def traces(self, inputs: Mapping[str, np.ndarray], n_runs: int = 1) -> list[list[Chunk]]:
         """Inferences one after another, each piece by piece in the order of their starts: `Chunk.step` numbers the
@@ -298,7 +230,7 @@ class Engine:
 
     def profile(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray] | None = None) -> list[Event]:
         """One inference with the time of each kernel: one event per kernel and thread that worked on it."""
-        call, _, _ = self._prepared([inputs[n] for n in self._names], outputs)
+        call, _, _ = self._calls.prepare(self._calls.last(), None, [inputs[n] for n in self._names], outputs)
         runs = [s.dims.values for s in call.slices] or [call.dims]
         merged: dict[tuple[int, int], list[int]] = {}
         for chunk in self.recorder(inputs, outputs=outputs)():
@@ -322,13 +254,15 @@ class Engine:
     ) -> Callable[[], list[Chunk]]:  # fmt: skip
         """A function that does one inference on these inputs and tells it piece by piece, as `traces` does. Recorders
         that take turns may share an arena."""
-        call, given, results = self._prepared([inputs[n] for n in self._names], outputs)
+        call, given, results = self._calls.prepare(
+            self._calls.last(), None, [inputs[n] for n in self._names], outputs
+        )
         context = self._executable.context(arena)
         slices = call.slices or (Slice(Dims(call.dims), (...,) * len(self.inputs + self.outputs)),)
         context.record(1 << 16)
 
         def run() -> list[Chunk]:
-            self._run_slices(context, None, slices, [*given, *results])
+            self._run_slices(context, slices, [*given, *results])
             return sorted(context.chunks(), key=lambda chunk: chunk.start_ns)
 
         run()  # pays for the page faults of the context and of the record

@@ -101,8 +101,6 @@ class Context:
         self._evaluate = self._pool.native.evaluation(self._frame.ctypes.data)
         self._fill = self._pool.native.filling(self._frame.ctypes.data)
         self._enter = self._pool.native.entry(self._base)
-        self._compare = self._pool.native.comparison(self._base)
-        self._likeness: Words | None = None
         # Native code finds the address of an input or output in a word, DATA_FIELD bytes behind the place in the table
         # `_places`: the place is the array itself, or leads to a word of `_addresses`.
         n_io = executable.n_inputs + executable.n_outputs
@@ -183,15 +181,6 @@ class Context:
             self.run([a.ctypes.data for a in arrays])
             return
         self._run(arrays)
-
-    def expect(self, likeness: Words | None) -> None:
-        """From now on `is_like` compares with this (see `vivace.runtime.likeness`)."""
-        self._likeness = likeness
-        self._words[Header.LIKENESS] = 0 if likeness is None else likeness.ctypes.data
-
-    def is_like(self, inputs: Sequence[object]) -> bool:
-        """Whether the inputs are arrays as expected; False where nothing is expected."""
-        return self._likeness is not None and self._compare(*inputs) == 1
 
     def _run(self, places: Sequence[object]) -> None:
         if not self._lock.acquire(False):

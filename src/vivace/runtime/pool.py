@@ -54,21 +54,21 @@ class Native:
         calls = (ctypes.c_int64 * len(PYTHON_CALLS))(*(_symbol(ctypes.pythonapi, name) for name in PYTHON_CALLS))
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(library.address("vivace_bind"))(ctypes.addressof(calls))
         self._run = _method(library, b"enter", b"One inference.")
-        self._is_like = _method(library, b"is_like", b"Compares arrays.")
+        self._match = _method(library, b"match", b"Compares arrays.")
         self._evaluate = _method(library, b"evaluate", b"Evaluates formulas.")
         self._fill = _method(library, b"fill", b"Writes what formulas gave into a program.")
         self.cycles = ctypes.CFUNCTYPE(ctypes.c_int64)(library.address("vivace_cycles"))
 
     def entry(self, context: int) -> Callable[..., int]:
-        """The function that runs the program of the context at this address (rule ENTRY of the program)."""
+        """The function that runs the program of the context at this address (rule ENTRY of `methods`)."""
         return cast("Callable[..., int]", _new_function(ctypes.byref(self._run), context, None))
 
-    def comparison(self, context: int) -> Callable[..., int]:
-        """The function that tells whether arrays are as that context expects (rule LIKE of the program)."""
-        return cast("Callable[..., int]", _new_function(ctypes.byref(self._is_like), context, None))
+    def matching(self, frame: int) -> Callable[..., int]:
+        """The function that compares arrays with the entries of the frame at this address (rule MATCH of `methods`)."""
+        return cast("Callable[..., int]", _new_function(ctypes.byref(self._match), frame, None))
 
     def evaluation(self, frame: int) -> Callable[[], int]:
-        """The function that evaluates the formulas of the frame at this address (rule FRAME of the program)."""
+        """The function that evaluates the formulas of the frame at this address (rule FRAME of `methods`)."""
         return cast("Callable[[], int]", _new_function(ctypes.byref(self._evaluate), frame, None))
 
     def filling(self, frame: int) -> Callable[[], int]:

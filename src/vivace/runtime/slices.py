@@ -35,14 +35,14 @@ def whole_specs(image: Image) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec,
 
 
 def slices_of(
-    batch: Batch | None, dims: Mapping[str, int], shapes: Sequence[tuple[int, ...]],
+    batch: Batch | None, dims: Mapping[str, int], shapes: Callable[[], Sequence[tuple[int, ...]]],
     arena_bytes: Callable[[Mapping[str, int]], int],
 ) -> list[Slice]:  # fmt: skip
-    """How to compute a call with these dims, whose inputs and outputs have these shapes; none for all at once."""
+    """How to compute a call with these dims, whose inputs and outputs have these `shapes`; none for all at once."""
     if batch is None:
         return []
-    total = batch.rows if isinstance(batch.rows, int) else evaluate(batch.rows, dims)
     name = as_symbol(batch.rows)
+    total = dims[name.name] if name else evaluate(batch.rows, dims)
     each = batch.each
     if each is None:
         if total < 2 or name is None:
@@ -50,7 +50,7 @@ def slices_of(
         each = rows_that_stay_near(arena_bytes({**dims, name.name: 1}), host().cache_bytes(2))
     if each >= total:
         return []
-    per_row = [shape[0] // total for shape in shapes]
+    per_row = [shape[0] // total for shape in shapes()]
     bound: dict[int, Dims] = {}
     found = []
     for start in range(0, total, each):

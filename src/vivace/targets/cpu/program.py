@@ -28,6 +28,7 @@ from __future__ import annotations
 
 from vivace.targets.cpu.code import NOTES_BYTES
 from vivace.targets.cpu.formulas import FORMULAS
+from vivace.targets.cpu.matching import MATCHING
 from vivace.targets.cpu.methods import METHODS
 from vivace.targets.cpu.program_layout import N_WORDS, PARALLEL_HEAD_WORDS, PART_WORDS, Header, Op, Record, Ring, Status
 from vivace.targets.cpu.shuffled import DELAY, shuffled_grains_text
@@ -36,13 +37,13 @@ from vivace.targets.cpu.threads import grains_text, threads_text
 
 
 def program_text(is_shuffled: bool = False) -> str:
-    """The complete LLVM module (x86-64): `vivace_enter`, `vivace_is_like`, `vivace_evaluate`, `vivace_fill`,
+    """The complete LLVM module (x86-64): `vivace_enter`, `vivace_match`, `vivace_evaluate`, `vivace_fill`,
     `vivace_bind`, `vivace_worker`, `vivace_cycles`.
 
     With `is_shuffled` grains run in a changing order and threads lose time (see `vivace.targets.cpu.shuffled`).
     """
     threads = threads_text(delay=DELAY) + shuffled_grains_text() if is_shuffled else threads_text() + grains_text()
-    return _HEAD + threads + _EXECUTE + _lead_text() + _run_text() + FORMULAS + METHODS
+    return _HEAD + threads + _EXECUTE + _lead_text() + _run_text() + FORMULAS + MATCHING + METHODS
 
 
 _HEAD = """

@@ -46,7 +46,6 @@ class Header(IntEnum):
     STATUS = 8
     IO = 9  # address of a table of places, one per input and output
     FIELD = 10  # bytes from a place to the word that holds the address of the data
-    LIKENESS = 11  # address of what `vivace_is_like` compares arrays with
     SIZE = 16
 
 

@@ -10,12 +10,12 @@ Not handled: programs that change after they were laid out.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from vivace.base.dims import Apply, Dim, Expr, symbols
+from vivace.base.dims import Dim, Expr
 from vivace.base.errors import InternalError
 from vivace.targets.cpu.formulas import Formulas, Frame, Numbers, Words, formulas_of
 from vivace.targets.cpu.program_layout import Header, Op
@@ -223,34 +223,3 @@ def _finish(e: _Encoder, serial_parts: dict[int, int], extra: Sequence[Dim], fir
 
 def _ints(values: Sequence[int]) -> Words:
     return np.array(values, np.int64)
-
-
-def dims_function(dims: Sequence[Dim]) -> Callable[[Mapping[str, int]], list[int]]:
-    """One compiled Python function that evaluates many dims: about 0.1 us each that differs, where `dims.evaluate`
-    takes 10.
-
-    The function raises KeyError for a symbol without a value.
-    """
-    names = sorted({s.name for d in dims for s in symbols(d)})
-    local = {name: f"v{i}" for i, name in enumerate(names)}  # names from a model never reach the source text
-
-    def text(d: Dim) -> str:
-        if not isinstance(d, Expr):
-            return f"({int(d)})"
-        return "(" + "+".join("*".join([str(c), *(atom(a) for a in m)]) for m, c in d.terms) + ")"
-
-    def atom(a: object) -> str:
-        if isinstance(a, Apply):
-            x, y = text(a.a), text(a.b)
-            return f"{a.fn}({x},{y})" if a.fn in ("min", "max") else f"({x}{a.fn}{y})"
-        return local[a.name]  # type: ignore[attr-defined]
-
-    distinct = {d: f"d{i}" for i, d in enumerate(dict.fromkeys(d for d in dims if isinstance(d, Expr)))}
-    lines = ["def evaluate(env):"]
-    lines += [f"    {local[name]} = env[{i}]" for i, name in enumerate(names)]
-    lines += [f"    {name} = {text(d)}" for d, name in distinct.items()]
-    lines += ["    return [" + ",".join(distinct[d] if isinstance(d, Expr) else str(int(d)) for d in dims) + "]"]
-    scope: dict[str, Callable[[list[int]], list[int]]] = {}
-    exec(compile("\n".join(lines), "<dims>", "exec"), scope)
-    evaluate = scope["evaluate"]
-    return lambda env: evaluate([env[name] for name in names])
