@@ -72,8 +72,19 @@ def is_pair_product(n: Node) -> bool:
     """
     if n.op.name != "matmul" or (a := n.inputs[0]) is None or (b := n.inputs[1]) is None or b.data is not None:
         return False
-    m, k = a.shape[-2:] if a.rank > 1 else (1, 0)
-    return isinstance(k, int) and isinstance(m, int) and m >= LEAST_ROWS and k > 0 and b.rank > 1
+    k = a.shape[-1] if a.rank > 1 else 0
+    return isinstance(k, int) and k > 0 and b.rank > 1 and _rows_for_one(a, b) >= LEAST_ROWS
+
+
+def _rows_for_one(a: Value, b: Value) -> int:
+    """Rows of `a` that surely meet one matrix of `b`: those of its last matrices, where `b` has but one for them."""
+    rows = 1
+    for i in range(2, a.rank + 1):
+        d = a.shape[-i]
+        if not isinstance(d, int) or (2 < i <= b.rank and b.shape[-i] != 1):
+            break
+        rows *= d
+    return rows
 
 
 def is_depthwise(n: Node) -> bool:

@@ -21,6 +21,7 @@ from vivace.optimize.rules import (
     attention,
     causal,
     constants,
+    gates,
     identities,
     indices,
     movement,
@@ -101,7 +102,7 @@ PIPELINE: tuple[Pass, ...] = (
         " rows gathers", Level.LAYOUT,
         rules=(
             *SIMPLIFY, *weights.RULES, *transposes.NATIVE_RULES, *movement.NATIVE_RULES, *indices.NATIVE_RULES,
-            *causal.RULES,
+            *causal.RULES, *gates.RULES,
         ),
         requires=frozenset({"channels_last"}),
     ),
