@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from vivace.base.cache import default_cache
-from vivace.base.dims import Dim, Expr, evaluate
+from vivace.base.dims import evaluate
 from vivace.base.errors import ModelError, UnsupportedError, VivaceError
 from vivace.base.machine import host
 from vivace.base.specs import TensorSpec
@@ -248,7 +248,7 @@ def split(
     for i, n in enumerate(graph.nodes):
         for v in n.outputs:
             for at in range(i + 1, last_use.get(v, i) + 1):
-                crossing[at] += _value(v.type.bytes, env)
+                crossing[at] += evaluate(v.type.bytes, env)
     before = np.cumsum([0.0, *seconds])
     share = before[-1] / n_pieces
     cuts = [0]
@@ -257,10 +257,6 @@ def split(
         if near:
             cuts.append(min(near, key=lambda i: (crossing[i], abs(before[i] - k * share))))
     return [list(graph.nodes[a:b]) for a, b in pairwise([*cuts, len(graph.nodes)])]
-
-
-def _value(d: Dim, env: Mapping[str, int]) -> int:
-    return evaluate(d, env) if isinstance(d, Expr) else d
 
 
 def _piece_times(

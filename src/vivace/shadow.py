@@ -21,7 +21,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vivace.base.dims import Dim, Expr, evaluate
+from vivace.base.dims import evaluate
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError
 from vivace.graph.graph import Node, Value, substitute_attrs
@@ -101,15 +101,15 @@ class _Memory:
 
     def read(self, view: View) -> Array:
         """A copy of the value at a view."""
-        shape = [_size(d, self.dims) for d in view.shape]
+        shape = [evaluate(d, self.dims) for d in view.shape]
         item = view.dtype.size_bytes
         if 0 in shape:
             return np.empty(shape, view.dtype.numpy)
         storage = view.storage
         assert storage is not None
-        raw = self._bytes(storage)[_size(view.offset, self.dims) * storage.dtype.size_bytes :]
+        raw = self._bytes(storage)[evaluate(view.offset, self.dims) * storage.dtype.size_bytes :]
         flat = raw[: raw.size // item * item].view(view.dtype.numpy)
-        strides = [_size(s, self.dims) * item for s in view.strides]
+        strides = [evaluate(s, self.dims) * item for s in view.strides]
         return np.lib.stride_tricks.as_strided(flat, shape, strides).copy()
 
     def _bytes(self, storage: Storage) -> Array:
@@ -122,7 +122,7 @@ class _Memory:
             case "output":
                 return _span(self.results[storage.index])
         start = self.dims[f"@{self.numbers[storage]}"]
-        return self.arena[start : start + _size(storage.bytes, self.dims)]
+        return self.arena[start : start + evaluate(storage.bytes, self.dims)]
 
 
 class _Reference:
@@ -230,8 +230,8 @@ def _depth(n: Node, dims: Mapping[str, int]) -> float:
     """How many terms one element of a result adds up; the roundings of a branch or loop are not counted."""
     if n.op.kind == "elementwise" or _inner(n):
         return 1.0
-    elements = _size(n.outputs[0].type.size, dims)
-    return max(1.0, _size(n.cost.flops, dims) / max(elements, 1))
+    elements = evaluate(n.outputs[0].type.size, dims)
+    return max(1.0, evaluate(n.cost.flops, dims) / max(elements, 1))
 
 
 def _largest(a: Array | None) -> float:
@@ -239,7 +239,3 @@ def _largest(a: Array | None) -> float:
         return 0.0
     magnitude = np.abs(a.astype(np.float64))
     return float(np.max(magnitude, initial=0.0, where=np.isfinite(magnitude)))
-
-
-def _size(d: Dim, dims: Mapping[str, int]) -> int:
-    return evaluate(d, dims) if isinstance(d, Expr) else d

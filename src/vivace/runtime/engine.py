@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import numpy as np
 
-from vivace.base.dims import Dim, Expr, evaluate, maximum, symbol
+from vivace.base.dims import Dim, evaluate, maximum, symbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import EngineError, InputError, ShapeError
 from vivace.base.events import Event
@@ -242,8 +242,8 @@ class Engine:
             events.append(
                 Event(
                     kernel=f"{step}:{line.label}", start_ns=start, duration_ns=duration,
-                    bytes=sum(_value(line.n_bytes, d) for d in runs),
-                    flops=sum(_value(line.flops, d) for d in runs), thread=thread,
+                    bytes=sum(evaluate(line.n_bytes, d) for d in runs),
+                    flops=sum(evaluate(line.flops, d) for d in runs), thread=thread,
                 )
             )  # fmt: skip
         return events
@@ -372,7 +372,3 @@ def _array_at(address: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarr
     n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     raw = (ctypes.c_char * max(n_bytes, 1)).from_address(address)
     return np.frombuffer(memoryview(raw), np.uint8, n_bytes).view(dtype).reshape(shape)
-
-
-def _value(d: Dim, dims: Mapping[str, int]) -> int:
-    return evaluate(d, dims) if isinstance(d, Expr) else d
