@@ -171,6 +171,10 @@ def test_any_strides_and_given_outputs() -> None:
     for name, a in want.items():
         assert got[name] is mine[name]
         np.testing.assert_array_equal(got[name], a)
+    name = next(iter(mine))
+    mine[name].setflags(write=False)
+    with pytest.raises(InputError, match=rf"output '{name}': the array is read-only float32"):
+        engine.run({"x": x}, outputs=mine)
 
 
 def memoryview_of(array: np.ndarray) -> np.ndarray:

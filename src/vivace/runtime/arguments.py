@@ -90,8 +90,10 @@ def fitting(
     fits = array.dtype == dtype and array.shape == shape
     is_dense = has_gaps or array.flags.c_contiguous
     if not fits or not is_dense or not array.flags.writeable:
+        kind = "" if array.flags.writeable else "read-only "
+        strides = "" if is_dense else f" with strides {array.strides}"
         raise InputError(
-            f"the array is {array.dtype}{list(array.shape)}" + ("" if is_dense else f" with strides {array.strides}"),
+            f"the array is {kind}{array.dtype}{list(array.shape)}{strides}",
             where=f"output {name!r}",
             expected=f"writable C-contiguous {dtype}{list(shape)}",
             hint="" if is_dense else "caches in place: all of one length in views with the same room (engine.appended)",
