@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vivace.graph.graph import Graph, Node
     from vivace.lower.choices import Choices
     from vivace.lower.image import Batch, ForeignEntry, Image
-    from vivace.lower.lowering import Packed
+    from vivace.lower.packed import Packed
     from vivace.lower.plan import Plan
     from vivace.runtime.engine import Engine, ForeignRunner, MakeForeign, Placement
     from vivace.targets.cpu.codegen import Known
@@ -72,12 +72,13 @@ def is_by_rows(graph: Graph) -> bool:
 
 def _tuned(graph: Graph, options: Options, wanted: Tune) -> tuple[Plan, Image]:
     """Lower, generate and link as measuring says."""
+    from vivace.lower.packed import Packed
     from vivace.lower.prepare import prepare
     from vivace.runtime.engine import Engine
     from vivace.tuning import Workshop, tuned
 
     graph, target, threads = prepare(graph), options.target, options.threads
-    packed: Packed = {}
+    packed = Packed()
     known: Known = {}
     shop = Workshop(
         graph, target, threads,
@@ -85,7 +86,9 @@ def _tuned(graph: Graph, options: Options, wanted: Tune) -> tuple[Plan, Image]:
         lambda plan, choices: link_image(plan, target, False, None, choices, known),
         lambda image: Engine(image, threads, (), make_foreign(threads)),
     )  # fmt: skip
-    plan, choices, facts = tuned(shop, wanted, options.progress)
+    _, choices, facts = tuned(shop, wanted, options.progress)
+    packed = Packed()  # weights of the ways that lost would stay in memory among these
+    plan = shop.plan(choices)
     image = link_image(plan, target, options.cache, options.progress, choices)
     image.facts["tuning"] = facts
     return plan, image

@@ -15,7 +15,8 @@ from vivace.base.dtypes import DType
 from vivace.base.machine import isa
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type, Value
-from vivace.lower.lowering import Packed, lower
+from vivace.lower.lowering import lower
+from vivace.lower.packed import Packed
 from vivace.lower.plan import Branch, Loop, steps_of
 from vivace.lower.prepare import prepare
 
@@ -175,7 +176,7 @@ def test_constants_kept_between_lowerings_are_those_of_a_fresh_one() -> None:
         plan = lower(graph, isa("avx2"), packed=packed)
         return [s.data.copy() for s in plan.storages if s.data is not None]
 
-    shared: Packed = {}
+    shared = Packed()
     expected = constants(None)
     for _ in range(6):
         for a, b in zip(constants(shared), expected, strict=True):

@@ -27,11 +27,11 @@ from vivace.lower.byte_products import multiply_bytes_in_halves
 from vivace.lower.choices import NO_CHOICES, Choices, Site
 from vivace.lower.group import VIEWS, Group, group
 from vivace.lower.halves import holds, is_converted, is_widening
+from vivace.lower.packed import Packed
 from vivace.lower.plan import Instruction, Operand, Plan, Spec, Step
 from vivace.lower.views import Storage, View, dense, iota
 
 Placement = Callable[[], View | None]
-Packed = dict[object, tuple[Storage, tuple[np.ndarray, ...]]]  # constants, and the arrays that they are known by
 Rule = Callable[["Lowering", Group], None]
 
 
@@ -47,8 +47,7 @@ class Lowering:
         self.without: frozenset[str] = without if parent is None else parent.without
         self.storages: list[Storage] = [] if parent is None else parent.storages
         self.choices: Choices = choices if parent is None else parent.choices
-        fresh = {} if packed is None else packed
-        self.packed: Packed = fresh if parent is None else parent.packed
+        self.packed: Packed = (packed or Packed()) if parent is None else parent.packed
         self.constants: set[object] = set() if parent is None else parent.constants
         self.answers: dict[object, tuple[bool, np.ndarray]] = {} if parent is None else parent.answers
         self.body: list[Instruction] = []
@@ -81,13 +80,9 @@ class Lowering:
     def made_of(
         self, sources: tuple[np.ndarray, ...], how: tuple[object, ...], name: str, make: Callable[[], np.ndarray]
     ) -> View:
-        """A view of constant data made of other constants, once for each `how`. What is kept holds its sources: they
-        are known by their ids, which other arrays would take over, such as what the next lowering converts."""
+        """A view of constant data made of other constants, once for each `how`."""
         key = (*how, *map(id, sources))
-        if key not in self.packed:
-            data = make()
-            self.packed[key] = Storage(name, DType.of(data.dtype), int(data.size), "constant", data), sources
-        s = self.packed[key][0]
+        s = self.packed.storage(key, sources, name, make)
         if key not in self.constants:
             self.constants.add(key)
             self.storages.append(s)

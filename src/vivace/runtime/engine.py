@@ -32,7 +32,6 @@ from vivace.runtime.binding import MemoryPlanner
 from vivace.runtime.buffer import Buffer
 from vivace.runtime.calls import SAME, Calls, Last
 from vivace.runtime.executable import Chunk, Context, Executable
-from vivace.runtime.pages import collapse
 from vivace.runtime.saved import Program, save
 from vivace.runtime.sharing import Sharing
 from vivace.runtime.slices import Dims, Slice, whole_specs
@@ -85,7 +84,6 @@ class Engine:
         self._planner = MemoryPlanner(image)
         self._library = jit.load(image.objects) if image.objects else None
         self._constants = [_aligned(c) for c in image.constants]
-        collapse(self._constants)
         runners = [make_foreign(f) if make_foreign else None for f in image.foreign]
         self._symbols = _symbols_of(image)
         self._executable = self._link(runners)
