@@ -30,6 +30,8 @@ Rules:
 * IN PLACE: the same engine of ours, with caches in arrays with room for more (`docs/guide.md`). Its calls are those of
   a loop that generates text: each is for a token more than the last, over `GROWTH` tokens, takes the views that the
   last gave, and makes longer ones. Calls of the other engines repeat one shape.
+* STEPS: where the time of a token goes, by kind of step (`decode_steps`), is measured after the turns, for engines with
+  their caches in place.
 * BITS: a row holds engines whose weights have the same bits. bf16: vivace and OpenVINO round values too.
 * KEPT: what was measured replaces the same phase of its format and number of threads in
   `benchmarks/results/decode.json`, and `decode.md` is written from all of them, so that a long measurement can be done
@@ -52,6 +54,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks.decode_steps import kinds_of_steps, table
 from benchmarks.models import inputs, materialise, passages
 from benchmarks.models.blockwise import BASE, gguf_file, materialise_blockwise
 from benchmarks.models.fetch import cache_dir
@@ -88,6 +91,7 @@ class Engine:
     weight_bytes: int = 0
     cache_passes: int = 2
     phases: tuple[str, ...] = PHASES
+    steps: Callable[[str, Call, int], list[dict[str, Any]]] | None = None
 
     def decode_bytes(self, phase: str) -> int:
         return self.weight_bytes + self.cache_passes * _cache_bytes(phase)
@@ -151,15 +155,18 @@ def vivace_engines(form: str, precision: str, threads: int, given: dict[str, Inp
     weight_bytes = sum(c.nbytes for c in engine.image.constants) - _table_bytes(engine)  # type: ignore[union-attr]
     name = f"vivace {precision}"
     loops = {phase: text_loop(engine, given[phase], n) for phase, n in CONTEXTS.items()}
-    in_place = timed(lambda step: step["run"](), {phase: {"run": loop} for phase, loop in loops.items()})  # type: ignore[operator]
+
+    def steps(phase: str, bare: Call, n_bytes: int) -> list[dict[str, Any]]:
+        return kinds_of_steps(engine, loops[phase], lambda: bare("decode"), n_bytes)
+
     return [
         Engine(name, timed(engine.run, given), weight_bytes),
-        Engine(f"{name} in place", in_place, weight_bytes, 1, tuple(CONTEXTS)),
+        Engine(f"{name} in place", timed(lambda x: engine.run(*x()), loops), weight_bytes, 1, tuple(CONTEXTS), steps),
     ]
 
 
-def text_loop(engine: Any, given: Inputs, context: int) -> Callable[[], None]:
-    """Calls for one token more each time, around a context, with caches in place (rule IN PLACE)."""
+def text_loop(engine: Any, given: Inputs, context: int) -> Callable[[], tuple[Inputs, Inputs]]:
+    """What calls get and fill, for one token more each time, around a context, with caches in place (rule IN PLACE)."""
     longest, appended = context + GROWTH // 2, engine.appended
     lengths = range(longest - GROWTH, longest)
     caches = {}
@@ -168,15 +175,14 @@ def text_loop(engine: Any, given: Inputs, context: int) -> Callable[[], None]:
         caches[present] = np.zeros((*cache.shape[:2], longest, *cache.shape[3:]), cache.dtype)
         caches[present][:, :, : cache.shape[2]] = cache
 
-    def tokens() -> Iterator[None]:
+    def tokens() -> Iterator[tuple[Inputs, Inputs]]:
         inputs = {appended[y]: cache[:, :, : lengths[0]] for y, cache in caches.items()}
         for n in lengths:
             token = {"input_ids": given["input_ids"], "attention_mask": np.ones((1, n + 1), np.int64),
                      "position_ids": np.array([[n]], np.int64)}  # fmt: skip
             outputs = {y: cache[:, :, : n + 1] for y, cache in caches.items()}
-            engine.run(inputs | token, outputs)
+            yield inputs | token, outputs
             inputs = {appended[y]: present for y, present in outputs.items()}
-            yield
 
     calls = itertools.chain.from_iterable(iter(tokens, None))
     return lambda: next(calls)
@@ -322,6 +328,8 @@ def measure(form: str, threads: int, phases: Sequence[str], llama_python: str) -
             if phase in CONTEXTS and e.weight_bytes:
                 n_bytes = e.decode_bytes(phase)
                 row[phase] |= {"bytes": n_bytes, "share": statistics.median(read[n_bytes]) / taken}
+                if e.steps is not None:
+                    row[phase]["steps"] = e.steps(phase, bare[n_bytes], n_bytes)
         rows.append(row)
     return rows
 
@@ -405,7 +413,10 @@ def markdown(found: dict[str, Any]) -> str:
             cells.append(f"{found['tokens'] / best:.2f}" if found and best and _is_ours(r) else "")
             notes += [f"{phase} not quiet"] if found and not found["is_quiet"] else []
         lines.append(f"| {' | '.join([*cells, ', '.join(notes)])} |")
-    return "\n".join([*lines, ""])
+    lines += ["", "## Where the time of a token goes", "",
+              "Steps with caches in place, by kernel and the bytes that one touches, in turns with the bare loop. "
+              "Other: kinds of little time. Between steps: Python, and handing work over.", ""]  # fmt: skip
+    return "\n".join([*lines, *table(rows, CONTEXTS), ""])
 
 
 def _is_ours(row: dict[str, Any]) -> bool:

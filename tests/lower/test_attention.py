@@ -13,7 +13,7 @@ from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type, Value
 from vivace.loops.blocked import Blocked
 from vivace.loops.contraction import Contraction
-from vivace.loops.kernel import Kernel
+from vivace.loops.kernel import Fetch, Kernel, Load, walk
 from vivace.loops.verify import verify_kernel
 from vivace.lower.lowering import lower
 from vivace.lower.plan import Plan, steps_of
@@ -185,6 +185,37 @@ def test_operands_and_result_of_any_layout(perm: tuple[int, ...], s: int | None)
     types = [Type(F32, tuple(shape[p] for p in perm)) for shape in (first, *shapes[1:])]
     graph = build(make, *types)
     run(graph, *(np.ascontiguousarray(random(*shape).transpose(perm)) for shape in shapes))
+
+
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize("n_queries", [1, None])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_one_query_of_many_heads(isa: str, n_queries: int | None, per_head: bool) -> None:
+    """More heads share keys than have their sums in registers at once."""
+    s, t = n_queries or symbol("S", 0), symbol("T", 1)
+    mask = Type(F32, (2, 14 if per_head else 1, s, t))
+    graph = attention((2, 14, s, 20), (2, 2, t, 20), 33, mask, softcap=4.0, causal=True)
+    for n, m in [(1, 1), (1, 37), *([] if n_queries else [(0, 5), (2, 37)])]:
+        bias = np.where(RNG.random((2, mask.shape[1], n, m)) < 0.8, random(2, mask.shape[1], n, m), -np.inf)
+        bias[..., :1] = 0
+        run(graph, random(2, 14, n, 20), random(2, 2, m, 20), random(2, 2, m, 33), bias.astype(np.float32), isas=(isa,))
+
+
+@pytest.mark.parametrize("n_queries", [1, symbol("S", 0)])
+def test_keys_and_values_are_read_once_for_the_heads_that_share_them(n_queries: Dim) -> None:
+    t = symbol("T", 1)
+    (step,) = steps_of(lower(attention((2, 9, n_queries, 64), (2, 3, t, 64), 64), ISAS["avx512"]).body)
+    assert isinstance(step.spec, Blocked)
+    assert (step.spec.blocks, substitute(step.spec.parts, {"S": 1})) == (6, 1)
+    kernel = step.spec.last[-1].spec
+    assert isinstance(kernel, Kernel)
+    loops = {
+        name: [s for s in kernel.body if any(isinstance(e, Load) and e.buffer.name == name for e in walk(s))]
+        for name in ("k", "v")
+    }
+    assert all(len(found) == 1 for found in loops.values())
+    asked = [(e.buffer.name, e.level) for e in walk(loops["k"][0]) if isinstance(e, Fetch)]
+    assert asked == [("k", 1)] * 4 + [("v", 2)] * 4
 
 
 def test_random_cases() -> None:

@@ -29,6 +29,7 @@ from vivace.loops.kernel import (
     Binary,
     Cast,
     Const,
+    Fetch,
     For,
     Guard,
     Index,
@@ -53,6 +54,13 @@ def test_guards(compile_kernel, each_isa) -> None:
     kernel = Kernel("guards", (x, out), (parallel("i", 5, body),))
     for n in (0, 1, 16, 35):
         check(compile_kernel, each_isa, kernel, [samples(f32, n)], [np.full(5 * n, 9, np.float32)], {"N": n}, n_parts=2)
+
+
+def test_fetches_beyond_a_buffer_do_nothing(compile_kernel, each_isa) -> None:
+    x, out = buffer("x", f32, (N,)), buffer("out", f32, (N,), out=True)
+    ahead = Fetch(x, (i + (1 << 40),), 2)
+    kernel = Kernel("fetches", (x, out), (For("i", N, (ahead, Store(out, (i,), Load(x, (i,))))),))
+    check(compile_kernel, each_isa, kernel, [samples(f32, 7)], [np.zeros(7, np.float32)], {"N": 7})
 
 
 def test_local_buffers(compile_kernel, each_isa) -> None:

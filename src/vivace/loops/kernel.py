@@ -7,6 +7,8 @@
              block
              | Store(buffer, index, value)
              | Guard(cond, body)                                  run body where cond holds
+             | Fetch(buffer, index, level)                        ask for what will be read, into the cache of a level;
+             it means nothing, and may lie outside of the buffer
              | Alloc(buffer)                                      a thread-local buffer, alive to the end of the
              block, static size
     Expr    := Const(value, dtype)
@@ -255,11 +257,18 @@ class Guard:
 
 
 @dataclass(frozen=True, slots=True)
+class Fetch:
+    buffer: Buffer
+    index: tuple[Dim, ...]
+    level: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Alloc:
     buffer: Buffer
 
 
-Stmt = For | Let | Store | Guard | Alloc
+Stmt = For | Let | Store | Guard | Fetch | Alloc
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,7 +358,7 @@ def dims_of(kernel: Kernel) -> tuple[str, ...]:
                 use(*ix)
                 for c in cs:
                     use(c.dim, c.lo, c.hi)
-            case Store(index=ix):
+            case Store(index=ix) | Fetch(index=ix):
                 use(*ix)
             case Index(dim=d):
                 use(d)

@@ -29,6 +29,7 @@ from vivace.loops.kernel import (
     Cast,
     Const,
     Expr,
+    Fetch,
     For,
     Guard,
     Index,
@@ -113,6 +114,8 @@ def _statement(context: _Context, s: Stmt) -> None:
                 active = active & context.active
             if active.any():
                 _block(replace(context, active=active), body)
+        case Fetch():
+            pass
         case Alloc(buffer=buffer):
             lead = _shape(context)
             cells = _extent(buffer, [int(_dim(context, d)) for d in buffer.shape], context)

@@ -20,6 +20,7 @@ from vivace.loops.kernel import (
     Cast,
     Const,
     Expr,
+    Fetch,
     For,
     Guard,
     Index,
@@ -73,6 +74,8 @@ def _lines(stmts: tuple[Stmt, ...], indent: str) -> Iterator[str]:
                 yield f"{indent}let {name} = {expr_text(e)}"
             case Store(buffer=b, index=index, value=e):
                 yield f"{indent}{b.name}[{_dims(index)}] = {expr_text(e)}"
+            case Fetch(buffer=b, index=index, level=level):
+                yield f"{indent}fetch {b.name}[{_dims(index)}] into level {level}"
             case Alloc(buffer=b):
                 yield f"{indent}alloc {buffer_text(b)}"
 

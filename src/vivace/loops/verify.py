@@ -28,6 +28,7 @@ from vivace.loops.kernel import (
     Cast,
     Const,
     Expr,
+    Fetch,
     For,
     Guard,
     Index,
@@ -125,6 +126,8 @@ def _block(scope: _Scope, stmts: tuple[Stmt, ...], writable: frozenset[Buffer]) 
                 if (t := _expr(scope, c)) is not DType.bool:
                     scope.fail(f"condition {expr_text(c)} is {t}", expected="bool")
                 _block(scope, body, writable)
+            case Fetch(buffer=b, index=index):
+                _index(scope, b, index)
             case Alloc(buffer=b):
                 _buffer(scope, b)
                 if not all(isinstance(d, int) for d in (*b.shape, *b.strides)):

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vivace.base.dims import Dim, ceildiv, maximum, symbol
+from vivace.base.dims import Dim, ceildiv, maximum, minimum, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Node
@@ -20,6 +20,7 @@ from vivace.loops.kernel import Binary, Buffer, Const, Expr, Load
 from vivace.lower.choices import BLOCKS, Choice, Site
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
+from vivace.lower.rules.attention_decode import decode, heads_of
 from vivace.lower.rules.attention_halves import RUN, HalfAttention, sizes_of_halves
 from vivace.lower.rules.attention_stages import F32, Attention, Blocks, Operand, operand, sizes_of
 from vivace.lower.rules.epilogue import ACC
@@ -46,7 +47,7 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
     heads, groups = q_value.shape[1], k_value.shape[1]
     assert isinstance(heads, int) and isinstance(groups, int)
     n_queries, depth = q_value.shape[2:]
-    decodes = max(0, 2 - n_queries) if isinstance(n_queries, int) else maximum(0, 2 - n_queries)
+    decodes = int(n_queries == 1) if isinstance(n_queries, int) else maximum(0, 2 - n_queries) * minimum(1, n_queries)
     target = ctx.target(g.output)
     out = target
     if out.strides[-1] != 1 and out.shape[-1] != 1:
@@ -71,30 +72,34 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
     site = _site(ctx, node, q, k, out, sizes)
     queries, keys = sizes(ctx.choices.of(site.spec))
     n_parts = ceildiv(n_queries, queries)
-    here, shared = (block // heads, block % heads), (block // heads, block % heads // share)
-    if half:  # the heads that share keys follow each other, so that these are packed once
-        of_group = part // n_parts if share > 1 else 0
-        here = (block // groups, block % groups * share + of_group)
-        shared = (block // groups, block % groups)
-    a = Attention(
-        node, operand(q, "q", here), operand(k, "k", shared), operand(v, "v", shared),
-        operand(out, "o", here, writable=True), *_masks(ctx, node, here, half or decodes == 1), queries, keys
-    )  # fmt: skip
+    # The heads that share keys follow each other, so that these come from memory, or are packed, once.
+    in_head, of_group = (part % n_parts, part // n_parts) if share > 1 else (part, 0)
+    shared = (block // groups, block % groups)
+    here = (shared[0], shared[1] * share + of_group)
+    keys_of, values_of = operand(k, "k", shared), operand(v, "v", shared)
+    mask, scores_shape = _mask(ctx, node), (*q.shape[:3], k.shape[2])
+    used: list[Operand] = []
     found = Blocks([], [], [], 0)
     if decodes != 1:
-        in_head = part % n_parts if share > 1 else part
-        found = HalfAttention(a, in_head, ctx.isa).blocks() if half else a.blocks()
+        at_hand = operand(q, "q", here), keys_of, values_of, operand(out, "o", here, writable=True)
+        a = Attention(node, *at_hand, *_masks(ctx, mask, scores_shape, here, half), queries, keys)
+        found = HalfAttention(a, in_head, ctx.isa).blocks() if half else a.blocks(in_head)
+        used += a.operands
         if decodes != 0:
             found = found.unless(decodes)
-    last, local = list(found.last), list(found.local)
+    last, local, parts = list(found.last), list(found.local), share * n_parts
     if decodes != 0:
-        stage, scores = a.decode()
+        of_heads = [heads_of(x, share, name, shared, name == "os") for x, name in ((q, "qs"), (out, "os"))]
+        masks = None if mask is None else heads_of(mask.expand(scores_shape), share, "masks", shared)
+        a = Attention(node, of_heads[0], keys_of, values_of, of_heads[1], masks, None, 1, keys)
+        stage, scores = decode(a, share, ctx.isa)
         last.append(replace(stage, when=decodes))
         local.append(scores)
-    blocks, parts = (groups, share * n_parts) if half else (heads, n_parts)
+        used += a.operands
+        parts = parts * (1 - decodes) + decodes
     spec = Blocked(
         "k",
-        q.shape[0] * blocks,
+        q.shape[0] * groups,
         parts,
         found.once,
         tuple(found.each),
@@ -103,7 +108,7 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
         tuple(last),
         found.grain,
     )
-    places = {x.buffer: x.view for x in (a.q, a.k, a.v, a.out, a.mask, a.turned) if x is not None}
+    places = {x.buffer: x.view for x in used}
     views = [places[b] for b in spec.params]
     written = [i for i, b in enumerate(spec.params) if b.writable]
     ctx.emit("attention", spec, views, written, g.nodes, node.cost.flops, site=site if decodes != 1 else None)
@@ -136,22 +141,23 @@ def _possible(choice: Choice) -> Choice:
     return Choice(rows=whole(choice.rows, MOST_QUERIES), tiles=whole(choice.tiles, MOST_KEYS))
 
 
-def _masks(ctx: Lowering, node: Node, at: tuple[Dim, Dim], in_rows: bool) -> tuple[Operand | None, Operand | None]:
-    """The mask as it lies, and where `in_rows` does not say that it is only read so, with queries side by side."""
+def _mask(ctx: Lowering, node: Node) -> View | None:
+    """The mask as it lies, with four axes."""
     if len(node.inputs) < 4 or node.inputs[3] is None:
-        return None, None
-    q, k = node.inputs[0], node.inputs[1]
-    assert q is not None and k is not None
+        return None
     mask = ctx.view(node.inputs[3])
-    mask = replace(
-        mask, shape=(1,) * (4 - len(mask.shape)) + mask.shape, strides=(0,) * (4 - len(mask.shape)) + mask.strides
-    )
-    if mask.storage is None:
-        mask = ctx.contiguous(mask, "mask")
-    shape = (*q.shape[:3], k.shape[2])
+    mask = mask.expand((1,) * (4 - len(mask.shape)) + mask.shape)
+    return mask if mask.storage is not None else ctx.contiguous(mask, "mask")
+
+
+def _masks(
+    ctx: Lowering, mask: View | None, shape: tuple[Dim, ...], at: tuple[Dim, Dim], in_rows: bool
+) -> tuple[Operand | None, Operand | None]:
+    """The mask as it lies, and where `in_rows` does not say that it is only read so, with queries side by side."""
+    if mask is None:
+        return None, None
     as_it_lies = operand(mask.expand(shape), "mask", at)
-    strides = mask.expand(shape).strides
-    if in_rows or strides[2] in (0, 1):
+    if in_rows or mask.expand(shape).strides[2] in (0, 1):
         return as_it_lies, as_it_lies
     if mask not in ctx.copies:  # once for all layers that share it
         ctx.copies[mask] = ctx.contiguous(mask.transpose((0, 1, 3, 2)), "mask_turned").transpose((0, 1, 3, 2))

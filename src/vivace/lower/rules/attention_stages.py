@@ -12,8 +12,8 @@ Scores stand with queries side by side: a maximum or a sum over keys is one of w
 reads them as it needs them. They, o and the sums of a block stay in the caches; whatever the number of keys, scratch
 has one size. Keys of few rows are one chunk, whose product is finished at once.
 
-Where a head has one query (decoding), rows of k are multiplied with it as they lie. Where that shows when the model
-runs, the kernel holds both ways.
+Where a head has one query, all is done in another way (`attention_decode`). Where that shows when the model runs, the
+kernel holds both ways.
 
 A row without any visible key is NaN, as its definition says: 0 / 0. Starting the maximum at the least finite number
 keeps chunks without visible keys from making NaN of the others.
@@ -31,7 +31,7 @@ import numpy as np
 from vivace.base.dims import Dim, ceildiv, maximum, minimum, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Node
-from vivace.loops.blocked import PART, STEP, Stage, block_sizes
+from vivace.loops.blocked import STEP, Stage, block_sizes
 from vivace.loops.contraction import Axis, Contraction, Packing
 from vivace.loops.kernel import (
     Binary,
@@ -47,7 +47,6 @@ from vivace.loops.kernel import (
     Read,
     Reduce,
     Select,
-    Stmt,
     Store,
     Unary,
 )
@@ -138,6 +137,10 @@ class Attention:
     keys: int  # of a chunk
 
     @property
+    def operands(self) -> list[Operand]:
+        return [x for x in (self.q, self.k, self.v, self.mask, self.turned, self.out) if x is not None]
+
+    @property
     def n_queries(self) -> Dim:
         return self.q.view.shape[2]
 
@@ -162,11 +165,12 @@ class Attention:
             e = Select(Binary("ge", Index(ahead, DType.i32), Const(0, DType.i32)), e, number(-np.inf))
         return e
 
-    def blocks(self) -> Blocks:
-        """The general way. Kernels of a single chunk need no sums from step to step."""
+    def blocks(self, part: Dim) -> Blocks:
+        """The general way; `part` numbers the blocks of queries of a head. Kernels of a single chunk need no sums from
+        step to step."""
         n_queries, n_keys, width = self.n_queries, self.n_keys, self.v.view.shape[3]
         block, chunk = self.queries, self.keys
-        part, step = symbol(PART, 0), symbol(STEP, 0)
+        step = symbol(STEP, 0)
         first = part * block
         causal = bool(self.node.attrs["causal"]) and n_queries != 1
         # Keys beyond what the last query of the block sees are not computed.
@@ -198,30 +202,6 @@ class Attention:
         columns = For("e", self.v.view.shape[3], (Store(out, (s, e), result),), "vector")
         inverse = Let("inverse", Binary("div", number(1), Load(total, (s,))))
         return Kernel("k", (o, total, out), (For("s", queries, (inverse, columns)),))
-
-    def decode(self) -> tuple[Stage, Buffer]:
-        """The whole of a head with a single query, and the buffer for its scores."""
-        keys, depth, width = self.n_keys, self.q.view.shape[3], self.v.view.shape[3]
-        p = scratch("scores", keys)
-        t, u, d, e = symbol("t", 0), symbol("u", 0), symbol("d", 0), symbol("e", 0)
-        product = Reduce("add", "d", depth, mul(_f32(Load(self.q.buffer, (0, d))), _f32(Load(self.k.buffer, (t, d)))))
-        body: list[Stmt] = [For("t", keys, (Store(p, (t,), product),))]
-        score = self.score(Load(p, (u,)), self.mask, 0, u, None)
-        if not isinstance(score, Load):
-            body.append(For("u", keys, (Store(p, (u,), score),), "vector"))
-        t0, t1, t2 = (symbol(f"t{i}", 0) for i in range(3))
-        body += [
-            Let("top", Reduce("maxnum", "t0", keys, Load(p, (t0,)))),
-            For("t1", keys, (Store(p, (t1,), exp_below(Load(p, (t1,)), Read("top", F32))),), "vector"),
-            Let("inverse", Binary("div", number(1), Reduce("add", "t2", keys, Load(p, (t2,))))),
-        ]
-        t3 = symbol("t3", 0)
-        total = Reduce("add", "t3", keys, mul(Load(p, (t3,)), _f32(Load(self.v.buffer, (t3, e)))))
-        result = self.result(mul(total, Read("inverse", F32)))
-        body.append(For("e", width, (Store(self.out.buffer, (0, e), result),), "vector"))
-        operands = [x for x in (self.q, self.k, self.v, self.mask) if x is not None]
-        kernel = Kernel("k", (*(x.buffer for x in operands), p, self.out.buffer), tuple(body))
-        return Stage(kernel, tuple(x.moved(0) for x in (*operands, self.out))), p
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,7 +356,7 @@ def mul(a: Expr, b: Expr) -> Expr:
     return Binary("mul", a, b)
 
 
-def _f32(x: Load) -> Expr:
+def as_f32(x: Load) -> Expr:
     """An element that may be stored in half precision."""
     return x if x.buffer.dtype is F32 else Cast(F32, x)
 

@@ -28,6 +28,7 @@ from vivace.loops.kernel import (
     Buffer,
     Cast,
     Expr,
+    Fetch,
     For,
     Guard,
     Kernel,
@@ -49,7 +50,7 @@ from vivace.targets.cpu.expr import emit, emit_stored
 from vivace.targets.cpu.interleaved import store_interleaved
 from vivace.targets.cpu.isa import has_masks
 from vivace.targets.cpu.lanes import tail_mask
-from vivace.targets.cpu.memory import flat_index, memory_type, store
+from vivace.targets.cpu.memory import fetch, flat_index, memory_type, store
 from vivace.targets.cpu.reduce import reduce_stored, reduce_together
 from vivace.targets.cpu.tiles import Tiles, linear_in, transposed_loads
 
@@ -191,6 +192,8 @@ class _Generator:
                 else:
                     inner = env
                 self.b.branch(cond, lambda: self._block(inner, body))
+            case Fetch(buffer=buffer, index=index, level=level):
+                fetch(env, buffer, index, level)
             case Alloc(buffer=buffer):
                 env.buffers[buffer] = self._allocate(buffer)
             case For():

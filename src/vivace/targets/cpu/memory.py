@@ -352,6 +352,13 @@ def write_vector(env: Env, buffer: Buffer, flat: Dim, value: Value, mask: Value 
     _write(env, pointer(env, buffer, flat), value, mask, value.bits // 8)
 
 
+def fetch(env: Env, buffer: Buffer, index: tuple[Dim, ...], level: int) -> None:
+    """Ask for the cache line of an element, of the first of several lanes."""
+    where = pointer(env, buffer, flat_index(buffer, index))
+    env.b.declare("void @llvm.prefetch.p0(ptr, i32, i32, i32)", "llvm.prefetch.p0")
+    env.b.effect(f"call void @llvm.prefetch.p0({where}, i32 0, i32 {4 - level}, i32 1)")
+
+
 def store(env: Env, buffer: Buffer, index: tuple[Dim, ...], value: Value) -> None:
     """Write the element, in all lanes of the mask."""
     b, t = env.b, memory_type(buffer.dtype)
