@@ -78,7 +78,7 @@ ABLATIONS: dict[str, tuple[tuple[str, ...], tuple[Case, ...]]] = {
     "norms": (_NORMS, (REC, SMOLLM)),
     "activations": (_ACTIVATIONS, (BERT, REC)),
     "weights": (_WEIGHTS, (Case("mobilenetv2-bn"), Case("resnet50-bn"))),
-    "squeeze_excite": (("gate_into_weights",), (CLS, Case("ppocr-cls", precision="bf16"))),
+    "squeeze_excite": (("gate_into_weights",), (CLS, Case("ppocr-cls", 4))),
     "channels_last": (("put_channels_last",), (RESNET, CLS)),
     "gather_one_hot": (("gather_one_hot",), (Case("magika"),)),
 }
