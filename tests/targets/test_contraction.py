@@ -17,7 +17,7 @@ from vivace.base.dims import Dim, evaluate, symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import ISAS, Isa, host, missing_flags
 from vivace.loops.contraction import Axis, Contraction, Packing
-from vivace.loops.kernel import Binary, Buffer, Const, Expr, Load, Read
+from vivace.loops.kernel import Binary, Buffer, Const, Expr, Load, Read, Unary
 from vivace.lower.lanes import product_lanes
 from vivace.lower.pack import aligned_zeros, pack_panels
 from vivace.lower.tile import Tile, choose_tile, panel_lanes, split_axis
@@ -329,6 +329,17 @@ def test_what_an_epilogue_reads_is_fetched_and_what_it_writes_is_not() -> None:
     assert soon not in emit_contraction(matmul(28, 24, 64, isa).c, isa).llvm_text
     case, _ = with_epilogue(matmul(28, 24, 64, isa))
     assert emit_contraction(case.c, isa).llvm_text.count(soon) == 14 * 2  # lines of the residual
+
+
+def test_erf_of_whole_registers_goes_by_tables() -> None:
+    c = replace(matmul(28, 24, 64, ISAS["avx512"]).c, epilogue=Unary("erf", ACC))
+    assert "vpermi2var.ps.512" in emit_contraction(c, ISAS["avx512"]).llvm_text
+    assert "vpermi2var" not in emit_contraction(c, ISAS["avx2"]).llvm_text
+
+
+def test_rows_are_finished_one_by_one() -> None:
+    case, _ = with_epilogue(matmul(28, 24, 64, ISAS["avx512"]))
+    assert emit_contraction(case.c, ISAS["avx512"]).llvm_text.count('asm sideeffect "", "~{memory}"()') == 14
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,13 @@ def test_errors_of_f64(compile_kernel, each_isa, fn: str) -> None:
     assert e[worst] <= bound, f"{fn}({x[worst]!r}): {e[worst]} ulp"
 
 
+def test_erf_at_the_ends_of_its_pieces(compile_kernel, each_isa) -> None:
+    ends = (np.arange(-70, 71) / 16).astype(np.float32)
+    x = np.concatenate([ends, np.nextafter(ends, np.float32(9)), np.nextafter(ends, np.float32(-9))])
+    exact = WIDER["erf"](x.astype(np.float64))
+    assert errors(evaluate(compile_kernel, each_isa, "erf", DType.f32, x), exact).max() <= PROMISES["erf"][1]
+
+
 SPECIAL = [
     0.0,
     -0.0,

@@ -134,6 +134,7 @@ def _vector_kernel(called: Plan, outer: int, inner: int, tail: bool) -> tuple[st
         moved = {name: by for name, by in ((p.outer.name, o), (p.inner.name, i)) if name}
         totals = [Value(value, step.acc_element, width) for value in row]
         epilogue.store_row(finish, totals, moved, p.c.out, "%out", offset, masks)
+        epilogue.end_row()
     epilogue.close()
     t.put("ret void")
     between = ", ptr %waiting, i1 %last" if p.tile.k_block else ""

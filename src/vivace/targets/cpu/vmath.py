@@ -1,4 +1,5 @@
-"""Elementary functions of f32 as instructions on vectors (or scalars) of any width; no tables, no calls.
+"""Elementary functions of f32 as instructions on vectors (or scalars) of any width; no calls, and no tables but for erf
+with AVX-512 (`vmath_lookup`).
 
 `f32` emits one function. Exact where IEEE says so: infinities, NaN, signed zeros, overflow and gradual underflow (but
 a sigmoid below 2**-126 is 0: maps of probabilities hold many such, and Intel's CPUs take 150 cycles for a vector of
@@ -21,7 +22,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from vivace.targets.cpu import vmath64
+from vivace.targets.cpu import vmath64, vmath_lookup
 from vivace.targets.cpu.builder import Builder, Value, literal
 
 _LOG2E = math.log2(math.e)
@@ -213,7 +214,11 @@ def tanh(b: Builder, x: Value) -> Value:
 
 
 def erf(b: Builder, x: Value) -> Value:
-    """Source: the two minimax polynomials published by N. Juffa: 1 - exp(p(|x|)) above 0.93, x * q(x*x) below."""
+    """Source: the two minimax polynomials published by N. Juffa: 1 - exp(p(|x|)) above 0.93, x * q(x*x) below. With
+    AVX-512 whole registers go by tables.
+    """
+    if b.isa.vector_bits == 512 and x.lanes % vmath_lookup.LANES == 0 and x.lanes:
+        return b.per_part(vmath_lookup.LANES, lambda part: vmath_lookup.erf(b, part), x)
     a = b.call("llvm.fabs", x)
     s = b.op("fmul", x, x)
     small = polynomial(

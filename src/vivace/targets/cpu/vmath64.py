@@ -248,17 +248,19 @@ def tan(b: Builder, x: Value) -> Value:
 _ERF_STEPS, _ERF_TERMS = 8, 12
 
 
+def erf_series(c: float, n_terms: int) -> list[float]:
+    """Taylor coefficients of erf around c, from erf' and the recurrence of Hermite polynomials."""
+    slope = 2 / math.sqrt(math.pi) * math.exp(-c * c)
+    h = [1.0, 2 * c]
+    for j in range(1, n_terms):
+        h.append(2 * c * h[j] - 2 * j * h[j - 1])
+    return [math.erf(c)] + [slope * (-1) ** (j - 1) * h[j - 1] / math.factorial(j) for j in range(1, n_terms)]
+
+
 @cache
 def _erf_table() -> str:
-    """Taylor coefficients of erf around k/8, k = 0 .. 48, from erf' and the recurrence of Hermite polynomials."""
-    rows = []
-    for k in range(6 * _ERF_STEPS + 1):
-        c = k / _ERF_STEPS
-        slope = 2 / math.sqrt(math.pi) * math.exp(-c * c)
-        h = [1.0, 2 * c]
-        for j in range(1, _ERF_TERMS):
-            h.append(2 * c * h[j] - 2 * j * h[j - 1])
-        rows += [math.erf(c)] + [slope * (-1) ** (j - 1) * h[j - 1] / math.factorial(j) for j in range(1, _ERF_TERMS)]
+    """Taylor coefficients of erf around k/8, k = 0 .. 48."""
+    rows = [v for k in range(6 * _ERF_STEPS + 1) for v in erf_series(k / _ERF_STEPS, _ERF_TERMS)]
     return f"[{len(rows)} x double] [{', '.join(f'double {_c(v).text}' for v in rows)}]"
 
 
