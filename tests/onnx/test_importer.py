@@ -455,14 +455,15 @@ def test_parse_reads_what_dims_print() -> None:
         ('(float[N] x) => (float[M] y) <int64[2] p = {3, 1}> { y = Pad<mode = "reflect">(x, p) }', 4),
         ('(float[N] x) => (float[M] y) <int64[2] p = {3, 1}> { y = Pad<mode = "edge">(x, p) }', 1),
         ("(float[N] x) => (float[M] y) <int64[2] p = {-3, -1}> { y = Pad(x, p) }", 4),
+        ("(float[1, 1, N] x) => (float[1, 1, M] y) <int64[3] s = {1, 1, 4}> { y = Resize(x, , , s) }", 1),
     ],
 )
 def test_sizes_that_operators_demand_are_demanded_of_inputs(text: str, least: int) -> None:
     """What lies outside would be memory of others."""
     head = '<ir_version: 10, opset_import: ["" : 18]> m '
-    assert bounds(import_model(onnx.parser.parse_model(head + text)).inputs[0].shape[0])[0] == least
-    with pytest.raises(ModelError, match=r"out of range|too little|cut away|k is 5"):
-        import_model(onnx.parser.parse_model(head + text.replace("[N]", f"[{least - 1}]")))
+    assert bounds(import_model(onnx.parser.parse_model(head + text)).inputs[0].shape[-1])[0] == least
+    with pytest.raises(ModelError, match=r"out of range|too little|cut away|k is 5|nothing to make"):
+        import_model(onnx.parser.parse_model(head + text.replace("N]", f"{least - 1}]")))
 
 
 def test_letters_of_einsum_are_one_size_each() -> None:

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from onnx import AttributeProto, NodeProto
 
-from vivace.base.dims import Dim
+from vivace.base.dims import Dim, bounds
 from vivace.base.dtypes import DType
 from vivace.base.errors import ModelError
 from vivace.graph.build import constant
 from vivace.graph.graph import Value
 from vivace.graph.ops import OPS
-from vivace.onnx.scope import Fallback, Scope
+from vivace.onnx.scope import Fallback, Scope, at_least_zero
 from vivace.onnx.symbolic import Ratio
 
 Result = Value | tuple[Value, ...]
@@ -167,6 +167,16 @@ class Call:
 
     def error(self, what: str, expected: str = "") -> ModelError:
         return ModelError(what, where=self.site, expected=expected)
+
+    def demand(self, d: Dim, fault: str) -> None:
+        """What must not be below zero, since what would then be read is memory of others.
+
+        Raises: ModelError; DimMismatch, from which the importer learns a bound.
+        """
+        most = bounds(d)[1]
+        if most is not None and most < 0:
+            raise self.error(fault)
+        at_least_zero(d, self.node.op_type)
 
     def full(self, shape: Sequence[Dim], value: Any, dtype: DType) -> Value:
         """A tensor of one repeated value."""

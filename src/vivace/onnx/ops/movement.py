@@ -13,7 +13,7 @@ from vivace.base.dtypes import DType
 from vivace.graph.graph import Value
 from vivace.graph.ops.shapes import DimMismatch
 from vivace.onnx.call import Call, Result, onnx_op
-from vivace.onnx.scope import Fallback, at_least_zero
+from vivace.onnx.scope import Fallback
 
 
 @onnx_op("Transpose")
@@ -152,7 +152,7 @@ def _pad(c: Call, x: Value, pads: Sequence[Dim], axes: Sequence[int], value: Any
     for axis in range(x.rank):
         cut = [0 if sign_of(p) > 0 else -p for p in (before[axis], after[axis])]
         if cut != [0, 0]:
-            _demand(c, x.shape[axis] - cut[0] - cut[1], f"more than all of {x.type} is cut away")
+            c.demand(x.shape[axis] - cut[0] - cut[1], f"more than all of {x.type} is cut away")
             x = c.sliced(x, axis, cut[0], x.shape[axis] - cut[0] - cut[1])
             before[axis], after[axis] = (p if k == 0 else 0 for p, k in zip((before[axis], after[axis]), cut))
     if all(p == 0 for p in before + after):
@@ -161,18 +161,9 @@ def _pad(c: Call, x: Value, pads: Sequence[Dim], axes: Sequence[int], value: Any
     for size, *sides in zip(x.shape, before, after) if mode != "constant" else ():
         for side in sides:
             if side != 0:  # a mirror image has no second reflection, and of nothing there is no image
-                _demand(c, size - 1 - (side if mode == "reflect" else 0), f"{x.type} has too little to repeat")
+                c.demand(size - 1 - (side if mode == "reflect" else 0), f"{x.type} has too little to repeat")
     fill = bool(value) if x.dtype is DType.bool else float(value) if x.dtype.is_float else int(value)
     return c.pad(x, before=tuple(before), after=tuple(after), mode=mode, value=fill)
-
-
-def _demand(c: Call, d: Dim, fault: str) -> None:
-    """What must not be below zero. Raises: ModelError; DimMismatch, from which the importer learns a bound, since what
-    would then be read is memory of others."""
-    most = bounds(d)[1]
-    if most is not None and most < 0:
-        raise c.error(fault)
-    at_least_zero(d, c.node.op_type)
 
 
 @onnx_op("Gather")
@@ -181,7 +172,7 @@ def gather(c: Call, x: Value, indices: Value) -> Value:
     size = x.shape[axis]
     if indices.data is not None and indices.data.size:
         for i in {int(indices.data.min()), int(indices.data.max())}:
-            _demand(c, size - 1 - i if i >= 0 else size + i, f"index {i} is out of range")
+            c.demand(size - 1 - i if i >= 0 else size + i, f"index {i} is out of range")
     if indices.rank == 0 and indices.data is not None:  # one position: a view
         i = int(indices.data)
         part = c.sliced(x, axis, i if i >= 0 else size + i, 1)
@@ -225,7 +216,7 @@ def _topk(c: Call, x: Value, k: Any, is_largest: bool, is_sorted: bool) -> Resul
     axis = c.axis(c.attr("axis", -1), x.rank)
     if isinstance(k, int) and k < 0:
         raise c.error(f"k is {k}", f"0 to {x.shape[axis]}")
-    _demand(c, x.shape[axis] - k, f"k is {k}, of {x.shape[axis]}")
+    c.demand(x.shape[axis] - k, f"k is {k}, of {x.shape[axis]}")
     return c.topk(x, axis=axis, k=k, largest=is_largest, sorted=is_sorted)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-from vivace.base.dims import Dim, floordiv
+from vivace.base.dims import Dim, floordiv, substitute, symbols
 from vivace.graph.graph import Value
 from vivace.graph.ops.resampling import COORDINATES
 from vivace.onnx.call import Call, onnx_op
@@ -109,5 +109,8 @@ def _emit(c: Call, x: Value, sizes: list[Dim], scales: list[float | None], **sty
         raise Fallback(f"it maps coordinates by {style['coordinate']}")
     if tuple(sizes) == x.shape and all(s in (None, 1.0) for s in scales):
         return x
+    for d, size in zip(x.shape, sizes):
+        if substitute(size, {s.name: 0 for s in symbols(d)}) != 0:  # a scale makes nothing of nothing
+            c.demand(d - 1, f"{x.type} has nothing to make {size} of")
     options = {"cubic_coeff": -0.75, "exclude_outside": False} | style
     return c.resize(x, mode=_MODES[c.attr("mode", "nearest")], sizes=tuple(sizes), scales=tuple(scales), **options)
