@@ -27,7 +27,7 @@ import vivace
 from vivace.base.cache import default_cache
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
-from vivace.base.errors import EngineError, InputError, ModelError, UnsupportedError, VivaceError
+from vivace.base.errors import EngineError, InputError, ModelError, ShapeError, UnsupportedError, VivaceError
 from vivace.base.events import Notice, collecting
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type
@@ -98,6 +98,18 @@ def test_sizes_that_the_model_cannot_take() -> None:
     assert run(graph, np.zeros((16, 4), np.float32))[0].sum() == 64
     with pytest.raises(InputError, match=r"input 'x': axis 0 is 17\. Expected length with length from 0 to 16"):
         run(graph, np.zeros((17, 4), np.float32))
+
+
+def test_sizes_that_leave_less_than_nothing() -> None:
+    text = "m (float[1, 1, A, 4] a, float[1, 1, B, 4] b) => (float[1, 1, C, 4] y)"
+    body = "{ c = Concat<axis = 2>(a, b)  y = MaxPool<kernel_shape = [5, 1]>(c) }"
+    engine = vivace.compile(
+        onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 17]> {text} {body}'), threads=1
+    )
+    a, b = (np.ones((1, 1, n, 4), np.float32) for n in (1, 5))
+    assert engine(a, b).shape == (1, 1, 2, 4)
+    with pytest.raises(ShapeError, match=r"would be \[1, 1, -2, 4\]"):
+        engine(a, a)
 
 
 @pytest.mark.parametrize(

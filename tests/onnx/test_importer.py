@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx.parser
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 from tests.onnx.making import BOOL, F32, I64, graph, model, node, value
 
 from vivace.base.dims import bounds, parse
@@ -477,6 +477,20 @@ def test_channels_of_group_norms_are_as_many_as_scales() -> None:
     text = f"(float[N, C, W] x) => (float[N, C, W] y) {scales} {{ y = GroupNormalization<num_groups = 2>(x, s, b) }}"
     g = import_model(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 21]> m {text}'))
     assert str(g.inputs[0].type) == "f32[N,4,W]"
+
+
+def test_lengths_and_states_of_a_recurrence_fit_its_input() -> None:
+    nodes = [node("RNN", "x w r b lens h", "y", hidden_size=2)]
+    inputs = [value("x", ("T", "N", 3)), value("lens", ("L",), TensorProto.INT32), value("h", ("D", "M", "H"))]
+    given = {"w": np.ones((1, 2, 3), np.float32), "r": np.ones((1, 2, 2), np.float32), "b": np.ones((1, 4), np.float32)}
+    g = imported(nodes, inputs, [value("y", None)], given)
+    x, lens, h = (v.shape for v in g.inputs)
+    assert lens[0] == h[1] == x[1] and (h[0], h[2]) == (1, 2)
+    with pytest.raises(ModelError, match="the direction is 'linear'"):
+        imported([node("RNN", "x w r", "y", hidden_size=2, direction="linear")], inputs[:1], [value("y", None)], given)
+    for name, wrong in (("b", (1, 3)), ("r", (2, 2, 2)), ("r", (1, 3, 2)), ("b", (4,))):
+        with pytest.raises(ModelError, match="RNN"):
+            imported(nodes, inputs, [value("y", None)], given | {name: np.ones(wrong, np.float32)})
 
 
 def test_symbols_that_are_divided_become_multiples() -> None:

@@ -154,6 +154,9 @@ class Calls:
         self, seen: Seen, dims: dict[str, int], form: Form | None, inputs: Sequence[Array | tuple[int, ...]]
     ) -> Call:
         sizes = seen.output_sizes()
+        if min(sizes, default=0) < 0:
+            spec, shape = next((s, y) for s, y in zip(self.outputs, self._shapes(sizes)) if min(y, default=0) < 0)
+            raise ShapeError(f"of inputs of these sizes, {spec} would be {list(shape)}", where="engine.run")
 
         def shapes() -> list[tuple[int, ...]]:
             return [*(a if isinstance(a, tuple) else a.shape for a in inputs), *self._shapes(sizes)]

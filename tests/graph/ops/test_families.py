@@ -240,3 +240,14 @@ class TestControl:
         attrs = {"types": (Type(DType.f32, (1,)),), "name": "odd", "reason": "it is odd"}
         with pytest.raises(UnsupportedError, match=r"odd.*another provider"):
             OPS["onnx"].evaluate([f32(1)], attrs)
+
+
+@pytest.mark.parametrize(
+    ("start", "size", "step"), [(0, 6, 1), (5, 1, 1), (-1, 2, 1), (1, 3, 2), (1, 3, -1), (0, -1, 1)]
+)
+def test_slices_stay_inside(start: int, size: int, step: int) -> None:
+    with pytest.raises(GraphError, match="are not in"):
+        OPS["slice"].infer([Type(DType.f32, (5,))], {"starts": (start,), "sizes": (size,), "steps": (step,)})
+    n = symbol("N")
+    for most in (n, n + size):  # which may be long enough
+        OPS["slice"].infer([Type(DType.f32, (most,))], {"starts": (0,), "sizes": (3,), "steps": (1,)})

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vivace.base.dims import Dim
+from vivace.base.dims import Dim, bounds
 from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError
 from vivace.graph.graph import Attrs, Op, Type
@@ -57,7 +57,18 @@ def _slice(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
     x = need(types, 0, "slice")
     if not len(attrs["starts"]) == len(attrs["sizes"]) == len(attrs["steps"]) == x.rank:
         raise GraphError("starts, sizes and steps need one entry per axis", where="slice")
+    for n, start, size, step in zip(x.shape, attrs["starts"], attrs["sizes"], attrs["steps"], strict=True):
+        last = start + (size - 1) * step
+        ends = (start, last, n - 1 - start, n - 1 - last) if (bounds(size)[0] or 0) > 0 else ()
+        if any(_is_negative(d) for d in (size, *ends)):
+            raise GraphError(f"{size} places from {start} by {step} are not in {x}", where="slice")
     return (Type(x.dtype, tuple(attrs["sizes"])),)
+
+
+def _is_negative(d: Dim) -> bool:
+    """For certain."""
+    most = bounds(d)[1]
+    return most is not None and most < 0
 
 
 def _slice_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Array, ...]:

@@ -45,18 +45,13 @@ _FUNCTIONS = {"lstm": 3, "gru": 2, "rnn": 1}
 
 def _infer(name: str) -> Callable[[Sequence[Type | None], Attrs], tuple[Type, ...]]:
     def infer(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
-        x, w, r = (need(types, i, name) for i in range(3))
+        x, *_ = (need(types, i, name) for i in range(3))
         hidden, gates = attrs["hidden"], _GATES[name]
         dirs = 2 if attrs["direction"] == "bidirectional" else 1
-        if x.rank != 3 or w.rank != 3 or r.rank != 3:
-            raise GraphError(f"operands are {x}, {w}, {r}", where=name, expected="rank 3")
-        for got, want in (
-            (w.shape[0], dirs),
-            (w.shape[1], gates * hidden),
-            (w.shape[2], x.shape[2]),
-            (r.shape[2], hidden),
-        ):
-            same(got, want, name)
+        if x.rank != 3:
+            raise GraphError(f"the operand is {x}", where=name, expected="rank 3")
+        if attrs["direction"] not in ("forward", "reverse", "bidirectional"):
+            raise GraphError(f"the direction is {attrs['direction']!r}", where=name)
         if len(attrs["activations"]) != dirs * _FUNCTIONS[name] or any(
             a not in ACTIVATIONS for a in attrs["activations"]
         ):
@@ -73,10 +68,21 @@ def _infer(name: str) -> Callable[[Sequence[Type | None], Attrs], tuple[Type, ..
         else:
             t, n = x.shape[:2]
             y, state = (t, dirs, n, hidden), (dirs, n, hidden)
-        for s in types[5:7]:
-            if s is not None:
-                for got, want in zip(s.shape, state, strict=True):
-                    same(got, want, name)
+        wide = gates * hidden
+        wanted = (
+            (dirs, wide, x.shape[2]),
+            (dirs, wide, hidden),
+            (dirs, 2 * wide),
+            (n,),
+            state,
+            state,
+            (dirs, 3 * hidden),
+        )
+        for given, want in zip(types[1:], wanted):
+            if given is not None and given.rank != len(want):
+                raise GraphError(f"an operand is {given}", where=name, expected=f"rank {len(want)}")
+            for got, size in zip(given.shape if given is not None else (), want):
+                same(got, size, name)
         states = (Type(x.dtype, state),) * (2 if name == "lstm" else 1)
         return (Type(x.dtype, y), *states)
 
