@@ -38,6 +38,7 @@ def loop(m: Maker, x: Value) -> Value | None:
     turns = m.const(m.random.choice((0, 1, 2, 3, 12)), np.int64)
     if m.flip(0.4):
         turns = m.op("Squeeze", m.op("Slice", m.op("Shape", x.name), m.ints(1), m.ints(2), m.ints(0)))
+        turns = m.op("Min", turns, m.const(9, np.int64))
     since = len(m.nodes)
     name, i, go = (f"{k}{m.n_made}" for k in ("state", "turn", "go"))
     dims = [None] * (len(x.shape) + 1)
