@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from unittest import mock
 
 import numpy as np
@@ -65,6 +66,14 @@ def test_whatever_is_unlike_is_checked_and_computed(engine: Engine) -> None:
         with pytest.raises(InputError):
             engine.run({"x": bad, "b": B})
         np.testing.assert_array_equal(engine.run({"x": X, "b": B})["y"], X + B)
+
+
+def test_arrays_with_gaps_or_an_equal_dtype_are_compared_in_native_code_again(engine: Engine) -> None:
+    unpickled = pickle.loads(pickle.dumps(X))
+    assert unpickled.dtype is not X.dtype
+    with mock.patch.object(Calls, "solved", side_effect=AssertionError("solved")):
+        for x in (unpickled, unpickled[1:], WIDE[:, ::2], X.view(np.matrix)):
+            np.testing.assert_array_equal(engine.run({"x": x, "b": B})["y"], np.asarray(x) + B)
 
 
 def test_a_call_that_failed_says_nothing_of_the_next(engine: Engine) -> None:

@@ -71,13 +71,15 @@ def _owner(a: np.ndarray) -> int | None:
 
 
 def checked(spec: TensorSpec, given: object) -> np.ndarray:
-    """An input as kernels read it: of the right dtype and C-contiguous. Raises: InputError for another dtype."""
+    """An input as kernels read it: of the very dtype, and C-contiguous. Raises: InputError for another dtype."""
     array = np.asarray(given)
     if array.dtype != spec.dtype.numpy:
         raise InputError(
             f"the array has dtype {array.dtype}", where=f"input {spec.name!r}", expected=str(spec),
             hint=f"array.astype({spec.dtype.numpy.name!r})",
         )  # fmt: skip
+    if array.dtype is not spec.dtype.numpy:  # an equal one: that of an unpickled array, or `longlong`
+        array = array.view(spec.dtype.numpy)
     return array if array.flags.c_contiguous else np.ascontiguousarray(array)
 
 
