@@ -125,3 +125,18 @@ def test_half_scales(target: Isa) -> None:
 def test_odd_formats_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="3 bits"):
         pack_blockwise(np.zeros((32, 4), np.uint8), np.zeros((1, 4), np.float32), None, 3, 32, isa("sse"))
+
+
+def test_weights_are_asked_for_row_by_row() -> None:
+    """A row of words of 64 columns is four lines, for which the code that reads one such row asks."""
+    target, lines = isa("avx512+avx512_vnni"), 4
+    a, b, scales, out, digits = (
+        Buffer(name, dtype, (1,), (1,), name == "out")
+        for name, dtype in zip(
+            ("a", "b", "scales", "out", "digits"), (DType.f32, DType.u8, DType.f32, DType.f32, DType.u8)
+        )
+    )
+    w = BlockwiseProduct("blocks", Axis("m", 1, 64, 0, 64), 64, 64, 4, 32, 64, a, b, scales, None, out, digits=digits)
+    text = emit_blockwise(w, target).llvm_text.split("@blocks.dot1(ptr %args, ptr %digits")[1].split("\n}")[0]
+    rows = text.count("lshr <16 x i32>") // (64 // 16)
+    assert rows and text.count("i32 0, i32 2, i32 1)") == rows * lines

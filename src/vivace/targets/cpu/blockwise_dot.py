@@ -21,13 +21,16 @@ from vivace.targets.cpu.contraction_step import multiply_add, splat
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.contraction_vector import mask_text, vector_type
 
-_FETCH_AHEAD = 4096  # bytes: what memory delivers in the time that it takes to answer, and some more
+# Bytes: what memory delivers in the time that it takes to answer, and some more. Asked for row by row and into the
+# second-level cache; for all of a block at once, and 4096 ahead, a token of SmolLM2-135M takes 1.12 of the time with 8
+# bits and 1.05 with 4, at 1 thread (Emerald Rapids).
+_FETCH_AHEAD = 8192
 _LINE = 64
 _MOST_UNROLLED = 4
 
 
 def fetch(t: Text, weights: str) -> None:
-    """Asks for what a panel starts with; a block asks for what comes this much later."""
+    """Asks for what a panel starts with; each row of words asks for one that comes this much later."""
     for line in range(0, _FETCH_AHEAD, _LINE):
         t.fetch(t.at(weights, line))
 
@@ -85,8 +88,6 @@ def _block(t: Text, w: BlockwiseProduct, isa: Isa, i: str, rows: int, vectors: i
     ]
     acc = [x for x in starts for _ in range(vectors)]
     n_words = w.block // w.steps
-    for line in range(0, w.block_bytes, _LINE):
-        t.fetch(t.at(at.b, _FETCH_AHEAD + line))
     for numbers, buffer in ((at.scales, w.scales), (at.shifts, w.shifts)):
         n_bytes = 0 if buffer is None else w.lanes * buffer.dtype.size_bytes
         for line in range(0, n_bytes, _LINE):
@@ -95,6 +96,8 @@ def _block(t: Text, w: BlockwiseProduct, isa: Isa, i: str, rows: int, vectors: i
     def word(g: Int, acc: list[str]) -> list[str]:
         """A row of words times the digits of its steps."""
         row, places = t.at(at.b, t.mul(g, weights.group_bytes)), t.at(digits, t.mul(g, w.steps))
+        for line in range(0, weights.group_bytes, _LINE):
+            t.fetch(t.at(row, _FETCH_AHEAD + line), 2)
         halves = [_bytes(t, w, isa, weights.words(t, row, v)) for v in range(vectors)]
         for h in range(len(halves[0])):
             for r in range(rows):
