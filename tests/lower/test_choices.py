@@ -21,6 +21,7 @@ from vivace.loops.contraction import Contraction, Depthwise
 from vivace.lower.candidates import Rates, neighbours
 from vivace.lower.choices import DEFAULT, FLOATS, Choice, Choices, Site
 from vivace.lower.lowering import lower
+from vivace.lower.packed import Packed
 from vivace.lower.plan import Plan, steps_of
 from vivace.lower.tune import what
 from vivace.runtime.engine import Engine
@@ -168,8 +169,8 @@ def test_settings_go_to_text_and_back() -> None:
 
 def test_weights_are_packed_once_for_several_plans() -> None:
     graph, _ = graph_of("conv")
-    packed: dict[object, object] = {}
-    first, second = (lower(graph, ISA, packed=packed) for _ in range(2))  # type: ignore[arg-type]
+    packed = Packed()
+    first, second = (lower(graph, ISA, packed=packed) for _ in range(2))
     constants = [[s for s in p.storages if s.kind == "constant"] for p in (first, second)]
     assert constants[0] == constants[1] and len(constants[0]) == 2
 

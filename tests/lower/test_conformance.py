@@ -28,8 +28,6 @@ from vivace.onnx.importer import import_model
 INEXACT = {"test_pow_types_int64_float32", "test_pow_types_int32_float32"}
 
 REFUSED = {
-    "no code generator for elements of type i4": 17,
-    "no code generator for elements of type u4": 17,
     "the size of a result is known only when it has run": 4,
 }
 

@@ -71,7 +71,7 @@ def test_unknown_names_are_named_with_what_there_is() -> None:
 def test_missing_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModelUnavailable, match=r"vivace\[torch\]"):
+    with pytest.raises(ModelUnavailable, match=r"pip install .\.\[torch\]"):
         materialise("resnet50")
 
 

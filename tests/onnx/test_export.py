@@ -55,7 +55,7 @@ EXAMPLES = {
     for p in PIPELINE
     for r in p.rules
     for i, e in enumerate(r.examples)
-    if r.name not in ("negate_comparison",)  # compares equal floats
+    if r.name not in ("negate_comparison", "gate_into_weights")  # compares equal floats; channels last, as no file has
 }
 
 

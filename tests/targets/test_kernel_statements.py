@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from tests.targets.kernel_checks import (
     N,
     buffer,
@@ -23,7 +22,6 @@ from tests.targets.kernel_checks import (
 
 from vivace.base.dims import mod
 from vivace.base.dtypes import DType
-from vivace.base.errors import UnsupportedError
 from vivace.loops.kernel import (
     Alloc,
     Binary,
@@ -126,13 +124,6 @@ def test_parallel_loops_form_one_space(compile_kernel, each_isa) -> None:
     for n in (0, 1, 4):
         values = np.zeros(15 * n, np.float32)
         check(compile_kernel, each_isa, kernel, [values], [values.copy()], {"N": n}, n_parts=4)
-
-
-def test_types_without_code_are_refused(compile_kernel, each_isa) -> None:
-    x, out = buffer("x", DType.i4, (N,)), buffer("out", DType.i4, (N,), out=True)
-    kernel = Kernel("eighth", (x, out), (vector("i", N, Store(out, (i,), Load(x, (i,)))),))
-    with pytest.raises(UnsupportedError, match="i4"):
-        compile_kernel(kernel, each_isa)
 
 
 def test_dtype_of_what_is_stored() -> None:

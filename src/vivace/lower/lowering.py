@@ -326,9 +326,9 @@ def lower(
 
 # Names that kernels give to their loops, to positions and to what they let stand for something.
 LOOP_NAME = re.compile(
-    r"[a-z]\d*|[a-z]\d+_\d+|(acc|at|base|col|row|sum|total)\d*(_\d+)?|before|blk|block|candidate|chunk_top|chunk_total"
-    r"|enter|found|here|i_only|image|img|inverse|kc|key|last|len|mean|new|old|only|part|rel|rescale|reset_gate|result|run"
-    r"|scale|step|tile|top|update"
+    r"[a-z]\d*|[a-z]\d+_\d+|(acc|at|base|col|inverse|row|sum|top|total)\d*(_\d+)?|before|blk|block|candidate|chunk_top|chunk_total"
+    r"|enter|found|here|i_only|image|img|kc|key|last|len|mean|new|old|only|part|rel|rescale|reset_gate|result|run"
+    r"|scale|step|tile|update"
 )
 
 

@@ -252,9 +252,7 @@ class Engine:
     ) -> Callable[[], list[Chunk]]:  # fmt: skip
         """A function that does one inference on these inputs and tells it piece by piece, as `traces` does. Recorders
         that take turns may share an arena."""
-        call, given, results = self._calls.prepare(
-            self._calls.last(), None, [inputs[n] for n in self._names], outputs
-        )
+        call, given, results = self._calls.prepare(self._calls.last(), None, [inputs[n] for n in self._names], outputs)
         context = self._executable.context(arena)
         slices = call.slices or (Slice(Dims(call.dims), (...,) * len(self.inputs + self.outputs)),)
         context.record(1 << 16)

@@ -31,7 +31,7 @@ _PIXELS_PER_FILTER = 2
 
 
 def _example(e: Example) -> Value:
-    x = e.relu(e.x("f32[2,6,5,3]"))
+    x = e.relu(e.x("f32[2,6,6,3]"))
     gate = e.sigmoid(e.reduce_mean(x, axes=(1, 2), keepdims=True))
     one, none = (1, 1), (0, 0)
     return e.conv(

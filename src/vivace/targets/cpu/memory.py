@@ -34,16 +34,12 @@ _NEAR = 4  # strides up to this are read as whole vectors: a gather costs more t
 
 
 def memory_type(t: DType) -> str:
-    """The LLVM type of an element in a buffer. Raises: UnsupportedError for types that are never computed with."""
-    try:
-        return _MEMORY[t]
-    except KeyError:
-        raise UnsupportedError(f"no code generator for elements of type {t}") from None
+    """The LLVM type of an element in a buffer, of any type but strings."""
+    return _MEMORY[t]
 
 
 def register_type(t: DType) -> str:
     """The LLVM type that an element is computed in."""
-    memory_type(t)
     return _REGISTER[t]
 
 
