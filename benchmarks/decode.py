@@ -150,7 +150,7 @@ def vivace_engines(form: str, precision: str, threads: int, given: dict[str, Inp
     """One engine, called as the others are, and with its caches in place."""
     import vivace
 
-    path = materialise(BASE) if form == "f32" else materialise_blockwise(form)
+    path = materialise_blockwise(form) if form in ("int4", "int8") else materialise(BASE)
     engine = vivace.compile(path, precision=precision, threads=threads)
     weight_bytes = sum(c.nbytes for c in engine.image.constants) - _table_bytes(engine)  # type: ignore[union-attr]
     name = f"vivace {precision}"
