@@ -9,12 +9,20 @@ are left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 N_NAMED = 4
 _SAYS_NOTHING = 0.005
 
 Row = tuple[str, float, float | None]
+
+
+def mean_line(threads: str, mean: Mapping[str, float]) -> str:
+    """One sentence: our medians over the best peer's."""
+    return (
+        f"* {threads} thread(s): our median over the best peer's: geometric mean {mean['geometric_mean']:.3f}, "
+        f"worst {mean['worst']:.3f}, over {mean['n_models']} models"
+    )
 
 
 def limit_line(rows: Iterable[Row]) -> str:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.compiled_torch import torch_contestant, why_not
-from benchmarks.limits import limit_line
+from benchmarks.limits import limit_line, mean_line
 from benchmarks.models import MODELS, ModelUnavailable, inputs, materialise
 from benchmarks.models.quantized import QUANTIZED, materialise_quantized
 from benchmarks.records import RESULTS, ROOT, kept, output_names, versions
@@ -230,10 +230,7 @@ def markdown(summary: Record) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for threads, mean in summary["ratio_over_best_peer"].items():
-        lines.append(
-            f"* {threads} thread(s): our median over the best peer's: geometric mean {mean['geometric_mean']:.3f}, "
-            f"worst {mean['worst']:.3f}, over {mean['n_models']} models"
-        )
+        lines.append(mean_line(threads, mean))
         said = limit_line(
             (row["model"], row["medians"]["vivace"], row["share_of_limit"])
             for row in summary["rows"]

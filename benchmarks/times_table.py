@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.limits import limit_line
+from benchmarks.limits import limit_line, mean_line
 from benchmarks.records import Record, write
 
 PEERS = ("onnxruntime", "openvino", "torch")
@@ -122,10 +122,7 @@ def markdown(summary: Record) -> str:
     ]
     for threads, mean in summary["ratio_over_best_peer"].items():
         if mean["geometric_mean"]:
-            lines.append(
-                f"* {threads} thread(s): our median over the best peer's: geometric mean {mean['geometric_mean']:.3f}, "
-                f"worst {mean['worst']:.3f}, over {mean['n_models']} models"
-            )
+            lines.append(mean_line(threads, mean))
         said = limit_line(
             (row["model"], row["medians"]["vivace"], row["share_of_limit"])
             for row in summary["rows"]

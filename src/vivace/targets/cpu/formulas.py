@@ -239,7 +239,8 @@ answer:
 }}
 
 ; Writes the values of a frame into the words of its program, and shares units out in grains (`words.Layout`).
-define internal void @fill(ptr %frame) {{
+; Returns 0.
+define internal i64 @fill(ptr %frame) {{
 entry:
 {_word("values", Frame.VALUES)}
 {_word("program", Frame.PROGRAM)}
@@ -310,6 +311,6 @@ part:
   %k.next = add i64 %k, 1
   br label %parts.test
 finish:
-  ret void
+  ret i64 0
 }}
 """

@@ -16,7 +16,26 @@ from vivace.targets.cpu.program_layout import Header
 PYTHON_CALLS = ("PyLong_AsVoidPtr", "PyEval_SaveThread", "PyEval_RestoreThread", "PyLong_FromLong")
 """What they call; `vivace_bind` is told the addresses once."""
 
-METHODS = f"""
+_ANSWER = """  %from.long.p = getelementptr ptr, ptr @python, i64 3
+  %from.long = load ptr, ptr %from.long.p
+  %result = call ptr %from.long(i64 %status)
+  ret ptr %result
+}
+"""
+
+
+def _of_frame(name: str, status: str) -> str:
+    """A method whose `self` is the address of a frame; it keeps the GIL, and returns a `status`."""
+    return f"""
+define ptr @{name}(ptr %self, ptr %places, i64 %n) {{
+  %as.pointer = load ptr, ptr @python
+  %frame = call ptr %as.pointer(ptr %self)
+  %status = {status}
+{_ANSWER}"""
+
+
+METHODS = (
+    f"""
 @python = internal global [{len(PYTHON_CALLS)} x ptr] zeroinitializer
 
 define void @vivace_bind(ptr %calls) {{
@@ -39,39 +58,9 @@ define ptr @vivace_enter(ptr %self, ptr %places, i64 %n) {{
   %restore.p = getelementptr ptr, ptr @python, i64 2
   %restore = load ptr, ptr %restore.p
   call void %restore(ptr %state)
-  %from.long.p = getelementptr ptr, ptr @python, i64 3
-  %from.long = load ptr, ptr %from.long.p
-  %result = call ptr %from.long(i64 %status)
-  ret ptr %result
-}}
-
-define ptr @vivace_match(ptr %self, ptr %places, i64 %n) {{
-  %as.pointer = load ptr, ptr @python
-  %frame = call ptr %as.pointer(ptr %self)
-  %status = call i64 @match(ptr %frame, ptr %places, i64 %n)
-  %from.long.p = getelementptr ptr, ptr @python, i64 3
-  %from.long = load ptr, ptr %from.long.p
-  %result = call ptr %from.long(i64 %status)
-  ret ptr %result
-}}
-
-define ptr @vivace_evaluate(ptr %self, ptr %none, i64 %n) {{
-  %as.pointer = load ptr, ptr @python
-  %frame = call ptr %as.pointer(ptr %self)
-  %status = call i64 @evaluate(ptr %frame)
-  %from.long.p = getelementptr ptr, ptr @python, i64 3
-  %from.long = load ptr, ptr %from.long.p
-  %result = call ptr %from.long(i64 %status)
-  ret ptr %result
-}}
-
-define ptr @vivace_fill(ptr %self, ptr %none, i64 %n) {{
-  %as.pointer = load ptr, ptr @python
-  %frame = call ptr %as.pointer(ptr %self)
-  call void @fill(ptr %frame)
-  %from.long.p = getelementptr ptr, ptr @python, i64 3
-  %from.long = load ptr, ptr %from.long.p
-  %result = call ptr %from.long(i64 0)
-  ret ptr %result
-}}
+{_ANSWER}
 """
+    + _of_frame("vivace_match", "call i64 @match(ptr %frame, ptr %places, i64 %n)")
+    + _of_frame("vivace_evaluate", "call i64 @evaluate(ptr %frame)")
+    + _of_frame("vivace_fill", "call i64 @fill(ptr %frame)")
+)
