@@ -27,18 +27,16 @@ from typing import Any
 
 import numpy as np
 from benchmarks.gemm import Layer, OpenVino, Ours, _float_problem, _int8_problem, _spec
+from benchmarks.peak import Peak
 from benchmarks.records import RESULTS, versions
 from benchmarks.tile_work import HEAD, cells, least_ns, measure_model, work_of
 
 from vivace.base.dtypes import DType
-from vivace.base.machine import Isa, host
+from vivace.base.machine import host
 from vivace.loops.contraction import Contraction
-from vivace.lower.pack import aligned_zeros
 from vivace.targets.cpu.amx import host_isa
-from vivace.targets.cpu.peaks import n_operations, peak_kernels
 
 SIZES = ((512, 512, 512), (1024, 512, 1024), (1024, 1024, 1024), (2048, 2048, 2048), (4096, 1024, 1024))
-_PEAK_REPEATS = 200  # about 60 us
 QUANTILES = (10, 25)
 
 LIMIT = """\
@@ -86,31 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(*_row(records[-1]), flush=True)
     if options.batch:
         isa = host_isa()
-        model = measure_model("resnet50", options.batch, isa, Peak(isa, "int8"), 3 * options.seconds)
+        model = measure_model("resnet50", options.batch, isa, Peak("int8"), 3 * options.seconds)
         print(_about_model(model))
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "gemm.json").write_text(json.dumps({"products": records, "model": model}, indent=1) + "\n")
     (RESULTS / "gemm.md").write_text(markdown(records, model))
     return 0
-
-
-class Peak:
-    """A loop of nothing but products in registers."""
-
-    def __init__(self, isa: Isa, dtype: str) -> None:
-        wanted = "i8" if dtype == "int8" else dtype
-        kind, self._run = next(p for p in peak_kernels(isa).arithmetic if p[0].dtype == wanted)
-        self._buffer, self.n_operations = aligned_zeros((4096,)), n_operations(kind, _PEAK_REPEATS)
-
-    def time_ns(self) -> float:
-        start = time.perf_counter_ns()
-        self._run(self._buffer.ctypes.data, _PEAK_REPEATS, 0)
-        return time.perf_counter_ns() - start
-
-    def __call__(self) -> float:
-        """Operations a ns; the first turns of the matrix unit after other work are slower."""
-        self.time_ns()
-        return self.n_operations / self.time_ns()
 
 
 def measure(layer: Layer, dtype: str, seconds: float) -> Record:
@@ -119,7 +98,7 @@ def measure(layer: Layer, dtype: str, seconds: float) -> Record:
     problem = _int8_problem(layer) if dtype == "int8" else _float_problem(layer, DType(dtype))
     x = problem.x if dtype == "int8" else problem.x.astype(np.float32)
     spec, arrays = _spec(problem, isa)
-    ours, peak = Ours(spec, arrays, isa), Peak(isa, dtype)
+    ours, peak = Ours(spec, arrays, isa), Peak(dtype)
     vino = OpenVino(problem.model, "bf16" if dtype == "bf16" else "f32")
     turns: dict[str, tuple[Callable[[], float], int]] = {
         "peak": (peak.time_ns, peak.n_operations),
