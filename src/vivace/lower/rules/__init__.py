@@ -8,8 +8,9 @@ from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.rules.attention import lower_attention
 from vivace.lower.rules.blockwise import lower_matmul_blocks
-from vivace.lower.rules.contraction import lower_conv, lower_matmul
+from vivace.lower.rules.contraction import lower_matmul
 from vivace.lower.rules.control import lower_if, lower_loop, lower_onnx
+from vivace.lower.rules.conv import lower_conv
 from vivace.lower.rules.conv_transpose import lower_conv_transpose
 from vivace.lower.rules.elementwise import dims_values, lower_elementwise
 from vivace.lower.rules.indexing import (

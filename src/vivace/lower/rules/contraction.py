@@ -1,4 +1,4 @@
-"""Matrix products and convolutions: `Contraction` and `Depthwise` steps with their epilogues."""
+"""Matrix products: `Contraction` steps with their epilogues."""
 
 from __future__ import annotations
 
@@ -6,28 +6,24 @@ from dataclasses import replace
 
 import numpy as np
 
-from vivace.base.dims import Dim, prod, symbol
+from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
 from vivace.base.mapped import forget
 from vivace.graph.graph import Value
-from vivace.loops.contraction import Axis, Contraction, Depthwise, Packing, contraction_params
-from vivace.loops.kernel import Binary, Buffer, Expr, For, Kernel, Reduce, Store
-from vivace.lower.bands import bands
-from vivace.lower.choices import DIRECT, Site
+from vivace.loops.contraction import Axis, Contraction, Packing, contraction_params
+from vivace.loops.kernel import Binary, Buffer, For, Kernel, Reduce, Store
+from vivace.lower.choices import Site
 from vivace.lower.group import Group
-from vivace.lower.halves import is_depthwise, reads_half
+from vivace.lower.halves import reads_half
 from vivace.lower.lanes import product_lanes
 from vivace.lower.lowering import Lowering
-from vivace.lower.pack import pack_panels, without_denormals
-from vivace.lower.rules import narrow, winograd
+from vivace.lower.pack import pack_panels
 from vivace.lower.rules.elementwise import Params, Tree, emit_pointwise
 from vivace.lower.rules.epilogue import Epilogue, tail_flops
 from vivace.lower.rules.half_products import (
     half_contraction,
-    is_fast_half,
     is_half_product,
     pair_contraction,
-    pays_in_halves,
     unpacked,
 )
 from vivace.lower.tile import pays_to_gather
@@ -63,10 +59,6 @@ def _gathered(
     rows = tuple(replace(r, a=step) for r, step in zip(c.rows, dense.strides[:-1], strict=True))
     a_buf = dense.buffer(c.a.name)
     return replace(c, rows=rows, a=a_buf), views | {a_buf: dense}
-
-
-# ---- matrix products
-# ----------------------------------------------------------------------------------------------------
 
 
 def lower_matmul(ctx: Lowering, g: Group) -> None:
@@ -238,172 +230,12 @@ def finish(ctx: Lowering, g: Group, result: View) -> None:
     )
 
 
-# ---- convolutions ---------------------------------------------------------------------------------------------------
-
-
-def lower_conv(ctx: Lowering, g: Group, is_exact: bool = False) -> None:
-    """A convolution without pads (see `prepare`), rows of a depthwise one aside (`bands`): over channels-last views as
-    one contraction per group. An exact one is never Winograd's."""
-    node = g.anchor
-    x_value, w_value = node.inputs[0], node.inputs[1]
-    bias_value = node.inputs[2] if len(node.inputs) > 2 else None
-    assert x_value is not None and w_value is not None
-    attrs, y = node.attrs, node.outputs[0]
-    rank = x_value.rank
-    if y.dtype is not DType.f32:
-        _plain_conv(ctx, g)
-        return
-    groups: int = attrs["group"]
-    last = attrs["layout"] == "NHWC"
-    to_last = tuple(range(rank)) if last else (0, *range(2, rank), 1)
-    half = reads_half(node, 0) and is_half_product(ctx, x_value, None if is_depthwise(node) else w_value)
-    if half and not is_depthwise(node):
-        half = pays_in_halves(ctx.operand(x_value).transpose(to_last), node, ctx.isa)
-    x = (ctx.operand(x_value) if half else ctx.view(x_value)).transpose(to_last)
-    if x.strides[-1] != 1 and x.shape[-1] != 1:
-        x = ctx.contiguous(x, f"{x_value.name}_nhwc")
-    elif x.strides[-1] != 1:
-        x = replace(x, strides=(*x.strides[:-1], 1))
-    target = ctx.target(g.output)
-    out = target.transpose(to_last)
-    if out.strides[-1] != 1 and out.shape[-1] != 1:
-        out = ctx.temporary(f"{y.name}_nhwc", g.output.dtype, out.shape)
-    oc, cg = w_value.shape[0], w_value.shape[1]
-    n_spatial = rank - 2
-    strides, dilations = attrs["strides"], attrs["dilations"]
-    names = ["img", *(f"o{i}" for i in range(n_spatial))]
-    rows = tuple(
-        Axis(names[i], out.shape[i], x.strides[i] * (1 if i == 0 else strides[i - 1]), 0, out.strides[i])
-        for i in range(rank - 1)
-    )
-    kernel = w_value.shape[2:]
-    spatial_taps = tuple(Axis(f"k{i}", kernel[i], x.strides[i + 1] * dilations[i]) for i in range(n_spatial))
-    bias = None if bias_value is None else ctx.view(bias_value)
-    if bias is not None and not last:
-        bias = replace(bias, shape=(*bias.shape, *(1,) * n_spatial), strides=(*bias.strides, *(0,) * n_spatial))
-    taps = (*spatial_taps, Axis("kc", cg, 1))
-    is_narrow = narrow.pays(w_value, groups, taps)
-    depthwise = is_depthwise(node) and not is_narrow
-    lane: Dim = symbol("c" if depthwise else "n", 0)
-    channel = lane if groups == 1 or depthwise else symbol("g", 0) * (oc // groups) + lane
-    by_last = [*(symbol(s, 0) for s in names), channel]
-    index = by_last if last else [by_last[0], by_last[-1], *by_last[1:-1]]
-    epilogue = Epilogue(ctx, g, bias, index)
-    out_buf, a_buf = out.buffer("out", writable=True), x.buffer("a")
-    views = {a_buf: x, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
-    n = oc // groups
-    batch: tuple[Axis, ...] = () if groups == 1 else (Axis("g", groups, cg, 0, n),)
-    wanted = unpacked(
-        Contraction("k", batch, rows, taps, n, a_buf, a_buf, out_buf, Packing(""), epilogue.expr, epilogue.extra),
-        x.dtype if half else DType.f32,
-    )
-    choice = ctx.choices.of(wanted)
-    is_fast = half and is_fast_half(x.dtype, ctx.isa)
-    ways = () if is_exact or "winograd" in ctx.without else winograd.ways(node, ctx.isa, is_fast)
-    if m := winograd.size_of(choice.way if choice.way in ways else next(iter(ways), DIRECT)):
-        winograd.lower_winograd(ctx, g, m, x, out, bias, last, Site(ctx.choices.key(wanted), wanted, ways), choice)
-    elif is_narrow:
-        narrow.lower_narrow(ctx, g, x, out, rows, taps, epilogue)
-    elif depthwise:
-        assert w_value.data is not None
-        w = ctx.made_of((w_value.data,), ("depthwise",), f"{w_value.name}_taps", lambda: _depthwise_weights(w_value))
-        b_buf = w.buffer("b")
-        step: Dim = oc
-        with_b = []
-        for t in reversed(spatial_taps):
-            with_b.append(replace(t, b=step))
-            step = step * t.extent
-        whole = Depthwise("k", rows, tuple(reversed(with_b)), oc, a_buf, b_buf, out_buf, epilogue.expr, epilogue.extra)
-        for d, places, flops in bands(node, whole, {**views, b_buf: w}, tail_flops(g)):
-            ordered = [places[p] for p in contraction_params(d)]
-            site = Site(ctx.choices.key(d), d)
-            ctx.emit("depthwise", d, ordered, len(ordered) - 1, g.nodes, flops, site=site)
-    else:
-        if half:
-            c, places = half_contraction(
-                ctx, w_value, f"conv{groups}", lambda: _conv_weights(w_value, groups), batch, rows,
-                taps, n, x, out, epilogue,
-            )  # fmt: skip
-            emit_contraction(ctx, "conv", c, places, g, tail_flops(g), ways)
-            if out.storage is not target.storage:
-                ctx.copy(out, target.transpose(to_last))
-            return
-        if w_value.data is not None:
-            lanes = product_lanes(wanted, ctx.isa, choice.lanes)
-            w = packed_panels(ctx, w_value, lanes, f"conv{groups}", lambda: _conv_weights(w_value, groups))
-            packing, taps_b = Packing("panels", lanes), taps
-            batch = tuple(replace(b, b=prod(w.shape[1:])) for b in batch)
-        else:
-            perm = (*range(2, rank), 1, 0)  # [oc, c, k..] -> [k.., c, oc]: groups lie side by side in oc
-            w = ctx.contiguous(ctx.view(w_value).transpose(perm), f"{w_value.name}_kn")
-            packing = Packing("plain")
-            taps_b = tuple(replace(t, b=s) for t, s in zip(taps, w.strides[:-1], strict=True))
-            batch = tuple(replace(b, b=n) for b in batch)
-        b_buf = w.buffer("b")
-        c = Contraction("k", batch, rows, taps_b, n, a_buf, b_buf, out_buf, packing, epilogue.expr, epilogue.extra)
-        emit_contraction(ctx, "conv", c, {**views, b_buf: w}, g, tail_flops(g), ways)
-    if out.storage is not target.storage:
-        ctx.copy(out, target.transpose(to_last))
-
-
-def _plain_conv(ctx: Lowering, g: Group) -> None:
-    """A convolution of f64 or integers as a plain reduction over its taps."""
-    node = g.anchor
-    x_value, w_value = node.inputs[0], node.inputs[1]
-    assert x_value is not None and w_value is not None
-    attrs, y = node.attrs, node.outputs[0]
-    n_spatial = x_value.rank - 2
-    groups: int = attrs["group"]
-    to_last = tuple(range(x_value.rank)) if attrs["layout"] == "NHWC" else (0, *range(2, x_value.rank), 1)
-    x = ctx.view(x_value).transpose(to_last)
-    result = ctx.temporary(f"{y.name}_last", y.dtype, tuple(y.shape[i] for i in to_last))
-    w = ctx.contiguous(ctx.view(w_value).transpose((*range(2, n_spatial + 2), 1, 0)), f"{w_value.name}_kn")
-    cg, n = w_value.shape[1], w_value.shape[0] // groups
-    params = Params()
-    img, grp, col, tap_c = symbol("i0", 0), symbol("g", 0), symbol("n", 0), symbol("kc", 0)
-    outs = [symbol(f"o{i}", 0) for i in range(n_spatial)]
-    taps = [symbol(f"k{i}", 0) for i in range(n_spatial)]
-    at = [o * s + t * d for o, s, t, d in zip(outs, attrs["strides"], taps, attrs["dilations"], strict=True)]
-    value: Expr = Binary(
-        "mul", params.load(x, (img, *at, grp * cg + tap_c)), params.load(w, (*taps, tap_c, grp * n + col))
-    )
-    value = Reduce("add", "kc", cg, value)
-    for i in reversed(range(n_spatial)):
-        value = Reduce("add", f"k{i}", w_value.shape[2 + i], value)
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        value = Binary("add", value, params.load(ctx.view(node.inputs[2]), (grp * n + col,)))
-    body: For = For(
-        "n", n, (Store(params.buffer(result, writable=True), (img, *outs, grp * n + col), value),), "vector"
-    )
-    body = For("g", groups, (body,), "parallel")
-    for i in reversed(range(n_spatial)):
-        body = For(f"o{i}", result.shape[i + 1], (body,), "parallel")
-    spec = Kernel("k", tuple(params.buffers), (For("i0", x.shape[0], (body,), "parallel"),))
-    ctx.emit("conv", spec, params.views, len(params.views) - 1, (node,), node.cost.flops)
-    deliver(ctx, g, result.transpose(tuple(to_last.index(i) for i in range(len(to_last)))))
-
-
 def deliver(ctx: Lowering, g: Group, result: View) -> None:
     """Bring a computed view to where the group's output belongs, through the epilogue if there is one."""
     if g.output is g.anchor.outputs[0]:
         ctx.copy(result, ctx.target(g.output), (g.anchor,))
     else:
         finish(ctx, g, result)
-
-
-def _conv_weights(w: Value, groups: int) -> np.ndarray:
-    """[oc, c, k..] -> [group, taps.. and channels, oc per group]."""
-    assert w.data is not None
-    oc = w.data.shape[0]
-    by_group = np.asarray(w.data, np.float32).reshape(groups, oc // groups, *w.data.shape[1:])
-    moved = np.moveaxis(np.moveaxis(by_group, 1, -1), 1, -2)  # [group, k.., c, oc]
-    return moved.reshape(groups, -1, oc // groups)
-
-
-def _depthwise_weights(w: Value) -> np.ndarray:
-    """[c, 1, k..] -> [k.., c]."""
-    assert w.data is not None
-    return without_denormals(np.array(np.moveaxis(np.asarray(w.data, np.float32)[:, 0], 0, -1), order="C"))
 
 
 def _required(view: View | None) -> View:

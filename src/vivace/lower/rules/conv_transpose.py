@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from vivace.loops.kernel import Binary, Buffer, Const, Expr, For, Index, Kernel,
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.pack import without_denormals
+from vivace.lower.rules.channels_last import by_channel, dense_results, from_last, own_index, to_last
 from vivace.lower.rules.contraction import deliver, emit_contraction, finish, packed_panels
 from vivace.lower.rules.elementwise import Params, Tree, emit_pointwise
 from vivace.lower.rules.epilogue import ACC, COLUMN, Epilogue, tail_flops
@@ -28,48 +28,51 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
     """Transposed convolution. Where kernel and stride agree, each tap is a product of its own that fills its own cells;
     otherwise every result gathers the inputs that reach it.
 
-    The taps of the last axis fill cells that are neighbours: their columns stand side by side in one product. What
-    follows so few columns that vectors would be nearly empty is a step of its own (and see `_few_planes`).
+    What follows so few columns that vectors would be nearly empty is a step of its own (and see `_few_planes`).
     """
-    node = g.anchor
-    x_value, w_value = node.inputs[0], node.inputs[1]
-    bias_value = node.inputs[2] if len(node.inputs) > 2 else None
-    assert x_value is not None and w_value is not None
-    attrs, y = node.attrs, node.outputs[0]
-    rank = x_value.rank
-    n_spatial = rank - 2
-    last = attrs["layout"] == "NHWC"
-    to_last = tuple(range(rank)) if last else (0, *range(2, rank), 1)
-    x = ctx.contiguous(ctx.view(x_value).transpose(to_last), f"{x_value.name}_nhwc")
-    kernel, strides = w_value.shape[2:], attrs["strides"]
-    plain = (
-        tuple(kernel) == tuple(strides) and attrs["group"] == 1 and w_value.data is not None
+    node, y = g.anchor, g.anchor.outputs[0]
+    x_value, w = node.inputs[0], node.inputs[1]
+    assert x_value is not None and w is not None
+    x = ctx.contiguous(ctx.view(x_value).transpose(to_last(node)), f"{x_value.name}_nhwc")
+    if y.dtype is not DType.f32 or not _fills_cells(node):
+        _gather_transpose(ctx, g, x)
+        return
+    oc, strides = w.shape[1], node.attrs["strides"]
+    assert isinstance(oc, int)
+    if oc * int(np.prod(strides)) < FEW_RESULTS and _few_planes(ctx, g, x):
+        return
+    if len(g.nodes) > 1 and oc * strides[-1] < FEW_RESULTS:
+        sums = ctx.temporary(f"{y.name}_sums", y.dtype, tuple(y.shape[i] for i in to_last(node)))
+        sums = sums.transpose(from_last(node))
+        _fill_cells(ctx, Group(node, g.position, (node,), y), x, sums)
+        finish(ctx, g, sums)
+    else:
+        _fill_cells(ctx, g, x, ctx.target(g.output))
+
+
+def _fills_cells(node: Node) -> bool:
+    """Whether every result has one tap: kernel and stride agree, and nothing is cut off or left out."""
+    w, attrs = node.inputs[1], node.attrs
+    assert w is not None
+    return (
+        w.data is not None and tuple(w.shape[2:]) == tuple(attrs["strides"]) and attrs["group"] == 1
         and not any((*attrs["before"], *attrs["after"], *attrs["output_padding"]))
         and all(d == 1 for d in attrs["dilations"])
     )  # fmt: skip
-    if not plain or y.dtype is not DType.f32:
-        _gather_transpose(ctx, g, x, to_last)
-        return
-    oc, c, data = w_value.shape[1], x.shape[-1], w_value.data
-    assert isinstance(oc, int) and data is not None
-    tail = [n for n in g.nodes if n is not node]
-    if oc * int(np.prod(strides)) < FEW_RESULTS and _few_planes(ctx, g, x, bias_value, to_last):
-        return
-    if tail and oc * strides[-1] < FEW_RESULTS:
-        whole, g = g, Group(node, g.position, (node,), y)
-        from_last = tuple(to_last.index(i) for i in range(rank))
-        target = ctx.temporary(f"{y.name}_sums", y.dtype, tuple(y.shape[i] for i in to_last)).transpose(from_last)
-    else:
-        whole, target = g, ctx.target(g.output)
-    out = target.transpose(to_last)
-    if out.strides[-1] != 1 and out.shape[-1] != 1:
-        out = ctx.temporary(f"{y.name}_nhwc", g.output.dtype, out.shape)
-    columns = _tiled_leaves(ctx, tail, g.output, y, to_last, strides[-1]) if whole is g else {}
-    is_joined = out.strides[-2] == oc and (bias_value is None or bias_value.data is not None) and columns is not None
-    rows = tuple(
-        Axis(f"o{i}", x.shape[i], x.strides[i], 0, out.strides[i] * (1 if i == 0 else strides[i - 1]))
-        for i in range(rank - 1)
-    )
+
+
+def _fill_cells(ctx: Lowering, g: Group, x: View, target: View) -> None:
+    """A product for each tap. The taps of the last axis fill cells that are neighbours: where nothing lies between
+    them, and what follows is known per column, their columns stand side by side in one product."""
+    node = g.anchor
+    w, bias = node.inputs[1], _bias_of(node)
+    assert w is not None and w.data is not None
+    oc, kernel, strides, data = w.shape[1], w.shape[2:], node.attrs["strides"], w.data
+    assert isinstance(oc, int)
+    target = target.transpose(to_last(node))
+    out = dense_results(ctx, g, target)
+    columns = _tiled_leaves(ctx, g, strides[-1])
+    is_joined = columns is not None and out.strides[-2] == oc and (bias is None or bias.data is not None)
     n = oc * strides[-1] if is_joined else oc
     lanes = panel_lanes(n, ctx.isa)
 
@@ -80,47 +83,38 @@ def lower_conv_transpose(ctx: Lowering, g: Group) -> None:
         joined = np.moveaxis(by_tap, -3, -2)
         return joined.reshape(*joined.shape[:-2], n)
 
-    w = packed_panels(ctx, w_value, lanes, f"transpose {is_joined}", matrices)
-    panel = prod(w.shape[-3:])
-    batch = []
-    step: Dim = panel
-    for i in reversed(range(n_spatial - is_joined)):
-        batch.append(Axis(f"t{i}", kernel[i], 0, step, out.strides[i + 1]))
-        step = step * kernel[i]
-    batch.reverse()
-    bias: View | Callable[[Params], Expr] | None = None if bias_value is None else ctx.view(bias_value)
-    if is_joined and bias_value is not None and bias_value.data is not None:
-        repeated = _tiled(ctx, bias_value, strides[-1])
-        bias = lambda params: Binary("add", ACC, params.load(repeated, (COLUMN,)))  # noqa: E731
-    elif isinstance(bias, View) and not last:
-        bias = replace(bias, shape=(*bias.shape, *(1,) * n_spatial), strides=(*bias.strides, *(0,) * n_spatial))
-    by_last = [
-        symbol("o0", 0),
-        *(symbol(f"o{i + 1}", 0) * strides[i] + symbol(f"t{i}", 0) for i in range(n_spatial)),
-        COLUMN,
-    ]
-    index = by_last if last else [by_last[0], by_last[-1], *by_last[1:-1]]
-    epilogue = Epilogue(ctx, g, bias, index, (columns or {}) if is_joined else {})
-    a_buf, b_buf, out_buf = x.buffer("a"), w.buffer("b"), out.buffer("out", writable=True)
-    spec = Contraction(
-        "k",
-        tuple(batch),
-        rows,
-        (Axis("kc", c, 1),),
-        n,
-        a_buf,
-        b_buf,
-        out_buf,
-        Packing("panels", lanes),
-        epilogue.expr,
-        epilogue.extra,
+    panels = packed_panels(ctx, w, lanes, f"transpose {is_joined}", matrices)
+    steps = (1, *strides)
+    rows = tuple(Axis(f"o{i}", x.shape[i], x.strides[i], 0, out.strides[i] * s) for i, s in enumerate(steps))
+    apart = kernel[:-1] if is_joined else kernel
+    batch = tuple(
+        Axis(f"t{i}", k, 0, prod(panels.shape[-3:]) * prod(apart[i + 1 :]), out.strides[i + 1])
+        for i, k in enumerate(apart)
     )
-    views = {a_buf: x, b_buf: w, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
+    added: View | Callable[[Params], Expr] | None = None
+    if bias is not None:
+        added = _repeated(ctx, bias, strides[-1]) if is_joined else by_channel(node, ctx.view(bias))
+    cell = [symbol("o0", 0), *(symbol(f"o{i + 1}", 0) * s + symbol(f"t{i}", 0) for i, s in enumerate(strides)), COLUMN]
+    epilogue = Epilogue(ctx, g, added, own_index(node, cell), (columns or {}) if is_joined else {})
+    a_buf, b_buf, out_buf = x.buffer("a"), panels.buffer("b"), out.buffer("out", writable=True)
+    spec = Contraction(
+        "k", batch, rows, (Axis("kc", x.shape[-1], 1),), n, a_buf, b_buf, out_buf, Packing("panels", lanes),
+        epilogue.expr, epilogue.extra,
+    )  # fmt: skip
+    views = {a_buf: x, b_buf: panels, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
     emit_contraction(ctx, "conv_transpose", spec, views, g, tail_flops(g))
-    if out.storage is not target.storage:
-        ctx.copy(out, target.transpose(to_last))
-    if whole is not g:
-        finish(ctx, whole, target)
+    if out is not target:
+        ctx.copy(out, target)
+
+
+def _bias_of(node: Node) -> Value | None:
+    return node.inputs[2] if len(node.inputs) > 2 else None
+
+
+def _repeated(ctx: Lowering, bias: Value, times: int) -> Callable[[Params], Expr]:
+    """A bias per channel, added to columns of several taps side by side."""
+    view = _tiled(ctx, bias, times)
+    return lambda params: Binary("add", ACC, params.load(view, (COLUMN,)))
 
 
 def _tiled(ctx: Lowering, v: Value, times: int) -> View:
@@ -130,19 +124,18 @@ def _tiled(ctx: Lowering, v: Value, times: int) -> View:
     return ctx.made_of((source,), ("tiled", times), f"{v.name}_tiled", lambda: np.tile(source.reshape(-1), times))
 
 
-def _tiled_leaves(
-    ctx: Lowering, tail: Sequence[Node], root: Value, y: Value, to_last: tuple[int, ...], times: int
-) -> dict[Value, View] | None:
-    """What the tail reads besides the sums, for columns of several taps side by side; None unless all of it are
-    constants per channel."""
-    leaves = Tree(ctx, tail, root, given=[y]).leaves if tail else {}
-    n_columns = y.shape[to_last[-1]]
-    if any(v.data is None or v.data.size != n_columns or view.strides[to_last[-1]] != 1 for v, view in leaves.items()):
+def _tiled_leaves(ctx: Lowering, g: Group, times: int) -> dict[Value, View] | None:
+    """What the tail of a group reads besides the sums, for columns of several taps side by side; None unless all of it
+    are constants per channel."""
+    y, axis = g.anchor.outputs[0], to_last(g.anchor)[-1]
+    tail = [n for n in g.nodes if n is not g.anchor]
+    leaves = Tree(ctx, tail, g.output, given=[y]).leaves if tail else {}
+    if any(v.data is None or v.data.size != y.shape[axis] or view.strides[axis] != 1 for v, view in leaves.items()):
         return None
     return {v: _tiled(ctx, v, times) for v in leaves}
 
 
-def _few_planes(ctx: Lowering, g: Group, x: View, bias: Value | None, to_last: tuple[int, ...]) -> bool:
+def _few_planes(ctx: Lowering, g: Group, x: View) -> bool:
     """A transposed convolution of so few results per pixel that vectors of them would be nearly empty: a product with
     pixels side by side makes a plane of each, and what follows brings the planes together.
 
@@ -151,7 +144,7 @@ def _few_planes(ctx: Lowering, g: Group, x: View, bias: Value | None, to_last: t
     False where what follows reads more than its results: nothing is done then.
     """
     node, y = g.anchor, g.anchor.outputs[0]
-    w = node.inputs[1]
+    w, bias = node.inputs[1], _bias_of(node)
     tail = [n for n in g.nodes if n is not node]
     tree = Tree(ctx, tail, g.output, given=[y]) if tail else None
     assert w is not None and w.data is not None
@@ -181,7 +174,7 @@ def _few_planes(ctx: Lowering, g: Group, x: View, bias: Value | None, to_last: t
         out_buf, Packing("transposed", n_stride=channels), e, extra,
     )  # fmt: skip
     emit_contraction(ctx, "conv_transpose", spec, views, Group(node, g.position, (node,), y), node.cost.flops)
-    out = ctx.target(g.output).transpose(to_last)
+    out = ctx.target(g.output).transpose(to_last(node))
     shape: list[Dim] = [out.shape[0]]
     to, source = [out.strides[0]], [prod(size[1:])]
     for i, s in enumerate(strides):
@@ -196,7 +189,7 @@ def _few_planes(ctx: Lowering, g: Group, x: View, bias: Value | None, to_last: t
     return True
 
 
-def _gather_transpose(ctx: Lowering, g: Group, x: View, to_last: tuple[int, ...]) -> None:
+def _gather_transpose(ctx: Lowering, g: Group, x: View) -> None:
     """out[o] = sum over taps k and channels with (o + before - k * dilation) divisible by the stride."""
     node = g.anchor
     w_value = node.inputs[1]
@@ -205,11 +198,10 @@ def _gather_transpose(ctx: Lowering, g: Group, x: View, to_last: tuple[int, ...]
     n_spatial = len(x.shape) - 2
     groups = attrs["group"]
     kernel = w_value.shape[2:]
-    w = ctx.contiguous(
-        ctx.view(w_value).transpose((*range(2, n_spatial + 2), 0, 1)), f"{w_value.name}_kn"
-    )  # [k.., c, oc/g]
+    order = (*range(2, n_spatial + 2), 0, 1)  # [c, oc/g, k..] -> [k.., c, oc/g]
+    w = ctx.contiguous(ctx.view(w_value).transpose(order), f"{w_value.name}_kn")
     n = w_value.shape[1]
-    result = ctx.temporary(f"{y.name}_nhwc", y.dtype, tuple(y.shape[i] for i in to_last))
+    result = ctx.temporary(f"{y.name}_nhwc", y.dtype, tuple(y.shape[i] for i in to_last(node)))
     params = Params()
     img, grp, col, tap_c = symbol("i0", 0), symbol("g", 0), symbol("n", 0), symbol("kc", 0)
     outs = [symbol(f"o{i}", 0) for i in range(n_spatial)]
@@ -234,8 +226,9 @@ def _gather_transpose(ctx: Lowering, g: Group, x: View, to_last: tuple[int, ...]
     term = Reduce("add", "kc", cg, term)
     for i in reversed(range(n_spatial)):
         term = Reduce("add", f"k{i}", kernel[i], term)
-    if len(node.inputs) > 2 and node.inputs[2] is not None:
-        term = Binary("add", term, params.load(ctx.view(node.inputs[2]), (grp * n + col,)))
+    bias = _bias_of(node)
+    if bias is not None:
+        term = Binary("add", term, params.load(ctx.view(bias), (grp * n + col,)))
     store = Store(params.buffer(result, writable=True), (img, *outs, grp * n + col), term)
     body: For = For("n", n, (store,), "vector")
     body = For("g", groups, (body,), "parallel")
@@ -250,4 +243,4 @@ def _gather_transpose(ctx: Lowering, g: Group, x: View, to_last: tuple[int, ...]
         (node,),
         node.cost.flops,
     )
-    deliver(ctx, g, result.transpose(tuple(to_last.index(i) for i in range(len(to_last)))))
+    deliver(ctx, g, result.transpose(from_last(node)))

@@ -27,7 +27,8 @@ from vivace.lower.choices import DIRECT, FLOATS, Site
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.plan import Step
-from vivace.lower.rules.contraction import lower_conv, lower_matmul
+from vivace.lower.rules.contraction import lower_matmul
+from vivace.lower.rules.conv import lower_conv
 from vivace.lower.rules.elementwise import emit_pointwise
 from vivace.lower.views import View
 

@@ -2,127 +2,118 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 
-from vivace.base.dims import Dim, ceildiv, maximum, minimum, symbol
+from vivace.base.dims import Dim, ceildiv, maximum, minimum, prod, symbol
 from vivace.base.dtypes import DType
-from vivace.loops.kernel import Binary, Cast, Const, Expr, For, Index, Inside, Kernel, Load, Reduce, Select, Stmt, Store
+from vivace.graph.ops.shapes import window_out
+from vivace.loops.kernel import Binary, Cast, Const, Expr, For, Index, Inside, Kernel, Load, Reduce, Select, Store
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
+from vivace.lower.rules.channels_last import to_last
 from vivace.lower.rules.elementwise import Params, Tree
 from vivace.lower.rules.epilogue import tail_flops
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """The window of a pool on one spatial axis, at the result `o`, and its tap `k`."""
+
+    o: Dim
+    k: Dim
+    size: Dim  # of the input
+    n_results: Dim
+    kernel: int
+    stride: int
+    dilation: int
+    before: Dim
+    after: Dim
+
+    @property
+    def position(self) -> Dim:
+        """The cell that the tap reads."""
+        return self.o * self.stride + self.k * self.dilation - self.before
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether a tap may lie outside the input: in padding, or beyond it where the last window overhangs."""
+        if self.before != 0 or self.after != 0:
+            return True
+        spare = self.size - ((self.n_results - 1) * self.stride + (self.kernel - 1) * self.dilation + 1)
+        if isinstance(spare, int) and spare >= 0:
+            return False
+        return window_out(self.size, self.kernel, self.stride, self.dilation, 0, 0) != self.n_results
+
+    def n_cells(self, include_pad: bool) -> Dim:
+        """How many taps count in the average."""
+        if self.before == 0 and self.after == 0:
+            return self.kernel
+        start = self.o * self.stride - (0 if include_pad else self.before)
+        end = self.size + self.before + self.after if include_pad else self.size
+        if self.dilation == 1:
+            return minimum(start + self.kernel, end) - maximum(start, 0)
+        first = maximum(ceildiv(-start, self.dilation), 0)
+        past = minimum(ceildiv(end - start, self.dilation), self.kernel)
+        return past - first
 
 
 def lower_pool(ctx: Lowering, g: Group) -> None:
     """max_pool and avg_pool. Cells outside the input are never read: they are -inf for the maximum and 0 for the
     sum."""
     node = g.anchor
-    attrs = node.attrs
-    x_value, y = node.inputs[0], node.outputs[0]
+    x_value, y, order = node.inputs[0], node.outputs[0], to_last(node)
     assert x_value is not None
-    rank = y.rank
-    last = attrs["layout"] == "NHWC"
-    to_last = tuple(range(rank)) if last else (0, *range(2, rank), 1)
-    x = ctx.operand(x_value).transpose(to_last)
+    x = ctx.operand(x_value).transpose(order)
     rest = [n for n in g.nodes if n is not node]
     tree = Tree(ctx, rest, g.output, given=[y]) if rest else None
-    out = ctx.target(g.output).transpose(to_last)
-    n_spatial = rank - 2
-    kernel, strides, dilations, before, after = (
-        attrs[k] for k in ("kernel", "strides", "dilations", "before", "after")
-    )
+    out = ctx.target(g.output).transpose(order)
     params = Params()
-    img, channel = symbol("i0", 0), symbol("c", 0)
-    outs = tuple(symbol(f"o{i}", 0) for i in range(n_spatial))
-    taps = tuple(symbol(f"k{i}", 0) for i in range(n_spatial))
-    at: list[Dim] = []
-    inside: list[Inside] = []
-    for i in range(n_spatial):
-        position = outs[i] * strides[i] + taps[i] * dilations[i] - before[i]
-        at.append(position)
-        if (
-            before[i] != 0
-            or after[i] != 0
-            or _overhangs(x.shape[i + 1], out.shape[i + 1], kernel[i], strides[i], dilations[i])
-        ):
-            inside.append(Inside(position, 0, x.shape[i + 1]))
-    load = params.load(x, (img, *at, channel))
-    assert isinstance(load, Load)
-    is_max = node.op.name == "max_pool"
-    value: Expr = replace(load, inside=tuple(inside))
-    if x.dtype is not x_value.dtype:
-        value = Cast(x_value.dtype, value)
-    if is_max and inside:
-        lowest = Const(
-            float("-inf") if y.dtype.is_float else 0 if not y.dtype.is_signed else -(1 << (8 * y.dtype.size_bytes - 1)),
-            y.dtype,
+    image, channel = symbol("i0", 0), symbol("c", 0)
+    windows = [
+        _Window(symbol(f"o{i}", 0), symbol(f"k{i}", 0), x.shape[i + 1], out.shape[i + 1], *sizes)
+        for i, sizes in enumerate(
+            zip(*(node.attrs[k] for k in ("kernel", "strides", "dilations", "before", "after")), strict=True)
         )
-        ok: Expr | None = None
-        for c in inside:
-            both = Binary("and", Binary("ge", Index(c.dim), Index(c.lo)), Binary("lt", Index(c.dim), Index(c.hi)))
-            ok = both if ok is None else Binary("and", ok, both)
-        assert ok is not None
-        value = Select(ok, value, lowest)
-    for i in reversed(range(n_spatial)):
-        value = Reduce("max" if is_max else "add", f"k{i}", kernel[i], value)
-    if not is_max:
-        count: Dim = 1
-        for i in range(n_spatial):
-            count = count * _cells(
-                outs[i],
-                x.shape[i + 1],
-                kernel[i],
-                strides[i],
-                dilations[i],
-                before[i],
-                after[i],
-                attrs["count_include_pad"],
-            )
-        value = Binary("mul", value, Binary("div", Const(1.0, y.dtype), Cast(y.dtype, Index(count, DType.i64))))
-    if tree is not None:
-        moved = {v: w.transpose(to_last) for v, w in tree.leaves.items()}
-        value = tree.expr(lambda v: params.load(moved[v], (img, *outs, channel)), {y: value})
-    store = Store(params.buffer(out, writable=True), (img, *outs, channel), value)
-    loops: tuple[Stmt, ...] = (For("c", out.shape[-1], (store,), "vector"),)
-    for i in reversed(range(n_spatial)):
-        loops = (For(f"o{i}", out.shape[i + 1], loops, "parallel"),)
-    loops = (For("i0", out.shape[0], loops, "parallel"),)
-    ctx.emit(
-        node.op.name,
-        Kernel("k", tuple(params.buffers), loops),
-        params.views,
-        len(params.views) - 1,
-        g.nodes,
-        tail_flops(g),
-    )
-
-
-def _overhangs(size: Dim, out: Dim, kernel: int, stride: int, dilation: int) -> bool:
-    """Whether the last window may reach beyond the input."""
-    spare = size - ((out - 1) * stride + (kernel - 1) * dilation + 1)
-    return not (isinstance(spare, int) and spare >= 0) and not _is_window(size, out, kernel, stride, dilation)
-
-
-def _is_window(size: Dim, out: Dim, kernel: int, stride: int, dilation: int) -> bool:
-    from vivace.graph.ops.shapes import window_out
-
-    return window_out(size, kernel, stride, dilation, 0, 0) == out
-
-
-def _cells(
-    o: Dim, size: Dim, kernel: int, stride: int, dilation: int, before: Dim, after: Dim, include_pad: bool
-) -> Dim:
-    """How many taps of the window at `o` count in the average."""
-    if before == 0 and after == 0:
-        return kernel
-    if include_pad:
-        lo, hi = 0, size + before + after
-        start = o * stride
+    ]
+    load = params.load(x, (image, *(w.position for w in windows), channel))
+    assert isinstance(load, Load)
+    inside = tuple(Inside(w.position, 0, w.size) for w in windows if w.may_leave)
+    cell: Expr = replace(load, inside=inside)
+    if x.dtype is not x_value.dtype:
+        cell = Cast(x_value.dtype, cell)
+    if node.op.name == "max_pool":
+        value = _reduced("max", windows, _or_lowest(cell, inside, y.dtype))
     else:
-        lo, hi = 0, size
-        start = o * stride - before
-    if dilation == 1:
-        return minimum(start + kernel, hi) - maximum(start, lo)
-    first = maximum(ceildiv(-start, dilation), 0)
-    past = minimum(ceildiv(hi - start, dilation), kernel)
-    return past - first
+        count = prod([w.n_cells(node.attrs["count_include_pad"]) for w in windows])
+        share = Binary("div", Const(1.0, y.dtype), Cast(y.dtype, Index(count, DType.i64)))
+        value = Binary("mul", _reduced("add", windows, cell), share)
+    index = (image, *(w.o for w in windows), channel)
+    if tree is not None:
+        moved = {v: leaf.transpose(order) for v, leaf in tree.leaves.items()}
+        value = tree.expr(lambda v: params.load(moved[v], index), {y: value})
+    store = Store(params.buffer(out, writable=True), index, value)
+    body = For("c", out.shape[-1], (store,), "vector")
+    for i in reversed(range(len(windows))):
+        body = For(f"o{i}", out.shape[i + 1], (body,), "parallel")
+    kernel = Kernel("k", tuple(params.buffers), (For("i0", out.shape[0], (body,), "parallel"),))
+    ctx.emit(node.op.name, kernel, params.views, len(params.views) - 1, g.nodes, tail_flops(g))
+
+
+def _reduced(fn: str, windows: Sequence[_Window], cell: Expr) -> Expr:
+    """A reduction over the taps of all axes, those of the last axis innermost."""
+    for i, w in reversed(list(enumerate(windows))):
+        cell = Reduce(fn, f"k{i}", w.kernel, cell)
+    return cell
+
+
+def _or_lowest(cell: Expr, inside: Sequence[Inside], dtype: DType) -> Expr:
+    """A cell, or what no maximum takes where it lies outside."""
+    if not inside:
+        return cell
+    least = float("-inf") if dtype.is_float else -(1 << (8 * dtype.size_bytes - 1)) if dtype.is_signed else 0
+    tests = [
+        Binary("and", Binary("ge", Index(c.dim), Index(c.lo)), Binary("lt", Index(c.dim), Index(c.hi))) for c in inside
+    ]
+    return Select(reduce(lambda a, b: Binary("and", a, b), tests), cell, Const(least, dtype))
