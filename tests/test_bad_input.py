@@ -119,7 +119,7 @@ def test_sizes_that_leave_less_than_nothing() -> None:
         ({"threads": 5000}, "threads is 5000. Expected 1 to 64"),
         ({"threads": "2"}, "threads is '2'. Expected 1 to 64"),
         ({"providers": ()}, "providers: unknown provider ''. Expected native, onnxruntime"),
-        ({"disable": "winograde"}, "winograde"),
+        ({"disable": "winograde"}, r"disable: nothing is called 'winograde'. Expected winograd, .*\. Try: winograd\."),
         ({"shapes": {"x": 8}}, r"shapes\['x'\]: the shape 8. Expected sizes, as in"),
         ({"shapes": {"x": (-1, 8)}}, r"shapes\['x'\]: the shape \(-1, 8\). Expected sizes, as in"),
         ({"timing_cache": __file__, "tune": "fast"}, "is no timing cache. Expected a file of JSON lines"),

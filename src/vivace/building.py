@@ -152,10 +152,12 @@ def link_image(
     known: Known | None = None,
 ) -> Image:  # fmt: skip
     """Generate and link; `choices` are those that the plan was made with, `known` keeps kernels in memory."""
+    from vivace.base.specs import TensorSpec
     from vivace.lower.conversions import report as report_conversions
     from vivace.lower.image import KernelEntry
     from vivace.lower.link import Compiled, link
     from vivace.lower.plan import steps_of
+    from vivace.measure.inputs import choose_shapes
     from vivace.targets.cpu.codegen import generate
 
     specs = [s.spec for s in steps_of(plan.body)]
@@ -164,7 +166,9 @@ def link_image(
     by_spec = {id(s): n for s, n in zip(specs, numbers, strict=True)}
     entries = [KernelEntry(c.name, c.dims, c.units, c.grain, c.scratch_bytes) for c in codes]
     compiled = Compiled(entries, objects, lambda s: by_spec[id(s)])
-    return link(plan, compiled, chosen.name, foreign_model, {"n_kernels_compiled": n_new, **report_conversions(plan)})
+    _, usual = choose_shapes([TensorSpec(v.name, v.dtype, v.shape) for v in plan.inputs], {})
+    facts = {"n_kernels_compiled": n_new, **report_conversions(plan, usual)}
+    return link(plan, compiled, chosen.name, foreign_model, facts)
 
 
 def refuse_unhosted(graph: Graph, providers: Sequence[str]) -> None:

@@ -20,7 +20,7 @@ from vivace.building import (
     placements,
 )
 from vivace.compilation import Compilation, load_graph, textual_nodes
-from vivace.options import Options, Progress, checked_shapes, choose_isa, provider_names, threads_for
+from vivace.options import Options, Progress, checked_shapes, choose_isa, disabled_names, provider_names, threads_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,7 +82,7 @@ def compile(
     names = provider_names(providers)
     options = Options(
         threads_for(threads), choose_isa(target), names, precision, level,
-        (disable,) if isinstance(disable, str) else tuple(disable), cache, progress,
+        disabled_names(disable), cache, progress,
         tune_of(tune, tune_budget, timing_cache, cache),
     )  # fmt: skip
     samples = [calibration] if isinstance(calibration, Mapping) else list(calibration)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,23 @@ class Options:
     def facts(self) -> dict[str, object]:
         """What an engine keeps, so that it can be made again in the same way on another CPU."""
         return {"level": self.level, "disable": list(self.disable)}
+
+
+def disabled_names(disable: Sequence[str] | str) -> tuple[str, ...]:
+    """What is left out. Raises: InputError for a name that is no pass, no rule and no choice of the lowering."""
+    from vivace.lower.lowering import OPTIONS
+    from vivace.optimize.pipeline import rule_names
+
+    names = (disable,) if isinstance(disable, str) else tuple(disable)
+    known = (*OPTIONS, *rule_names())
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"nothing is called {name!r}", where="disable",
+                expected=f"{', '.join(OPTIONS)}, or a pass or rule of docs/rules.md",
+                hint=" or ".join(difflib.get_close_matches(name, known, cutoff=0.6)),
+            )  # fmt: skip
+    return names
 
 
 def choose_isa(target: str) -> Isa:

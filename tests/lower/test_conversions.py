@@ -6,6 +6,7 @@ import numpy as np
 from tests.lower.harness import BEST, build
 
 from vivace.base.conversions import STEP_PS, format_ps, transpose_ps
+from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import ISAS
 from vivace.graph.build import Builder
@@ -38,10 +39,18 @@ def test_what_is_done_on_the_way_is_counted() -> None:
         return b.softmax(b.dequantize(q, b.const(np.float32(0.5)), b.const(np.uint8(3))), axis=3)
 
     plan = plan_of(make, IMAGE)
-    found = report(plan)
+    found = report(plan, {})
     (left,) = conversions(plan)
     assert found["conversions_fused"] == {"quantize": 1} and left.step == "dequantize"
     assert left.why == "softmax converts nothing as it loads" and (left.before, left.after) == ("u8", "f32")
+
+
+def test_open_sizes_are_those_that_are_given() -> None:
+    open_image = Type(DType.f32, (symbol("N"), 24, 9, 16))
+    plan = plan_of(lambda b, x: b.transpose(x, perm=(0, 2, 3, 1)), open_image)
+    (one,), (three,) = (report(plan, {"N": n})["conversions"] for n in (1, 3))  # type: ignore[misc]
+    assert (one["bytes"], three["bytes"]) == (2 * 4 * 24 * 9 * 16, 3 * 2 * 4 * 24 * 9 * 16)
+    assert one["cost_us"] == round(transpose_ps(24 * 9 * 16, 4) * 1e-6, 3) < three["cost_us"]
 
 
 def test_a_pass_costs_its_elements_and_a_step() -> None:

@@ -13,8 +13,10 @@ from vivace.cli import options
 
 def tuned(facts: Any) -> str:
     """What tuning did, in a sentence."""
-    done = "took all from the cache" if not facts["n_measured"] else f"measured {facts['n_measured']} ways"
-    cut = "" if facts.get("is_complete", True) else ", as far as the budget went"
+    is_cut = not facts.get("is_complete", True)
+    is_known = not facts["n_measured"] and not is_cut
+    done = "took all from the cache" if is_known else f"measured {facts['n_measured']} ways"
+    cut = ", as far as the budget went" if is_cut else ""
     return f"{done}{cut}: {facts['n_changed']} of {facts['n_sites']} kernels are made otherwise than by default"
 
 

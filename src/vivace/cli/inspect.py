@@ -307,19 +307,19 @@ def _print_conversions(conversions: Sequence[Mapping[str, Any]]) -> None:
     from vivace.cli.console import print_table, size
 
     rows = [
-        [c["value"], c["step"], c["before"], c["after"], size(c["bytes"]), f"{c['cost_us']:.1f}", c["why"]]
+        [c["value"], c["step"], c["before"], c["after"], c["why"], size(c["bytes"]), f"{c['cost_us']:.1f}"]
         for c in conversions
     ]
     if rows:
         print_table(
-            "conversions that are steps", ["value", "step", "from", "to", "bytes", "us", "because"], rows, left=4
+            "conversions that are steps", ["value", "step", "from", "to", "because", "bytes", "us"], rows, left=5
         )
 
 
 def _print_layers(layers: Sequence[Mapping[str, Any]]) -> None:
     from vivace.cli.console import print_table
 
-    rows = [[x["layer"], x["format"], f"{x['error']:.2g}", f"{x['saved_ms']:.3f}", x["reason"]] for x in layers]
+    rows = [[x["layer"], x["format"], x["reason"], f"{x['error']:.2g}", f"{x['saved_ms']:.3f}"] for x in layers]
     print_table(
-        "precision by layer", ["layer", "format", "error", "saved ms", "its own format because of"], rows, left=2
+        "precision by layer", ["layer", "format", "its own format because of", "error", "saved ms"], rows, left=3
     )

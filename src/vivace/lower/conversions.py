@@ -8,9 +8,11 @@ that costs (`base/conversions.py`) and why somebody else does not do it on the w
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from vivace.base.conversions import format_ps, transpose_ps
+from vivace.base.dims import Dim, substitute
 from vivace.loops.kernel import Kernel
 from vivace.lower.group import VIEWS
 from vivace.lower.plan import Plan, Step, steps_of
@@ -25,7 +27,7 @@ _LABELS = frozenset({"copy", "pack", "split", "widen"})  # steps that stand for 
 @dataclass(frozen=True, slots=True)
 class Conversion:
     """One step. `before` and `after` are the formats, equal where only the order changes; `bytes` are read and written,
-    where sizes are symbolic for typical ones, and so is `cost_us`, on one core."""
+    `cost_us` is on one core."""
 
     value: str
     step: str
@@ -36,19 +38,19 @@ class Conversion:
     why: str
 
 
-def conversions(plan: Plan) -> list[Conversion]:
-    """The steps that are left."""
+def conversions(plan: Plan, sizes: Mapping[str, int] | None = None) -> list[Conversion]:
+    """The steps that are left, with what they cost at these sizes of symbolic dims."""
     steps = steps_of(plan.body)
     readers: dict[Storage, list[Step]] = {}
     for s in steps:
         for storage in s.reads:
             readers.setdefault(storage, []).append(s)
-    return [_conversion(s, readers) for s in steps if _is_conversion(s)]
+    return [_conversion(s, readers, sizes or {}) for s in steps if _is_conversion(s)]
 
 
-def report(plan: Plan) -> dict[str, object]:
+def report(plan: Plan, sizes: Mapping[str, int]) -> dict[str, object]:
     """For an engine's facts: the steps, and how many conversions of formats are no step."""
-    left = conversions(plan)
+    left = conversions(plan, sizes)
     apart = {id(n) for s in steps_of(plan.body) if _is_conversion(s) for n in s.nodes}
     fused = [n.op.name for n in plan.graph.walk() if n.op.name in FORMATS and id(n) not in apart]
     counts = dict(Counter(sorted(fused)))
@@ -60,13 +62,16 @@ def _is_conversion(s: Step) -> bool:
     return s.label in _LABELS or (bool(names) and names <= _CONVERTING)
 
 
-def _conversion(s: Step, readers: dict[Storage, list[Step]]) -> Conversion:
+def _conversion(s: Step, readers: dict[Storage, list[Step]], sizes: Mapping[str, int]) -> Conversion:
+    def known(d: Dim) -> int:
+        return guess(substitute(d, sizes))
+
     out = s.writes[0]
     source = next((x for x in s.reads if x.kind != "constant" and x is not out), out)
-    n = guess(out.size)
+    n = known(out.size)
     ps = transpose_ps(n, out.dtype.size_bytes) if _is_turned(s) else format_ps(n)
     return Conversion(
-        out.name, s.label, str(source.dtype), str(out.dtype), guess(s.bytes), round(ps * 1e-6, 3),
+        out.name, s.label, str(source.dtype), str(out.dtype), known(s.bytes), round(ps * 1e-6, 3),
         _why(s, source, out, readers),
     )  # fmt: skip
 

@@ -70,7 +70,9 @@ def import_model(source: str | Path | bytes | ModelProto, *, overrides: Mapping[
                     f"its shapes contradict each other: {e.what}", where=e.where, hint="check the model's declared dims"
                 ) from e
     raise ModelError(
-        "its symbolic dims cannot be made consistent", where=model.name, hint="fix the input shapes with overrides"
+        "its symbolic dims cannot be made consistent",
+        where=model.name,
+        hint="fix the sizes of its inputs (shapes=, --shapes)",
     )
 
 
@@ -78,7 +80,7 @@ def _import(model: Model, assume: Assumptions, overrides: Mapping[str, Shape]) -
     session = Session(model, assume)
     scope = Scope(session)
     proto = model.proto.graph
-    fixed = initializers(scope, proto, "model")
+    fixed = initializers(scope, proto, model.name)
     inputs = [v for v in proto.input if v.name not in fixed]
     unknown = set(overrides) - {v.name for v in inputs}
     if unknown:
@@ -126,7 +128,11 @@ def _input_type(session: Session, v: ValueInfoProto, names: set[str], override: 
     tensor = v.type.tensor_type
     dtype = dtype_of(tensor.elem_type, where)
     if not tensor.HasField("shape") and override is None:
-        raise ModelError("has no declared rank", where=where, hint=f"give its shape: overrides={{{v.name!r}: (...)}}")
+        raise ModelError(
+            "has no declared rank",
+            where=where,
+            hint=f"give its shape: shapes={{{v.name!r}: (...)}}, --shapes {v.name}:...",
+        )
     declared = [_declared(session, d, f"{v.name}_{i}", names) for i, d in enumerate(tensor.shape.dim)]
     if override is not None:
         if tensor.HasField("shape") and len(override) != len(declared):

@@ -96,7 +96,7 @@ def _parse(source: str | Path | bytes | ModelProto) -> tuple[ModelProto, Tensors
 
 def _decode(data: bytes, size: int, name: str) -> ModelProto:
     if not size:
-        raise ModelError("the file is empty", where=name, expected="an ONNX model")
+        raise ModelError("the file is empty", where=name, expected="an ONNX model", hint="copy or download it again")
     proto = ModelProto()
     try:
         proto.ParseFromString(data)
@@ -196,10 +196,12 @@ def _check_graph(g: GraphProto, outer: frozenset[str], opsets: dict[str, int], i
     own: set[str] = set()
     initializers = {t.name for t in g.initializer} | {t.values.name for t in g.sparse_initializer}
     if len(initializers) != len(g.initializer) + len(g.sparse_initializer):
-        raise ModelError("two initializers have one name", where=where)
+        raise ModelError("two initializers have one name", where=where, hint="export the model again")
     for v in g.input:
         if not v.name or v.name in own:
-            raise ModelError(f"the input name {v.name!r} is empty or used twice", where=where)
+            raise ModelError(
+                f"the input name {v.name!r} is empty or used twice", where=where, hint="export the model again"
+            )
         own.add(v.name)
     own |= initializers
     made: set[str] = set(own)
@@ -210,6 +212,7 @@ def _check_graph(g: GraphProto, outer: frozenset[str], opsets: dict[str, int], i
                     f"its output {o!r} is already defined",
                     where=f"{where} node {label(n)!r}",
                     expected="each name once",
+                    hint="export the model again",
                 )
             made.add(o)
     _sort(g, own, outer, where)
@@ -220,7 +223,7 @@ def _check_graph(g: GraphProto, outer: frozenset[str], opsets: dict[str, int], i
             _check_graph(inner, visible, opsets, ir_version, f"{where} node {label(n)!r}")
     for v in g.output:
         if v.name not in visible:
-            raise ModelError(f"the output {v.name!r} is never computed", where=where)
+            raise ModelError(f"the output {v.name!r} is never computed", where=where, hint="export the model again")
 
 
 def _sort(g: GraphProto, own: set[str], outer: frozenset[str], where: str) -> None:
@@ -232,7 +235,11 @@ def _sort(g: GraphProto, own: set[str], outer: frozenset[str], where: str) -> No
     for n, names in zip(g.node, wants):
         for name in names:
             if name not in makers and name not in outer:
-                raise ModelError(f"reads {name!r}, which nothing defines", where=f"{where} node {label(n)!r}")
+                raise ModelError(
+                    f"reads {name!r}, which nothing defines",
+                    where=f"{where} node {label(n)!r}",
+                    hint="export the model again",
+                )
     if all(makers.get(name, -1) < i for i, names in enumerate(wants) for name in names):
         return
     order, state = [], [0] * len(wants)  # 0 unseen, 1 on the stack, 2 done
@@ -251,6 +258,7 @@ def _sort(g: GraphProto, own: set[str], outer: frozenset[str], where: str) -> No
                     f"depends on itself through {label(g.node[i])!r}",
                     where=f"{where} node {label(g.node[j])!r}",
                     expected="a graph without cycles",
+                    hint="export the model again",
                 )
             else:
                 state[j] = 1

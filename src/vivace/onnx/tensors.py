@@ -69,6 +69,7 @@ def checked_shape(dims: list[int], dtype: DType, where: str) -> tuple[int, ...]:
             f"dims {dims} make {math.prod(dims) * dtype.size_bytes:.3g} bytes",
             where=where,
             expected=f"at most {MAX_BYTES} bytes",
+            hint="copy or download the file again, or export the model again",
         )
     return tuple(dims)
 
@@ -176,12 +177,16 @@ class Tensors:
         safe = f"a file inside {self.directory}"
         if path.is_absolute() or ".." in path.parts or "\\" in location:
             raise ModelError(
-                f"its external data {location!r} escapes from the model's directory", where=where, expected=safe
-            )
+                f"its external data {location!r} escapes from the model's directory", where=where, expected=safe,
+                hint="save the model again with its data beside it (onnx.save, location=)",
+            )  # fmt: skip
         try:
             real = (self.directory / path).resolve(strict=True)
         except (OSError, RuntimeError, ValueError) as e:
-            raise ModelError(f"its external data {location[:200]!r} cannot be found", where=where, expected=safe) from e
+            raise ModelError(
+                f"its external data {location[:200]!r} cannot be found", where=where, expected=safe,
+                hint="copy the data file to where the model is",
+            ) from e  # fmt: skip
         if not real.is_relative_to(self.directory) or not real.is_file():
             raise ModelError(
                 f"its external data {location!r} leads out of the model's directory or is no file",

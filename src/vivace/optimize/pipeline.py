@@ -148,7 +148,7 @@ def optimize(
             kinds = "a pass or a rule" if where == "disable" else "a rule"
             raise InputError(
                 f"nothing is called {unknown[0]!r}", where=where, expected=f"{kinds} of docs/rules.md",
-                hint=" or ".join(difflib.get_close_matches(unknown[0], known, cutoff=0.5)),
+                hint=" or ".join(difflib.get_close_matches(unknown[0], known, cutoff=0.6)),
             )  # fmt: skip
     record = Run()
     chosen = [p for p in PIPELINE if p.level <= level]

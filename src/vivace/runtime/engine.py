@@ -182,7 +182,8 @@ class Engine:
 
     @property
     def conversions(self) -> list[dict[str, object]]:
-        """The steps that only change the order or the format of a value, what each costs, and why it is left."""
+        """The steps that only change the order or the format of a value, what each costs (at the sizes that `vivace
+        bench` takes where they are open), and why it is left."""
         found = self.facts.get("conversions", [])
         return list(found) if isinstance(found, list) else []
 
