@@ -2,14 +2,12 @@
 
 resize{mode, coordinate, nearest_mode, cubic_coeff, exclude_outside, sizes, scales}(x)
         mode nearest|linear|cubic; sizes: the whole output shape; scales: one float or None per axis: the scale that
-        maps output to
-        input coordinates, None where it is size_out / size_in.
+        maps output to input coordinates, None where it is size_out / size_in.
         coordinate half_pixel|half_pixel_symmetric|pytorch_half_pixel|align_corners|asymmetric
         nearest_mode round_prefer_floor|round_prefer_ceil|floor|ceil
 
 An axis is resampled when its size or scale differs from the identity; every mode is separable, so the result is one
-matrix per axis.
-Antialiasing and regions of interest are not core.
+matrix per axis. Antialiasing and regions of interest are not core.
 Source: ONNX operator Resize.
 """
 
@@ -78,28 +76,29 @@ def _far(d: Array, a: float) -> Array:
     return ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
 
 
-def weights(size_in: int, size_out: int, scale: float | None, attrs: Attrs) -> Array:
-    """The matrix [size_out, size_in] that resamples one axis (linear and cubic)."""
-    x = source_coordinates(size_in, size_out, scale, attrs["coordinate"])
-    base = np.floor(x).astype(np.int64)
+def tap_table(x: Array, size: int, attrs: Attrs) -> tuple[Array, Array]:
+    """Source positions, within the operand, and weights [tap, coordinate] for coordinates `x` (linear and cubic)."""
+    base = np.floor(x)
     t = x - base
     if attrs["mode"] == "linear":
-        taps = [(base, 1 - t), (base + 1, t)]
+        offsets, weights = [0, 1], [1 - t, t]
     else:
         a = attrs["cubic_coeff"]
-        taps = [
-            (base - 1, _far(1 + t, a)),
-            (base, _near(t, a)),
-            (base + 1, _near(1 - t, a)),
-            (base + 2, _far(2 - t, a)),
-        ]
+        offsets, weights = [-1, 0, 1, 2], [_far(1 + t, a), _near(t, a), _near(1 - t, a), _far(2 - t, a)]
+    positions = np.stack([base + o for o in offsets]).astype(np.int64)
+    table = np.stack(weights)
     if attrs["exclude_outside"]:
-        taps = [(i, np.where((i >= 0) & (i < size_in), w, 0.0)) for i, w in taps]
-        total = sum(w for _, w in taps)
-        taps = [(i, w / total) for i, w in taps]
+        table = np.where((positions >= 0) & (positions < size), table, 0.0)
+        table = table / table.sum(axis=0)
+    return np.clip(positions, 0, size - 1), table
+
+
+def weights(size_in: int, size_out: int, scale: float | None, attrs: Attrs) -> Array:
+    """The matrix [size_out, size_in] that resamples one axis (linear and cubic)."""
+    positions, table = tap_table(source_coordinates(size_in, size_out, scale, attrs["coordinate"]), size_in, attrs)
     out = np.zeros((size_out, size_in))
-    for i, w in taps:
-        np.add.at(out, (np.arange(size_out), np.clip(i, 0, size_in - 1)), w)
+    for at, weight in zip(positions, table, strict=True):
+        np.add.at(out, (np.arange(size_out), at), weight)
     return out
 
 

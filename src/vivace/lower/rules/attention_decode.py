@@ -20,8 +20,9 @@ from dataclasses import replace
 from vivace.base.dims import Dim, ceildiv, minimum, symbol
 from vivace.base.machine import Isa, host
 from vivace.loops.blocked import Stage
+from vivace.loops.expressions import mul
 from vivace.loops.kernel import Binary, Buffer, Expr, Fetch, For, Kernel, Let, Load, Read, Reduce, Stmt, Store
-from vivace.lower.rules.attention_stages import F32, Attention, Operand, as_f32, exp_below, mul, number, operand
+from vivace.lower.rules.attention_stages import F32, Attention, Operand, as_f32, exp_below, number, operand
 from vivace.lower.views import View
 
 _LINE_BYTES, _MOST_LINES = 64, 16

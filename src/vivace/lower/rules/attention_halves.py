@@ -26,6 +26,7 @@ from vivace.base.dtypes import DType
 from vivace.base.machine import Isa, host
 from vivace.loops.blocked import STEP, Stage, block_sizes
 from vivace.loops.contraction import Axis, Contraction, Packing
+from vivace.loops.expressions import mul
 from vivace.loops.kernel import (
     Binary,
     Buffer,
@@ -53,7 +54,6 @@ from vivace.lower.rules.attention_stages import (
     Attention,
     Blocks,
     exp_below,
-    mul,
     number,
     scratch,
 )

@@ -33,6 +33,7 @@ from vivace.base.dtypes import DType
 from vivace.graph.graph import Node
 from vivace.loops.blocked import STEP, Stage, block_sizes
 from vivace.loops.contraction import Axis, Contraction, Packing
+from vivace.loops.expressions import add, div, mul, sub
 from vivace.loops.kernel import (
     Binary,
     Buffer,
@@ -160,7 +161,7 @@ class Attention:
             e = mul(e, number(factor / over))
         if mask is not None:
             m = Load(mask.buffer, (s, t))
-            e = Select(m, e, number(-np.inf)) if m.buffer.dtype is DType.bool else Binary("add", e, m)
+            e = Select(m, e, number(-np.inf)) if m.buffer.dtype is DType.bool else add(e, m)
         if ahead is not None:
             e = Select(Binary("ge", Index(ahead, DType.i32), Const(0, DType.i32)), e, number(-np.inf))
         return e
@@ -200,7 +201,7 @@ class Attention:
         s, e, out = symbol("s", 0), symbol("e", 0), self.out.buffer
         result = self.result(mul(Load(o, (s, e)), Read("inverse", F32)))
         columns = For("e", self.v.view.shape[3], (Store(out, (s, e), result),), "vector")
-        inverse = Let("inverse", Binary("div", number(1), Load(total, (s,))))
+        inverse = Let("inverse", div(number(1), Load(total, (s,))))
         return Kernel("k", (o, total, out), (For("s", queries, (inverse, columns)),))
 
 
@@ -304,7 +305,7 @@ class _Queries:
         v_offset = a.v.moved(chunk.start * down)
         if self.alone:
             return Stage(values, (v_offset, out.moved(self.first * out.row)))
-        so_far = Binary("add", ACC, mul(Load(state.sums, (s, n)), Load(state.rescale, (s,))))
+        so_far = add(ACC, mul(Load(state.sums, (s, n)), Load(state.rescale, (s,))))
         values = replace(
             values, rows=(Axis("s", self.here, 1, 0, state.sums.strides[0]),), out=state.sums,
             epilogue=Select(_is_first(), ACC, so_far), extra=(state.sums, state.rescale),
@@ -328,7 +329,7 @@ def _softmax(state: _State, keys: Dim, queries: Dim, late: float) -> Kernel:
         Let("top", Reduce("maxnum", "u", keys, Load(p, (symbol("u", 0), s)))),
         For("t", keys, (Store(p, (t, s), exp_below(Load(p, (t, s)), Read("top", F32), late)),)),
         Let("total", Reduce("add", "t", keys, Load(p, (t, s)))),
-        Store(state.inverse, (s,), Binary("div", number(1), Read("total", F32))),
+        Store(state.inverse, (s,), div(number(1), Read("total", F32))),
     )
     return Kernel("k", (p, state.inverse), (For("s", queries, body, "vector"),))
 
@@ -347,13 +348,9 @@ def _online_softmax(state: _State, keys: Dim, queries: Dim, late: float) -> Kern
         For("t", keys, (Store(p, (t, s), exp_below(Load(p, (t, s)), Read("top", F32), late)),)),
         Let("chunk_total", Reduce("add", "t", keys, Load(p, (t, s)))),
         Let("before", Select(_is_first(), number(0), mul(Load(state.total, (s,)), Read("rescale", F32)))),
-        Store(state.total, (s,), Binary("add", Read("before", F32), Read("chunk_total", F32))),
+        Store(state.total, (s,), add(Read("before", F32), Read("chunk_total", F32))),
     )
     return Kernel("k", (p, state.top, state.total, state.rescale), (For("s", queries, body, "vector"),))
-
-
-def mul(a: Expr, b: Expr) -> Expr:
-    return Binary("mul", a, b)
 
 
 def as_f32(x: Load) -> Expr:
@@ -367,5 +364,5 @@ def number(x: float) -> Const:
 
 def exp_below(x: Expr, top: Expr, unit: float = LOG2E) -> Expr:
     """2**(unit * (x - top)) for x that is not above top."""
-    below = Binary("sub", x, top)
+    below = sub(x, top)
     return Unary("exp2", below if unit == 1.0 else mul(below, number(unit)))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vivace.base.dims import Dim, symbol
+from vivace.loops.expressions import add, div, mul, sub
 from vivace.loops.kernel import (
     Binary,
     Buffer,
@@ -199,18 +200,6 @@ class Cell:
         return [Store(self.layer.h, (self.q, u), self.functions[0](self._clip(self._gate(t, 0, u))))]
 
 
-def mul(a: Expr, b: Expr) -> Expr:
-    return Binary("mul", a, b)
-
-
-def add(a: Expr, b: Expr) -> Expr:
-    return Binary("add", a, b)
-
-
-def sub(a: Expr, b: Expr) -> Expr:
-    return Binary("sub", a, b)
-
-
 def _const(value: float, like: Expr) -> Const:
     return Const(value, dtype_of(like))
 
@@ -239,6 +228,6 @@ ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
     "ThresholdedRelu": lambda x: Select(Binary("gt", x, _const(1.0, x)), x, _const(0.0, x)),
     "HardSigmoid": _bounded,
     "Elu": _elu,
-    "Softsign": lambda x: Binary("div", x, add(_const(1.0, x), Unary("abs", x))),
+    "Softsign": lambda x: div(x, add(_const(1.0, x), Unary("abs", x))),
     "Softplus": _softplus,
 }

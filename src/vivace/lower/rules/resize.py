@@ -15,6 +15,7 @@ import numpy as np
 
 from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
+from vivace.loops.expressions import add, mul
 from vivace.loops.kernel import (
     Alloc,
     Binary,
@@ -116,8 +117,8 @@ def _sum(terms: Sequence[tuple[Expr | None, Expr]]) -> Expr:
     """The sum of weighted terms; a weight of None is 1."""
     total: Expr | None = None
     for weight, x in terms:
-        term = x if weight is None else Binary("mul", weight, x)
-        total = term if total is None else Binary("add", total, term)
+        term = x if weight is None else mul(weight, x)
+        total = term if total is None else add(total, term)
     assert total is not None
     return total
 

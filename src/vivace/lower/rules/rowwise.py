@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from vivace.base.dims import ceildiv, minimum, prod, symbol
 from vivace.base.dtypes import DType
+from vivace.loops.expressions import add, div, mul, sub
 from vivace.loops.kernel import (
-    Binary,
     Buffer,
     Cast,
     Const,
@@ -38,18 +38,6 @@ from vivace.lower.views import View, collapse
 F32 = DType.f32
 FEW = 4  # contiguous elements per result, up to which results share a vector
 LANES = 64  # channels that one unit of a column reduction computes: four 512-bit vectors hide the latency of an add
-
-
-def mul(a: Expr, b: Expr) -> Expr:
-    return Binary("mul", a, b)
-
-
-def add(a: Expr, b: Expr) -> Expr:
-    return Binary("add", a, b)
-
-
-def sub(a: Expr, b: Expr) -> Expr:
-    return Binary("sub", a, b)
 
 
 def number(x: float, dtype: DType) -> Const:
@@ -176,10 +164,10 @@ def lower_softmax(ctx: Lowering, g: Group) -> None:
         body += [rows.each(rows.store(sub(sub(x, top), Read("total", t))))]
     elif _can_stage(rows):
         body += [rows.each(rows.store(Unary("exp", sub(x, top)), last=False))]
-        body += [Let("scale", Binary("div", one, rows.reduce("add", rows.staged())))]
+        body += [Let("scale", div(one, rows.reduce("add", rows.staged())))]
         body += [rows.each(rows.store(mul(rows.staged(), Read("scale", t))))]
     else:
-        body += [Let("scale", Binary("div", one, rows.reduce("add", Unary("exp", sub(x, top)))))]
+        body += [Let("scale", div(one, rows.reduce("add", Unary("exp", sub(x, top)))))]
         body += [rows.each(rows.store(mul(Unary("exp", sub(x, top)), Read("scale", t))))]
     rows.emit(ctx, g.anchor.op.name, body)
 
@@ -230,7 +218,7 @@ def lower_norm(ctx: Lowering, g: Group) -> None:
     at = dict(zip(affine, rows.extra, strict=True))
     t = DType.f64 if x_value.dtype is DType.f64 else F32
     x = _as(rows.load_x(), t)
-    inverse = Binary("div", number(1, t), Cast(t, Index(rows.length, DType.i64)))
+    inverse = div(number(1, t), Cast(t, Index(rows.length, DType.i64)))
     eps = number(node.attrs["epsilon"], t)
     body: list[Stmt] = []
     centered: Expr = x
@@ -240,9 +228,7 @@ def lower_norm(ctx: Lowering, g: Group) -> None:
     body.append(
         Let(
             "scale",
-            Binary(
-                "div", number(1, t), Unary("sqrt", add(mul(rows.reduce("add", mul(centered, centered)), inverse), eps))
-            ),
+            div(number(1, t), Unary("sqrt", add(mul(rows.reduce("add", mul(centered, centered)), inverse), eps))),
         )
     )
     value: Expr = mul(centered, Read("scale", t))
@@ -303,9 +289,9 @@ def lower_reduce(ctx: Lowering, g: Group) -> None:
     if node.op.name == "reduce_mean":
         count = prod(red_shape)
         if y.dtype.is_float:
-            value = mul(value, Binary("div", Const(1.0, y.dtype), Cast(y.dtype, Index(count, DType.i64))))
+            value = mul(value, div(Const(1.0, y.dtype), Cast(y.dtype, Index(count, DType.i64))))
         else:
-            value = Binary("div", value, Cast(y.dtype, Index(count, DType.i64)))
+            value = div(value, Cast(y.dtype, Index(count, DType.i64)))
     body: list[Stmt] = []
     if along_rows:
         body.append(Let("result", value))

@@ -2,7 +2,7 @@
 
 Those of a static axis are constant tables; those of a symbolic one are expressions in f64, rounded where they are used.
 
-Source: `graph.ops.resampling`, which defines the coordinates.
+Source: `graph.ops.resampling`, which defines the coordinates and the tables.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Attrs
-from vivace.graph.ops.resampling import nearest_index, source_coordinates
+from vivace.graph.ops.resampling import nearest_index, source_coordinates, tap_table
+from vivace.loops.expressions import add, div, mul, sub
 from vivace.loops.kernel import Binary, Cast, Const, Expr, Index, Let, Read, Select, Unary
 from vivace.lower.lowering import Lowering
 from vivace.lower.rules.elementwise import Params
@@ -44,12 +45,8 @@ def _table(ctx: Lowering, params: Params, axis: int, size: int, out: int, at: Di
         positions, weights = nearest_index(x, size, attrs["nearest_mode"])[None], None
     else:
         positions, weights = tap_table(x, size, attrs)
-    settings = (
-        size,
-        out,
-        scale,
-        *(attrs[k] for k in ("mode", "coordinate", "nearest_mode", "cubic_coeff", "exclude_outside")),
-    )
+    how = (attrs[k] for k in ("mode", "coordinate", "nearest_mode", "cubic_coeff", "exclude_outside"))
+    settings = (size, out, scale, *how)
     where = ctx.constant(positions.astype(np.int32), "resize_positions", ("resize", "at", *settings))
     bound = size - 1 if size > 1 else None
     lets, taps = [], []
@@ -64,33 +61,6 @@ def _table(ctx: Lowering, params: Params, axis: int, size: int, out: int, at: Di
     return Taps(tuple(lets), tuple(taps))
 
 
-def _near(d: np.ndarray, a: float) -> np.ndarray:
-    """Weight of a cubic tap at distance `d` up to 1."""
-    return ((a + 2) * d - (a + 3)) * d * d + 1
-
-
-def _far(d: np.ndarray, a: float) -> np.ndarray:
-    """The same at distance 1 to 2."""
-    return ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-
-
-def tap_table(x: np.ndarray, size: int, attrs: Attrs) -> tuple[np.ndarray, np.ndarray]:
-    """Source positions (within the operand) and weights [tap, position] for linear and cubic."""
-    base = np.floor(x)
-    t = x - base
-    if attrs["mode"] == "linear":
-        offsets, weights = [0, 1], [1 - t, t]
-    else:
-        a = attrs["cubic_coeff"]
-        offsets, weights = [-1, 0, 1, 2], [_far(1 + t, a), _near(t, a), _near(1 - t, a), _far(2 - t, a)]
-    positions = np.stack([base + o for o in offsets]).astype(np.int64)
-    table = np.stack(weights)
-    if attrs["exclude_outside"]:
-        table = np.where((positions >= 0) & (positions < size), table, 0.0)
-        table = table / table.sum(axis=0)
-    return np.clip(positions, 0, size - 1), table
-
-
 def _f64(value: float) -> Const:
     return Const(float(value), F64)
 
@@ -99,28 +69,24 @@ def _num(d: Dim) -> Expr:
     return Cast(F64, Index(d, I64))
 
 
-def _op(fn: str, a: Expr, b: Expr) -> Expr:
-    return Binary(fn, a, b)
-
-
 def coordinate(at: Dim, size: Dim, out: Dim, scale: float | None, how: str) -> Expr:
     """The source coordinate of a position as an f64 expression."""
-    ratio = _op("div", _num(out), _num(size)) if scale is None else _f64(scale)
+    ratio = div(_num(out), _num(size)) if scale is None else _f64(scale)
     i = _num(at)
-    middle = _op("sub", _op("div", _op("add", i, _f64(0.5)), ratio), _f64(0.5))
+    middle = sub(div(add(i, _f64(0.5)), ratio), _f64(0.5))
     match how:
         case "asymmetric":
-            return _op("div", i, ratio)
+            return div(i, ratio)
         case "align_corners":
-            length = _num(out) if scale is None else _op("mul", ratio, _num(size))
-            stretched = _op("div", _op("mul", i, _num(size - 1)), _op("sub", length, _f64(1)))
-            return Select(_op("eq", length, _f64(1)), _f64(0), stretched)
+            length = _num(out) if scale is None else mul(ratio, _num(size))
+            stretched = div(mul(i, _num(size - 1)), sub(length, _f64(1)))
+            return Select(Binary("eq", length, _f64(1)), _f64(0), stretched)
         case "pytorch_half_pixel":
-            return Select(_op("eq", _num(out), _f64(1)), _f64(0), middle)
+            return Select(Binary("eq", _num(out), _f64(1)), _f64(0), middle)
         case "half_pixel_symmetric":
-            adjustment = _op("div", _num(out), _op("mul", ratio, _num(size)))
-            shift = _op("mul", _op("div", _num(size), _f64(2)), _op("sub", _f64(1), adjustment))
-            return _op("add", shift, middle)
+            adjustment = div(_num(out), mul(ratio, _num(size)))
+            shift = mul(div(_num(size), _f64(2)), sub(_f64(1), adjustment))
+            return add(shift, middle)
         case _:
             return middle
 
@@ -132,7 +98,7 @@ def _computed(axis: int, size: Dim, out: Dim, at: Dim, attrs: Attrs, kind: DType
     last = Index(size - 1, I64)
 
     def clamped(name: str, position: Expr) -> Dim:
-        bounded = _op("max", _op("min", position, last), Const(0, I64))
+        bounded = Binary("max", Binary("min", position, last), Const(0, I64))
         lets.append(Let(name, bounded))
         return symbol(name, 0)
 
@@ -141,26 +107,26 @@ def _computed(axis: int, size: Dim, out: Dim, at: Dim, attrs: Attrs, kind: DType
         rounded = {
             "floor": Unary("floor", x),
             "ceil": Unary("ceil", x),
-            "round_prefer_floor": Unary("ceil", _op("sub", x, half)),
-            "round_prefer_ceil": Unary("floor", _op("add", x, half)),
+            "round_prefer_floor": Unary("ceil", sub(x, half)),
+            "round_prefer_ceil": Unary("floor", add(x, half)),
         }[attrs["nearest_mode"]]
         return Taps(
-            (*lets, Let(f"at{axis}", _op("max", _op("min", Cast(I64, rounded), last), Const(0, I64)))),
+            (*lets, Let(f"at{axis}", Binary("max", Binary("min", Cast(I64, rounded), last), Const(0, I64)))),
             ((symbol(f"at{axis}", 0), None),),
         )
-    lets += [Let(f"base{axis}", Cast(I64, Unary("floor", x))), Let(f"t{axis}", _op("sub", x, Unary("floor", x)))]
+    lets += [Let(f"base{axis}", Cast(I64, Unary("floor", x))), Let(f"t{axis}", sub(x, Unary("floor", x)))]
     base, t = Read(f"base{axis}", I64), Read(f"t{axis}", F64)
     weights = _weights(t, attrs)
     offsets = (0, 1) if attrs["mode"] == "linear" else (-1, 0, 1, 2)
-    positions = [_op("add", base, Const(o, I64)) for o in offsets]
+    positions = [add(base, Const(o, I64)) for o in offsets]
     if attrs["exclude_outside"]:
-        inside = [_op("and", _op("ge", p, Const(0, I64)), _op("le", p, last)) for p in positions]
+        inside = [Binary("and", Binary("ge", p, Const(0, I64)), Binary("le", p, last)) for p in positions]
         weights = [Select(c, w, _f64(0)) for c, w in zip(inside, weights, strict=True)]
         total = weights[0]
         for w in weights[1:]:
-            total = _op("add", total, w)
+            total = add(total, w)
         lets.append(Let(f"total{axis}", total))
-        weights = [_op("div", w, Read(f"total{axis}", F64)) for w in weights]
+        weights = [div(w, Read(f"total{axis}", F64)) for w in weights]
     taps = []
     for k, (position, weight) in enumerate(zip(positions, weights, strict=True)):
         lets.append(Let(f"w{axis}_{k}", weight if kind is F64 else Cast(kind, weight)))
@@ -170,16 +136,16 @@ def _computed(axis: int, size: Dim, out: Dim, at: Dim, attrs: Attrs, kind: DType
 
 def _weights(t: Expr, attrs: Attrs) -> list[Expr]:
     """Weights of the taps for a fraction `t`, in f64."""
-    rest = _op("sub", _f64(1), t)
+    rest = sub(_f64(1), t)
     if attrs["mode"] == "linear":
         return [rest, t]
     a = attrs["cubic_coeff"]
 
     def near(d: Expr) -> Expr:
-        return _op("add", _op("mul", _op("mul", _op("sub", _op("mul", _f64(a + 2), d), _f64(a + 3)), d), d), _f64(1))
+        return add(mul(mul(sub(mul(_f64(a + 2), d), _f64(a + 3)), d), d), _f64(1))
 
     def far(d: Expr) -> Expr:
-        inner = _op("add", _op("mul", _op("sub", _op("mul", _f64(a), d), _f64(5 * a)), d), _f64(8 * a))
-        return _op("sub", _op("mul", inner, d), _f64(4 * a))
+        inner = add(mul(sub(mul(_f64(a), d), _f64(5 * a)), d), _f64(8 * a))
+        return sub(mul(inner, d), _f64(4 * a))
 
-    return [far(_op("add", _f64(1), t)), near(t), near(rest), far(_op("sub", _f64(2), t))]
+    return [far(add(_f64(1), t)), near(t), near(rest), far(sub(_f64(2), t))]

@@ -64,7 +64,7 @@ _TRANSFORM_FLOPS = 11  # per position and channel, for C and for K
 _WEIGHT_FLOPS = 20  # per element of U or of the weights
 _LEAST_GAIN = 1.25  # below it the direct way is as good where caches are cold (112x112, 3 to 64 channels)
 _TILE_SPEED = 5  # of bf16 in tile registers over f32: 880 to 1420 GFLOP/s in layers of ResNet-50, against 164
-_GUESS = 64  # for symbolic dims
+_GUESS = 64  # for symbolic dims: a middling number of channels, rows or columns
 _MOST_TILES = 256  # of a block that was chosen for a symbolic size
 _LEAST_TILES = 6  # rows of a micro-kernel that hide the latency of its sums
 
@@ -80,12 +80,12 @@ def choose(node: Node, isa: Isa, half: bool = False, machine: Machine | None = N
     machine = machine or host()
     w, y = node.inputs[1], node.outputs[0]
     assert w is not None
-    n_out, channels = _known(w.shape[0]), _known(w.shape[1])
+    n_out, channels = guessed(w.shape[0]), guessed(w.shape[1])
     spatial = y.shape[1:-1] if node.attrs["layout"] == "NHWC" else y.shape[2:]
     if len(spatial) == 1 and not isinstance(spatial[0], int):
         # A sequence may be of a few steps, where tiles are mostly empty: 114 us against 3.5 in a voice detector.
         return None
-    images, height, width = (_known(d) for d in (y.shape[0], *(1,) * (2 - len(spatial)), *spatial))
+    images, height, width = (guessed(d) for d in (y.shape[0], *(1,) * (2 - len(spatial)), *spatial))
     n_taps = math.prod(_taps(w))
     best = n_taps * channels * n_out * (2 * images * height * width + _WEIGHT_FLOPS) / _LEAST_GAIN
     if half:
@@ -146,10 +146,11 @@ def is_possible(node: Node) -> bool:
 def _taps(w: Value) -> tuple[int, int]:
     """Of rows and columns."""
     kernel = (1, *w.shape[2:])[-2:]
-    return _known(kernel[0]), _known(kernel[1])
+    return guessed(kernel[0]), guessed(kernel[1])
 
 
-def _known(d: Dim) -> int:
+def guessed(d: Dim) -> int:
+    """A size, or what is taken for one that only a run will tell."""
     return d if isinstance(d, int) else _GUESS
 
 
@@ -159,7 +160,7 @@ def _n_positions(m: Size) -> int:
 
 def _leaves(m: Size, w: Value, machine: Machine) -> bool:
     """Whether U is too large to stay in the second-level cache from block to block."""
-    return _n_positions(m) * _known(w.shape[0]) * _known(w.shape[1]) * 4 > machine.cache_bytes(2) // 2
+    return _n_positions(m) * guessed(w.shape[0]) * guessed(w.shape[1]) * 4 > machine.cache_bytes(2) // 2
 
 
 def block_tiles(n_tiles: Dim, m: Size, w: Value, lanes: int, machine: Machine) -> int:
@@ -170,7 +171,7 @@ def block_tiles(n_tiles: Dim, m: Size, w: Value, lanes: int, machine: Machine) -
     blocks of 7 tiles and 0.75 ms in two of 25, where 20 GB/s come from beyond that cache of 2 MiB.
     """
     leaves = _leaves(m, w, machine)
-    tile_bytes = _n_positions(m) * (_known(w.shape[1]) + lanes) * 4
+    tile_bytes = _n_positions(m) * (guessed(w.shape[1]) + lanes) * 4
     most = max(_LEAST_TILES + 2, machine.cache_bytes(2) // (2 if leaves else 4) // tile_bytes)
     if not isinstance(n_tiles, int):
         return most
