@@ -296,7 +296,8 @@ def rewrite(graph: Graph, rules: Iterable[Rule], log: Log | None = None) -> Grap
     for r in rules:
         for op in r.roots:
             by_root.setdefault(op, []).append(r)
-    return _rewrite(graph, by_root, log)
+    with np.errstate(all="ignore"):  # rules look at what they made of constants
+        return _rewrite(graph, by_root, log)
 
 
 def _rewrite(graph: Graph, by_root: dict[str, list[Rule]], log: Log) -> Graph:

@@ -45,7 +45,7 @@ def _factor(v: Value | None, at: At) -> tuple[Value | None, float]:
     for a, b in ((0, 1), (1, 0)) if m.op.name == "mul" else ((0, 1),):
         c = scalar(m.inputs[b])
         x = m.inputs[a]
-        if c is not None and x is not None and x.type == m.output.type:
+        if c is not None and x is not None and x.type == m.output.type and not (m.op.name == "div" and c == 0):
             return x, (1 / c if m.op.name == "div" else float(c))
     return v, 1.0
 
@@ -323,7 +323,7 @@ def group_queries(n: Node, at: At) -> Outcome:
     k, v = _unrepeated(n.inputs[1], at), _unrepeated(n.inputs[2], at)
     if k is None or v is None:
         return None
-    if k.shape[1] != v.shape[1] or k.shape[:3] != v.shape[:3]:
+    if k.shape[:3] != v.shape[:3]:
         return "keys and values are repeated differently"
     return at.op.emit(n.op, (n.inputs[0], k, v, *n.inputs[3:]), dict(n.attrs))
 

@@ -122,8 +122,7 @@ def join_constants(n: Node, at: At) -> Outcome:
         return None
     if not at.only_use(inner):
         return f"%{m.output.name} is used elsewhere too"
-    with np.errstate(all="ignore"):
-        joined = (np.add if n.op.name == "add" else np.multiply)(c.data, d.data)
+    joined = (np.add if n.op.name == "add" else np.multiply)(c.data, d.data)
     if joined.nbytes > max(c.data.nbytes, d.data.nbytes):
         return "the joined constant would be larger than both"
     if c.dtype.is_float:

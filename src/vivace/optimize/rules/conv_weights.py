@@ -28,6 +28,11 @@ def per_channel(c: Value | None, channels: int, axis: int, rank: int) -> Array |
     return np.broadcast_to(c.data.reshape(-1), (channels,))
 
 
+def is_finite(*arrays: Array | None) -> bool:
+    """Whether no element of constants is infinite or NaN: (x * 1e-30) * 1e30 may be finite where 1e30 * 1e30 is not."""
+    return all(a is None or bool(np.isfinite(a).all()) for a in arrays)
+
+
 def _weights(n: Node, at: At) -> tuple[Array, Array | None] | None:
     """The constant filter and bias of a conv, bias None where there is none."""
     w = n.inputs[1]
@@ -115,9 +120,10 @@ def scale_into_conv(n: Node, at: At) -> Outcome:
         return "the factor is not one per channel"
     w, b = found
     s = 1 / s if n.op.name == "div" else s
-    if not np.all(np.isfinite(s)):
-        return "a factor is not finite"
-    return _apply(m, at, _scale_filters(m, w, s), None if b is None else b * s)
+    filters, bias = _scale_filters(m, w, s), None if b is None else b * s
+    if not is_finite(s, filters, bias):
+        return "a factor, or what it makes of a weight, is not finite"
+    return _apply(m, at, filters, bias)
 
 
 @rule(
@@ -171,6 +177,8 @@ def scale_before_conv(n: Node, at: At) -> Outcome:
     m, w, b, s = found
     g = n.attrs["group"]
     split = w.reshape(g, w.shape[0] // g, *w.shape[1:]) * s.reshape(g, 1, w.shape[1], *(1,) * (w.ndim - 2))
+    if not is_finite(s, split):
+        return "a factor, or what it makes of a weight, is not finite"
     bias = n.inputs[2] if b is not None else None
     weight = at.const(np.ascontiguousarray(split.reshape(w.shape).astype(w.dtype)), "weight")
     return at.op.emit(n.op, (m.inputs[0], weight, bias), dict(n.attrs))
@@ -236,10 +244,12 @@ def pad_into_window(n: Node, at: At) -> Outcome:
         if inside and not attrs["count_include_pad"]:
             return "the pool does not count its own pads"
         attrs["count_include_pad"] = True
-    if n.op.name == "max_pool" and any(
-        not isinstance(p, int) or p >= k for p, k in zip((*before, *after), (*attrs["kernel"], *attrs["kernel"]))
-    ):
-        return "a window could lie in the pads alone"
     attrs["before"] = tuple(p + q for p, q in zip(attrs["before"], before))
     attrs["after"] = tuple(p + q for p, q in zip(attrs["after"], after))
+    if n.op.name == "max_pool" and any(
+        not isinstance(p, int) or p >= k
+        for pads in (attrs["before"], attrs["after"])
+        for p, k in zip(pads, attrs["kernel"])
+    ):
+        return "a window could lie in the pads alone"
     return at.op.emit(n.op, (m.inputs[0], *n.inputs[1:]), attrs)

@@ -6,16 +6,14 @@ import numpy as np
 
 from vivace.graph.graph import Node, Value
 from vivace.graph.rewrite import At, Example, Outcome, rule
-from vivace.optimize.rules.conv_weights import Array, is_shared, per_channel
+from vivace.optimize.rules.conv_weights import Array, is_finite, is_shared, per_channel
 
 
 def _constant_matrix(n: Node | None, at: At) -> Array | None:
     w = n.inputs[1] if n is not None else None
-    return (
-        w.data
-        if w is not None and w.data is not None and w.dtype.is_float and w.rank >= 2 and not is_shared(w, at)
-        else None
-    )
+    if w is None or not w.dtype.is_float or w.rank < 2 or is_shared(w, at):
+        return None
+    return w.data
 
 
 @rule(
@@ -37,9 +35,10 @@ def scale_into_matmul(n: Node, at: At) -> Outcome:
     if s is None or n.output.type != m.output.type or m.inputs[0] is None or m.inputs[0].rank < 2:
         return "the factor is not one per column"
     s = 1 / s if n.op.name == "div" else s
-    if not np.all(np.isfinite(s)):
-        return "a factor is not finite"
-    return at.op.matmul(m.inputs[0], at.const((w * s).astype(w.dtype), "weight"))
+    weight = (w * s).astype(w.dtype)
+    if not is_finite(s, weight):
+        return "a factor, or what it makes of a weight, is not finite"
+    return at.op.matmul(m.inputs[0], at.const(weight, "weight"))
 
 
 @rule(
@@ -61,6 +60,8 @@ def scale_past_bias(n: Node, at: At) -> Outcome:
         return "the factor is not one per column"
     assert s.data is not None
     product = (m.inputs[1].data * s.data).astype(w.dtype)
+    if not is_finite(s.data, product):
+        return "a factor, or what it makes of the bias, is not finite"
     return at.op.add(at.op.mul(inner.output, s), at.const(product, "bias"))
 
 
@@ -71,12 +72,15 @@ def scale_before_matmul(n: Node, at: At) -> Outcome:
     w = _constant_matrix(n, at)
     if m is None or w is None or m.inputs[0] is None or m.inputs[1] is None or m.inputs[1].data is None:
         return None
-    if m.inputs[0].type != m.output.type or not at.only_use(m.output):
+    if not at.only_use(m.output):
         return f"%{m.output.name} is used elsewhere too"
     s = per_channel(m.inputs[1], w.shape[-2], m.output.rank - 1, m.output.rank)
-    if s is None:
+    if s is None or m.inputs[0].type != m.output.type:
         return "the factor is not one per row"
-    return at.op.matmul(m.inputs[0], at.const((w * s[:, None]).astype(w.dtype), "weight"))
+    weight = (w * s[:, None]).astype(w.dtype)
+    if not is_finite(s, weight):
+        return "a factor, or what it makes of a weight, is not finite"
+    return at.op.matmul(m.inputs[0], at.const(weight, "weight"))
 
 
 def _flattened(e: Example) -> Value:

@@ -69,9 +69,7 @@ def integer_bias(v: Value | None, at: At, scale: Array) -> Array | None:
         gap = np.abs(s.reshape(-1).astype(np.float64) - scale) > CLOSE * np.abs(scale)
     except ValueError:
         return None
-    if q.size != q.reshape(-1).size or np.any(gap):
-        return None
-    return q.reshape(-1)
+    return None if np.any(gap) else q.reshape(-1)
 
 
 def fits(depth: int, bias: Array | None) -> bool:

@@ -59,11 +59,9 @@ def _divided(v: Value | None, t: np.float32, at: At) -> Value | None:
     x = n.inputs[0]
     if n.op.name == "dequantize":
         s = n.inputs[1]
-        return (
-            None
-            if s is None or s.data is None
-            else at.op.dequantize(x, at.const(np.asarray(s.data / t, F32)), n.inputs[2])
-        )
+        if s is None or s.data is None:
+            return None
+        return at.op.dequantize(x, at.const(np.asarray(s.data / t, F32)), n.inputs[2])
     if not at.only_use(v):
         return None
     match n.op.name:
@@ -91,8 +89,7 @@ def _multiplied(v: Value, t: np.float32, at: At) -> Value | None:
     """v * (1 / t) where correct implementations of what makes v differ by more than that does from v / t: a division of
     16 numbers takes the CPU 16 cycles, a product half of one."""
     made = at.by(v)
-    with np.errstate(over="ignore"):
-        factor = F32(1) / t
+    factor = F32(1) / t
     if made is None or made.op.exact or not np.isfinite(factor):
         return None
     return at.op.mul(v, at.const(np.asarray(factor, F32)))
@@ -108,7 +105,7 @@ def _example_saturated(e: Example, op: str) -> Value:
 def saturate_for_clip(n: Node, at: At) -> Outcome:
     """quantize(relu(x), s, 0: u8) = quantize(x, s, 0): what saturation cuts off needs no clip"""
     known, m = parameters(n), at.by(n.inputs[0], "relu", "clip")
-    if known is None or m is None or n.inputs[0] is None:
+    if known is None or not known[0] > 0 or m is None:
         return None
     least, most = RANGES[n.output.dtype]
     low, high = (0.0, None) if m.op.name == "relu" else (m.attrs.get("min"), m.attrs.get("max"))
