@@ -93,13 +93,26 @@ def test_an_unsorted_graph_is_sorted() -> None:
         ([node("Relu", "x x", "y")], "breaks the definition of Relu"),
         ([node("Concat", "x x", "y", axis=1.5)], "breaks the definition of Concat"),
         ([node("LeakyRelu", "x", "y", slope=0.1)], "breaks the definition of LeakyRelu"),
+        ([node("Concat", "x x", "y", axis=graph([], [X], [X]))], r"breaks the definition of Concat \(attribute axis"),
         ([node("Transpose", "x", "y", perm=[0, 2])], "perm"),
         ([node("Concat", "x x", "y", axis=7)], "axis 7 is out of range"),
+        ([node("GatherND", "x i", "y", batch_dims=-1)], "coordinates within the rank"),
+        ([node("GatherND", "x i", "y", batch_dims=-2)], "coordinates within the rank"),
+        ([node("Resize", "x _ s", "y", nearest_mode="far")], "nearest_mode 'far' is unknown"),
+        ([node("Resize", "x _ s", "y", mode="far")], "mode 'far' with 'half_pixel' is unknown"),
     ],
 )
 def test_inconsistent_graphs(nodes: list, expected: str) -> None:
+    constants = {"i": np.zeros((2, 1), np.int64), "s": np.float32([1, 2])}
     with pytest.raises(ModelError, match=expected):
-        import_model(model(nodes, [X], [Y]))
+        import_model(model(nodes, [X], [Y], constants))
+
+
+def test_interpolation_of_what_is_no_number_is_left_to_others() -> None:
+    for dtype in (TensorProto.BOOL, TensorProto.INT4, TensorProto.FLOAT8E5M2):
+        m = model([node("Resize", "x _ s", "y", mode="linear")], [value("x", [2, 3], dtype)], [value("y", None, dtype)],
+                  {"s": np.float32([1, 2])}, opset=22)  # fmt: skip
+        assert [n.op.name for n in import_model(m).nodes] == ["onnx"]
 
 
 def test_inconsistent_types_name_the_node() -> None:

@@ -291,7 +291,12 @@ def _check_node(n: NodeProto, opsets: dict[str, int], ir_version: int, where: st
             hint="export the model again",
         )
     if n.op_type == "Constant" or graphs_of(n):
-        return  # a Constant holds its data, which is checked when it is read; nested graphs are checked node by node
+        # A Constant holds its data, which is checked when it is read; nested graphs are checked node by node.
+        for a in n.attribute:
+            kind = getattr(schema.attributes.get(a.name), "type", None)
+            if kind is None or kind.value != a.type:
+                raise ModelError(f"breaks the definition of {n.op_type} (attribute {a.name})", where=where)
+        return
     context = onnx.checker.C.CheckerContext()
     context.ir_version, context.opset_imports = ir_version, opsets
     try:

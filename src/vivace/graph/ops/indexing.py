@@ -90,7 +90,7 @@ def _gather_elements_run(xs: Sequence[Array | None], attrs: Attrs) -> tuple[Arra
 def _gather_nd(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
     x, idx, b = need(types, 0, "gather_nd"), _indices(types, 1, "gather_nd"), attrs["batch_dims"]
     depth = idx.shape[-1] if idx.rank else None
-    if not isinstance(depth, int) or b + depth > x.rank or b >= idx.rank:
+    if not isinstance(depth, int) or not 0 <= b < idx.rank or b + depth > x.rank:
         raise GraphError(
             f"operands are {x} and {idx}", where="gather_nd", expected="coordinates within the rank of the data"
         )

@@ -34,6 +34,8 @@ def _infer(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ...]:
         raise GraphError(f"sizes and scales need {x.rank} entries", where="resize")
     if attrs["mode"] not in ("nearest", "linear", "cubic") or attrs["coordinate"] not in COORDINATES:
         raise GraphError(f"mode {attrs['mode']!r} with {attrs['coordinate']!r} is unknown", where="resize")
+    if attrs["mode"] == "nearest" and attrs["nearest_mode"] not in NEAREST:
+        raise GraphError(f"nearest_mode {attrs['nearest_mode']!r} is unknown", where="resize")
     return (Type(x.dtype, tuple(attrs["sizes"])),)
 
 

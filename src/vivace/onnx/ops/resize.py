@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from vivace.base.dims import Dim, floordiv, substitute, symbols
+from vivace.base.dtypes import DType
 from vivace.graph.graph import Value
 from vivace.graph.ops.resampling import COORDINATES
 from vivace.onnx.call import Call, onnx_op
@@ -15,6 +16,7 @@ from vivace.onnx.scope import Fallback
 from vivace.onnx.symbolic import Ratio, value_of
 
 _MODES = {"nearest": "nearest", "linear": "linear", "bilinear": "linear", "cubic": "cubic"}
+_MIXED = frozenset(map(DType, ("f32", "f64", "f16", "bf16", "i8", "u8", "i16", "u16", "i32", "u32", "i64")))
 
 
 @onnx_op("Upsample")
@@ -113,4 +115,8 @@ def _emit(c: Call, x: Value, sizes: list[Dim], scales: list[float | None], **sty
         if substitute(size, {s.name: 0 for s in symbols(d)}) != 0:  # a scale makes nothing of nothing
             c.demand(d - 1, f"{x.type} has nothing to make {size} of")
     options = {"cubic_coeff": -0.75, "exclude_outside": False} | style
-    return c.resize(x, mode=_MODES[c.attr("mode", "nearest")], sizes=tuple(sizes), scales=tuple(scales), **options)
+    given = c.attr("mode", "nearest")
+    mode = _MODES.get(given, given)
+    if mode != "nearest" and x.dtype not in _MIXED:
+        raise Fallback(f"it interpolates between elements of {x.dtype}")
+    return c.resize(x, mode=mode, sizes=tuple(sizes), scales=tuple(scales), **options)
