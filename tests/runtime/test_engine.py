@@ -206,6 +206,20 @@ def test_inputs_are_copied_where_a_result_is_written_over_them() -> None:
         np.testing.assert_array_equal(got, given)
 
 
+def test_results_do_not_lie_over_each_other() -> None:
+    b = Builder()
+    x = b.input("x", Type(DType.f32, (symbol("N"), 4)))
+    engine = engine_of(b.finish([b.neg(x), b.exp(x)]))
+    (one, other), given = (s.name for s in engine.outputs), random(2, 4)
+    memory = np.zeros((5, 4), np.float32)
+    for _ in range(2):  # a call like the last one too
+        engine.run({"x": given}, {one: memory[:2], other: memory[2:4]})
+        for y in (memory[:2], memory[1:3]):
+            with pytest.raises(InputError, match=f"{one!r} and {other!r} lie over each other"):
+                engine.run({"x": given}, {one: memory[:2], other: y})
+    np.testing.assert_array_equal(memory[:2], -given)
+
+
 def test_the_arena_is_near_its_lower_bound() -> None:
     stats = engine_of(small_net()).stats
     assert stats["arena_bytes"] <= 1.05 * stats["arena_lower_bound_bytes"]

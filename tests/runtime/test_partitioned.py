@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -116,6 +117,33 @@ def test_results_go_into_the_arrays_of_the_caller_even_where_they_hold_the_input
     y = np.zeros_like(want["y"])
     assert engine.run(fed, {"y": y})["y"] is y
     check({"y": y}, {"y": want["y"]})
+    with pytest.raises(InputError, match="'y' and 'z' lie over each other"):
+        engine.run(fed, {"y": y, "z": y})
+
+
+def test_it_has_the_face_of_an_engine() -> None:
+    """What is asked of engines can be asked of one in parts too."""
+    for name in (n for n in vars(Engine) if not n.startswith("_")):
+        one, other = inspect.getattr_static(Engine, name), inspect.getattr_static(PartitionedEngine, name, None)
+        if callable(one):
+            assert callable(other) and inspect.signature(one) == inspect.signature(other), name
+        else:
+            assert name == "facts" or isinstance(other, property), name
+    engine = vivace.compile(model("nonzero"), threads=1)
+    assert isinstance(engine, PartitionedEngine)
+    fed = inputs("nonzero", 6)
+    want = reference("nonzero", fed)
+    z = np.zeros_like(fed["x"])
+    assert engine.dims_of(fed) == {"N": 6}
+    with pytest.raises(InputError, match="only shows when"):
+        engine.memory({"x": fed["x"].shape})
+    lines = [len(r.image.lines) if isinstance(r, Engine) else 1 for r in engine._runners]
+    for chunks in engine.traces(fed, 2):
+        assert {c.step for c in chunks} <= set(range(sum(lines)))
+        assert sum(lines[: lines.index(1)]) in {c.step for c in chunks}
+    events = engine.profile(fed, {"z": z})
+    assert {e.kernel[0] for e in events} == {str(k) for k in range(len(lines))}
+    check({"z": z}, {"z": want["z"]})
 
 
 def test_inputs_are_checked() -> None:

@@ -201,7 +201,7 @@ def test_caches_in_place_that_are_one_are_refused() -> None:
     engine = engine_of(model(nodes, inputs, [value(f"all{i}", None) for i in (0, 1)]))
     cache = np.zeros((2, 8), np.float32)
     feeds = {"past0": cache[:, :3], "past1": cache[:, :3], "x": np.ones((2, 1), np.float32)}
-    with pytest.raises(InputError, match="all0, all1 apart"):
+    with pytest.raises(InputError, match="'all0' and 'all1' lie over each other"):
         engine.run(feeds, {"all0": cache[:, :4], "all1": cache[:, :4]})
 
 

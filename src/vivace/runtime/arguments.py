@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import combinations, pairwise
 from typing import NoReturn
 
 import numpy as np
@@ -61,6 +62,19 @@ def apart(
         return any(np.may_share_memory(a, r) for r in near)
 
     return [a.copy() if i not in in_place and is_written(a) else a for i, a in enumerate(given)]
+
+
+def refuse_overlaps(outputs: Mapping[str, np.ndarray]) -> None:
+    """Raises: InputError for the caller's arrays of which two lie over each other: one result would spoil the other."""
+    extents = sorted((*np.lib.array_utils.byte_bounds(y), name) for name, y in outputs.items() if y.size)
+    if all(end <= begin for (_, end, _), (begin, _, _) in pairwise(extents)):
+        return
+    for (one, x), (other, y) in combinations(outputs.items(), 2):
+        if np.shares_memory(x, y):
+            raise InputError(
+                f"the arrays for {one!r} and {other!r} lie over each other", where="engine.run",
+                expected="outputs apart from each other",
+            )  # fmt: skip
 
 
 def _owner(a: np.ndarray) -> int | None:

@@ -16,7 +16,7 @@ from numpy import empty, ndarray
 from vivace.base.errors import ShapeError
 from vivace.base.specs import TensorSpec
 from vivace.lower.image import Image
-from vivace.runtime.arguments import apart, checked, refuse_outputs, result_for
+from vivace.runtime.arguments import apart, checked, refuse_outputs, refuse_overlaps, result_for
 from vivace.runtime.binding import ShapeSolver
 from vivace.runtime.likeness import Form, Seen, Taken, unlike
 from vivace.runtime.rooms import PLAIN, Rooms, families_of, rooms_of
@@ -139,7 +139,9 @@ class Calls:
             result_for(s.name, shape, dtype, outputs, i in rooms.outputs)
             for i, (s, shape, dtype) in enumerate(zip(self.outputs, shapes, self._output_dtypes, strict=True))
         ]
-        return call, apart(given, [r for r, y in zip(results, theirs) if y is not None], rooms.inputs), results
+        mine = {s.name: r for s, r, y in zip(self.outputs, results, theirs) if y is not None}
+        refuse_overlaps(mine)
+        return call, apart(given, list(mine.values()), rooms.inputs), results
 
     def _learnt(self, seen: Seen, was: Call | None, form: Form, given: Sequence[Array]) -> Call:
         """The call whose sizes were just learnt, or the one before. Raises: InputError for a size out of its bounds."""

@@ -15,19 +15,24 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
+from vivace.base.dims import evaluate, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import InputError, ShapeError
 from vivace.base.events import Event, warn
 from vivace.lower.image import Part
 from vivace.providers.provider import LoadOptions, Session, find
-from vivace.runtime.arguments import apart, check_outputs, checked, fitting, refuse_inputs
+from vivace.runtime.arguments import apart, check_outputs, checked, fitting, refuse_inputs, refuse_overlaps
 from vivace.runtime.binding import ShapeSolver
+from vivace.runtime.buffer import Buffer
 from vivace.runtime.engine import NOT_PICKLED, Arrays, Engine, Placement, describe
+from vivace.runtime.executable import Chunk
 from vivace.runtime.saved import Program, save
 
 _SUMMED = ("n_steps", "n_kernels", "n_foreign", "weights_bytes", "code_bytes")
@@ -63,10 +68,7 @@ class PartitionedEngine:
 
         Raises: InputError for a missing, unknown or ill-fitting input or output.
         """
-        values, mine = self._given(inputs), {} if outputs is None else outputs
-        check_outputs(mine, self.outputs)
-        if mine:
-            values = dict(zip(values, apart(list(values.values()), list(map(np.asarray, mine.values())))))
+        values, mine = self._given(inputs, outputs)
         first = dict(values)
         try:
             for k, ends in enumerate(self._ends):
@@ -92,7 +94,8 @@ class PartitionedEngine:
     def __reduce__(self) -> NoReturn:
         raise TypeError(NOT_PICKLED)
 
-    def _given(self, inputs: object) -> Arrays:
+    def _given(self, inputs: object, outputs: Mapping[str, np.ndarray] | None) -> tuple[Arrays, Arrays]:
+        """The inputs and the caller's arrays for results, checked as far as can be before a run."""
         if not isinstance(inputs, Mapping) or set(inputs) != self._names:
             refuse_inputs(inputs, self.inputs)
         given = {
@@ -100,15 +103,24 @@ class PartitionedEngine:
             for s in self.inputs
         }
         self._solver.solve([a.shape for a in given.values()])
-        return given
+        if not outputs:
+            return given, {}
+        check_outputs(outputs, self.outputs)
+        mine = {name: np.asarray(y) for name, y in outputs.items()}
+        refuse_overlaps(mine)
+        return dict(zip(given, apart(list(given.values()), list(mine.values())))), dict(outputs)
 
-    def _run_part(self, k: int, values: Arrays, mine: Mapping[str, np.ndarray]) -> Arrays:
-        part, runner = self.parts[k], self._runners[k]
+    def _arrays(self, k: int, values: Arrays, mine: Arrays) -> tuple[Arrays, Arrays]:
+        """What a part reads, and the caller's arrays for what it gives."""
+        part = self.parts[k]
         given = {s.name: values[s.name] for s in part.inputs}
-        targets = {s.name: mine[s.name] for s in part.outputs if s.name in mine}
+        return given, {s.name: mine[s.name] for s in part.outputs if s.name in mine}
+
+    def _run_part(self, k: int, values: Arrays, mine: Arrays) -> Arrays:
+        runner, (given, targets) = self._runners[k], self._arrays(k, values, mine)
         if isinstance(runner, Engine):
             return runner.run(given, targets or None)
-        return _into(targets, runner.run(given, [s.name for s in part.outputs]))
+        return _into(targets, runner.run(given, [s.name for s in self.parts[k].outputs]))
 
     def _run_whole(self, inputs: Arrays, mine: Mapping[str, np.ndarray], surprise: ShapeError) -> Arrays:
         """Rule SURPRISE."""
@@ -147,19 +159,66 @@ class PartitionedEngine:
         """The outputs that may lie in one array with an input: none."""
         return {}
 
-    def profile(self, inputs: Mapping[str, np.ndarray]) -> list[Event]:
+    def memory(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Arena sizes of the native parts together, as `Engine.memory`. Raises: InputError where a part's sizes only
+        show when the model runs."""
+        dims = self._solver.solve([tuple(shapes[s.name]) for s in self.inputs])
+        total = {"arena_bytes": 0, "arena_lower_bound_bytes": 0}
+        for part, runner in zip(self.parts, self._runners, strict=True):
+            if isinstance(runner, Engine):
+                if late := {x.name for s in part.inputs for d in s.shape for x in symbols(d)} - dims.keys():
+                    raise InputError(f"{', '.join(sorted(late))} only shows when the model runs", where="engine.memory")
+                known = runner.memory({s.name: [evaluate(d, dims) for d in s.shape] for s in part.inputs})
+                total = {name: n + known[name] for name, n in total.items()}
+        return total
+
+    def dims_of(self, inputs: Mapping[str, np.ndarray]) -> dict[str, int]:
+        """The value of each symbolic dim of the inputs in a call; see `Engine.dims_of`."""
+        return self._solver.solve([inputs[s.name].shape for s in self.inputs])
+
+    def traces(self, inputs: Mapping[str, np.ndarray], n_runs: int = 1) -> list[list[Chunk]]:
+        """Inferences one after another, each piece by piece in the order of their starts. `Chunk.step` numbers the
+        lines of all images, one after the other; a part of another provider counts as one line.
+        """
+        run = self.recorder(inputs)
+        return [run() for _ in range(n_runs)]
+
+    def recorder(
+        self, inputs: Mapping[str, np.ndarray], arena: Buffer | None = None,
+        outputs: Mapping[str, np.ndarray] | None = None,
+    ) -> Callable[[], list[Chunk]]:  # fmt: skip
+        """As `Engine.recorder`. What parts hand to each other is that of a first run."""
+        values, mine = self._given(inputs, outputs)
+        runs: list[Callable[[], list[Chunk]]] = []
+        line = 0
+        for k, runner in enumerate(self._runners):
+            given, targets = self._arrays(k, values, mine)
+            if isinstance(runner, Engine):
+                runs.append(partial(_from_line, line, runner.recorder(given, arena, targets)))
+            else:
+                runs.append(partial(self._timed, k, line, dict(values), mine))
+            line += len(runner.image.lines) if isinstance(runner, Engine) else 1
+            values |= self._run_part(k, values, mine)
+        return lambda: [chunk for run in runs for chunk in run()]
+
+    def _timed(self, k: int, line: int, values: Arrays, mine: Arrays) -> list[Chunk]:
+        start = time.perf_counter_ns()
+        self._run_part(k, values, mine)
+        return [Chunk(line, 0, start, time.perf_counter_ns() - start, 0, 1)]
+
+    def profile(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray] | None = None) -> list[Event]:
         """One inference with the time of each kernel of ours, and of each part of another provider as a whole."""
-        values: Arrays = self._given(inputs)
+        values, mine = self._given(inputs, outputs)
         events: list[Event] = []
         for k, runner in enumerate(self._runners):
-            given = {s.name: values[s.name] for s in self.parts[k].inputs}
+            given, targets = self._arrays(k, values, mine)
             if isinstance(runner, Engine):
-                events += [_of_part(k, event) for event in runner.profile(given)]
-            start = time.perf_counter_ns()
-            values |= self._run_part(k, values, {})
-            if not isinstance(runner, Engine):
-                duration = time.perf_counter_ns() - start
-                events.append(Event(f"{k}:{self.parts[k].provider}", start, duration, bytes=0, flops=0, thread=0))
+                events += [_of_part(k, event) for event in runner.profile(given, targets)]
+            else:
+                (c,) = self._timed(k, 0, values, mine)
+                name = f"{k}:{self.parts[k].provider}"
+                events.append(Event(name, c.start_ns, c.duration_ns, bytes=0, flops=0, thread=0))
+            values |= self._run_part(k, values, mine)
         return events
 
 
@@ -182,6 +241,11 @@ def _last_uses(parts: Sequence[Part], kept: set[str]) -> Iterator[list[str]]:
     for k, part in enumerate(parts):
         later = {s.name for p in parts[k + 1 :] for s in p.inputs} | kept
         yield sorted({s.name for s in (*part.inputs, *part.outputs)} - later)
+
+
+def _from_line(line: int, run: Callable[[], list[Chunk]]) -> list[Chunk]:
+    """The chunks of a part whose first line is numbered `line`."""
+    return [replace(chunk, step=chunk.step + line) for chunk in run()]
 
 
 def _of_part(k: int, e: Event) -> Event:

@@ -19,7 +19,6 @@ from itertools import groupby
 
 import numpy as np
 
-from vivace.base.errors import InputError
 from vivace.base.specs import TensorSpec
 from vivace.lower.image import Appended
 from vivace.runtime.buffer import DATA_FIELD, data_is_first
@@ -54,10 +53,7 @@ def rooms_of(
     families: Sequence[Sequence[Appended]], given: Sequence[object], outputs: Mapping[str, object],
     specs: Sequence[TensorSpec],
 ) -> Rooms:  # fmt: skip
-    """How the arrays of a call lie; it says nothing of whether their shapes fit.
-
-    Raises: InputError for two outputs in place that are one.
-    """
+    """How the arrays of a call lie; it says nothing of whether they fit."""
     dims: list[tuple[str, int]] = []
     inputs: list[int] = []
     longer: list[int] = []
@@ -73,11 +69,6 @@ def rooms_of(
         dims += [(family[0].room, size) for size in sizes if size is not None]
         longer += [a.output for a in family]
         if all(_begins(y, given[a.input]) for y, a in zip(arrays, family, strict=True)):
-            if len({_address(y) for y in arrays}) < len(family):
-                names = ", ".join(specs[a.output].name for a in family)
-                raise InputError(
-                    "outputs lie in one place", where="engine.run", expected=f"{names} apart from each other"
-                )
             dims.append((family[0].kept, 0))
             inputs += [a.input for a in family]
     return Rooms(tuple(dims), frozenset(inputs), frozenset(longer))

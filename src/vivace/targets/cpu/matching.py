@@ -8,7 +8,7 @@ Rules:
   everything is compared. So a symbol that no such axis tells, or a size that does not fit, is "not".
 * DENSE: an entry whose flags ask for it takes C-contiguous arrays. Another takes those that are dense but for one axis,
   which may have more places in memory than the array takes: as many as the value at its `pitch`, which is learnt too.
-* APART: an output lies apart from every input; but the one with a `pair` begins where that input does.
+* APART: an output lies apart from every input and other output; but the one with a `pair` begins where that input does.
 * FORGET: where the answer is NONE, the symbols are unset.
 """
 
@@ -269,10 +269,10 @@ one:
   %is.output = icmp sge i64 %j, %n_inputs
   %is.somewhere = icmp ne i64 %out.end, 0
   %is.written = and i1 %is.output, %is.somewhere
-  br i1 %is.written, label %input, label %array.next
-input:
-  %i = phi i64 [0, %one], [%i.next, %input.next]
-  %all = icmp eq i64 %i, %n_inputs
+  br i1 %is.written, label %other, label %array.next
+other:
+  %i = phi i64 [0, %one], [%i.next, %other.next]
+  %all = icmp eq i64 %i, %j
   br i1 %all, label %array.next, label %pair.or.not
 pair.or.not:
   %in = getelementptr [2 x i64], ptr %extents, i64 %i
@@ -285,10 +285,10 @@ pair.or.not:
   %together = icmp eq i64 %in.begin, %out.begin
   %is.pair = icmp eq i64 %i, %pair
   %is.right = select i1 %is.pair, i1 %together, i1 %apart.here
-  br i1 %is.right, label %input.next, label %wrong
-input.next:
+  br i1 %is.right, label %other.next, label %wrong
+other.next:
   %i.next = add i64 %i, 1
-  br label %input
+  br label %other
 array.next:
   %j.next = add i64 %j, 1
   br label %array
