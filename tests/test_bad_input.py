@@ -181,6 +181,43 @@ def test_a_branch_that_the_given_shapes_contradict() -> None:
         vivace.compile(straight, shapes={"x": (2, 5)})
 
 
+BRANCHING = """
+    <ir_version: 9, opset_import: ["" : 17]>
+    pick (bool c, float[N] x, float[M] z) => (float[K] y) <int64[1] seven = {7}> {
+        y = If (c) <then_branch = one () => (float[K] p) { THEN },
+                    else_branch = all () => (float[K] q) { OTHER }>
+    }
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_branch_runs_only_at_sizes_that_it_is_meant_for(threads: int, tmp_path: Path) -> None:
+    """What it learnt of sizes is checked when it runs, and nowhere else; a later run is none the worse."""
+    text = BRANCHING.replace("THEN", "g = Gather(x, seven)  p = Mul(g, z)").replace("OTHER", "q = Neg(z)")
+    engine = vivace.compile(onnx.parser.parse_model(text), threads=threads, providers=("native",))
+    engine.save(tmp_path / "m.vivace")
+    z = np.float32([3])
+    for e in (engine, vivace.load(tmp_path / "m.vivace", threads=threads)):
+        for _ in range(2):
+            assert e(np.array(False), np.ones(2, np.float32), z) == [-3]
+            with pytest.raises(ShapeError, match=r"the branch that runs .* Expected N from 8 to any"):
+                e(np.array(True), np.ones(7, np.float32), z)
+            assert e(np.array(True), np.arange(8, dtype=np.float32), z) == [21]
+
+
+def test_sizes_that_only_one_branch_takes_for_equal_stay_apart() -> None:
+    text = BRANCHING.replace("THEN", "p = Add(x, z)")
+    engine = vivace.compile(onnx.parser.parse_model(text.replace("OTHER", "q = Neg(x)")), threads=1)
+    (reason,) = {p.reason for p in engine.placement}
+    assert reason == "one of its branches needs M to be N; its sizes only show when it runs"
+    x, z = np.float32([1, 2]), np.float32([5, 6, 7])
+    assert engine(np.array(False), x, z).tolist() == [-1, -2]
+    assert engine(np.array(True), x, z[:2]).tolist() == [6, 8]
+    engine = vivace.compile(onnx.parser.parse_model(text.replace("OTHER", "q = Sub(z, x)")), threads=1)
+    assert engine.inputs[1].shape == engine.inputs[2].shape
+    assert {p.provider for p in engine.placement} == {"native"}
+
+
 def test_engines_are_not_pickled() -> None:
     engine = vivace.compile(model(1), threads=1)
     for copying in (pickle.dumps, copy.deepcopy):

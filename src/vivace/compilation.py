@@ -148,7 +148,8 @@ class Compilation:
         from vivace.runtime.saved import Program
 
         started = time.perf_counter()
-        late = dict.fromkeys(late_nodes(graph), "its sizes only show when it runs")
+        why = "its sizes only show when it runs"
+        late = {n: f"{n.attrs['reason']}; {why}" if "reason" in n.attrs else why for n in late_nodes(graph)}
         whose = {**whose, **{n: "onnxruntime" for n in late if whose.get(n, "native") == "native"}}
         because = {name: text for n, text in {**reasons, **late}.items() for name in onnx_names(n)}
         parts: list[Part] = []

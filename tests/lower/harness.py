@@ -28,7 +28,7 @@ from vivace.loops.verify import verify_kernel
 from vivace.lower.image import Appended
 from vivace.lower.in_place import write_in_place
 from vivace.lower.lowering import lower
-from vivace.lower.plan import Branch, Foreign, Instruction, Loop, Operand, Plan, Step, steps_of
+from vivace.lower.plan import Branch, Demand, Foreign, Instruction, Loop, Operand, Plan, Step, steps_of
 from vivace.lower.views import Storage
 from vivace.runtime.engine import Engine
 from vivace.targets.cpu import jit
@@ -92,6 +92,8 @@ def _body(body: Sequence[Instruction], memory: Memory, isa: str | None, parts: i
         match item:
             case Step():
                 _step(item, memory, isa, parts)
+            case Demand():
+                assert evaluate(item.lacks, memory.dims) == 0, item.expected
             case Branch():
                 taken = bool(memory.array(item.cond.storage, item.cond.offset)[0])
                 _body(item.then if taken else item.otherwise, memory, isa, parts)

@@ -58,8 +58,8 @@ class ForeignEntry:
 
 @dataclass(frozen=True, slots=True)
 class LineEntry:
-    """One instruction: run a kernel on operands `(storage, byte offset)`, call a foreign node, count or jump
-    (kinds: see `schedule.Line`)."""
+    """One instruction: run a kernel on operands `(storage, byte offset)`, call a foreign node, count or jump, or end
+    the run where it `lacks` what the label says (kinds: see `schedule.Line`)."""
 
     kind: str
     kernel: int = -1
@@ -71,6 +71,7 @@ class LineEntry:
     nodes: tuple[str, ...] = ()
     flops: Dim = 0
     n_bytes: Dim = 0
+    lacks: Dim = 0
 
 
 # What all values between layers may take before a batch is computed in slices, in second-level caches of a core: up to

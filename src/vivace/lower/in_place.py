@@ -23,7 +23,7 @@ from dataclasses import replace
 from vivace.base.dims import Dim, substitute, symbol
 from vivace.loops.contraction import Contraction, Depthwise, contraction_params
 from vivace.loops.kernel import Load, walk
-from vivace.lower.plan import Branch, Foreign, Instruction, Loop, Operand, Plan, Step
+from vivace.lower.plan import Branch, Demand, Foreign, Instruction, Loop, Operand, Plan, Step
 from vivace.lower.views import Storage, View
 
 WIDEST = 16  # lanes of a vector of f32
@@ -83,6 +83,8 @@ def storages_of(item: Instruction) -> set[Storage]:
             return {o.storage for o in item.operands}
         case Foreign():
             return {v.storage for v in (*item.inputs, *item.outputs) if v is not None and v.storage is not None}
+        case Demand():
+            return set()
         case Branch():
             inside = {s for i in (*item.then, *item.otherwise) for s in storages_of(i)}
             return {item.cond.storage, *inside}
@@ -112,6 +114,8 @@ def _replaced(plan: Plan, lies_in: Mapping[Storage, Storage]) -> Plan:
             case Foreign():
                 inputs = tuple(None if v is None else view(v) for v in i.inputs)
                 return replace(i, inputs=inputs, outputs=tuple(map(view, i.outputs)))
+            case Demand():
+                return i
             case Branch():
                 return replace(i, cond=operand(i.cond), then=line(i.then), otherwise=line(i.otherwise))
             case Loop():

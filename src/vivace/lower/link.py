@@ -73,6 +73,9 @@ def link(
                     tuple(map(place, f.outputs)),
                 )
             )
+        elif line.demand is not None:
+            names = tuple(o for n in line.demand.nodes for o in n.origin)
+            lines.append(LineEntry("demand", label=line.demand.expected, nodes=names, lacks=line.demand.lacks))
         else:
             cells = tuple(operand(o) for o in (line.cond, line.limit) if o is not None)
             lines.append(LineEntry(line.kind, operands=cells, target=line.target))

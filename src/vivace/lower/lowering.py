@@ -43,7 +43,7 @@ class Lowering:
         self, graph: Graph, isa: Isa, parent: Lowering | None = None, without: frozenset[str] = frozenset(),
         choices: Choices = NO_CHOICES, packed: Packed | None = None,
     ) -> None:  # fmt: skip
-        self.graph, self.isa = graph, isa
+        self.graph, self.isa, self.parent = graph, isa, parent
         self.without: frozenset[str] = without if parent is None else parent.without
         self.storages: list[Storage] = [] if parent is None else parent.storages
         self.choices: Choices = choices if parent is None else parent.choices

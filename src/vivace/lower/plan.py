@@ -51,6 +51,16 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Demand:
+    """At the head of a branch that is meant for some sizes only: where `lacks` is not 0 the run ends with an error that
+    names the `nodes` and what is `expected`."""
+
+    lacks: Dim
+    expected: str
+    nodes: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Branch:
     """`if`: run `then` where the bool at `cond` holds, else `otherwise`. Both write the same storages."""
 
@@ -90,7 +100,7 @@ class Foreign:
     reason: str
 
 
-Instruction = Step | Branch | Loop | Foreign
+Instruction = Step | Branch | Loop | Foreign | Demand
 
 
 @dataclass(frozen=True, slots=True)

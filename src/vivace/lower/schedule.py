@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from vivace.base.dims import Dim, Expr, substitute, symbols
 from vivace.lower.image import estimate_ns
-from vivace.lower.plan import Branch, Foreign, Instruction, Loop, Operand, Plan, Step
+from vivace.lower.plan import Branch, Demand, Foreign, Instruction, Loop, Operand, Plan, Step
 from vivace.lower.views import Storage
 
 SERIAL_NS = 2_000  # handing a step over costs about 0.1 us, but its data then comes from the other core's cache
@@ -29,12 +29,13 @@ class Line:
     """One instruction in line; `target` is the index of the line to jump to.
 
     kinds: run, foreign; jump; unless (jump when the bool at `cond` is false); set (the i64 at `cond` becomes 0),
-    count (it grows by 1), less (go on while the i64 at `cond` is below that at `limit`, else jump).
+    count (it grows by 1), less (go on while the i64 at `cond` is below that at `limit`, else jump); demand.
     """
 
     kind: str
     step: Step | None = None
     foreign: Foreign | None = None
+    demand: Demand | None = None
     cond: Operand | None = None
     limit: Operand | None = None
     target: int = -1
@@ -88,6 +89,8 @@ def _append(lines: list[Line], body: Sequence[Instruction], loops: list[tuple[in
             case Foreign():
                 reads, writes = set(), set()
                 lines.append(Line("foreign", foreign=item))
+            case Demand():
+                lines.append(Line("demand", demand=item))
             case Branch():
                 reads, writes = set(), set()
                 at = len(lines)

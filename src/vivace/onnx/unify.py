@@ -4,12 +4,16 @@ Broadcasting and contraction assume that two symbolic dims that meet are equal; 
 that the table is long enough. `Assumptions` holds what was learnt: replacements of symbols by dims, and tighter bounds.
 The importer starts again with every new assumption, so types never change after the fact.
 
-What a branch of an `If` needs need not hold for the other branch, nor without either: bounds learnt inside a nested
-graph hold only there (`local`, by the path of the graph). Replacements hold everywhere.
+What a branch of an `If` needs need not hold for the other branch, nor without either: what is learnt of the sizes of
+inputs inside a branch holds only there (`local`, by the path of the branch). When it runs, its bounds are checked (rule
+NARROWER of `graph.ops.control`); an equality that only one branch needs is left to a provider.
+
+Not handled: sizes that only data determines; what is learnt of them inside a branch holds everywhere.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from vivace.base.dims import (
@@ -44,37 +48,64 @@ class Assumptions:
     replaced: dict[str, Dim] = field(default_factory=dict)
     bounded: dict[str, tuple[Bound, Bound]] = field(default_factory=dict)
     declared: set[str] = field(default_factory=set)
-    local: dict[str, dict[str, tuple[Bound, Bound]]] = field(default_factory=dict)
+    local: dict[str, Assumptions] = field(default_factory=dict)
 
     def copy(self) -> Assumptions:
-        local = {path: dict(bounds) for path, bounds in self.local.items()}
+        local = {path: inner.copy() for path, inner in self.local.items()}
         return Assumptions(dict(self.replaced), dict(self.bounded), set(self.declared), local)
 
     def inside(self, path: str) -> dict[str, Dim]:
-        """The symbols as the nested graph `path` sees them: those with tighter bounds there."""
-        return {name: symbol(name, *b) for name, b in self.local.get(path, {}).items()}
+        """The symbols as the nested graph `path` sees them, where it assumes more of them."""
+        inner = self.local.get(path, Assumptions())
+        return {name: symbol(name, *b) for name, b in inner.bounded.items()} | inner.replaced
 
-    def learn_inside(self, a: Dim, b: Dim, paths: tuple[str, ...]) -> bool:
+    def learn_inside(self, a: Dim, b: Dim, paths: Sequence[str]) -> bool:
         """As `learn_equal`, for a mismatch in a nested graph; `paths` leads to it from the outermost."""
+        branches = _branches(paths)
+        if not branches:
+            return self.learn_equal(a, b)
         trial = Assumptions(dict(self.replaced), dict(self.bounded), self.declared)
-        for path in paths:
-            trial.bounded |= self.local.get(path, {})
-        seen = dict(trial.bounded)
+        for path in branches:
+            trial._add(self.local.get(path, Assumptions()))
+        seen = trial.copy()
         if not trial.learn_equal(a, b):
             return False
-        if trial.replaced != self.replaced or not paths:
-            self.replaced = trial.replaced
-        new = {name: bound for name, bound in trial.bounded.items() if seen.get(name) != bound}
-        target = self.local.setdefault(paths[-1], {}) if paths else self.bounded
-        target |= new
-        return True
+        bounded = {name: bound for name, bound in trial.bounded.items() if seen.bounded.get(name) != bound}
+        replaced = {name: d for name, d in trial.replaced.items() if name not in seen.replaced}
+        self.replaced |= {name: d for name, d in replaced.items() if name not in self.declared}
+        here = Assumptions({name: d for name, d in replaced.items() if name in self.declared}, bounded)
+        if here.replaced or here.bounded:
+            self.local.setdefault(branches[-1], Assumptions())._add(here)
+        return bool(replaced or bounded)
 
-    def promote(self, path: str, parent: str) -> bool:
-        """Let what was learnt inside a nested graph hold in the graph around it. False when nothing was."""
-        learnt = self.local.pop(path, {})
-        target = self.local.setdefault(parent, {}) if parent else self.bounded
-        target |= learnt
-        return bool(learnt)
+    def promote(self, path: str, paths: Sequence[str]) -> bool:
+        """Let what was learnt inside a branch hold in the graph around it, to which `paths` lead. False when nothing
+        was.
+        """
+        learnt, around = self.local.pop(path, None), _branches(paths)
+        if learnt is not None:
+            (self.local.setdefault(around[-1], Assumptions()) if around else self)._add(learnt)
+        return learnt is not None
+
+    def share(self, then: str, other: str, paths: Sequence[str]) -> bool:
+        """Let an equality that both branches need hold in the graph around them. False when there is none."""
+        env = self.inside(other)
+        for name, value in self.local.get(then, Assumptions()).replaced.items():
+            if substitute(symbol(name), env) == substitute(value, env):
+                for path in (then, other):
+                    self.local[path] = Assumptions(bounded=self.local[path].bounded)
+                return self.learn_inside(self.symbol(name), value, paths)
+        return False
+
+    def equalities(self, path: str) -> dict[str, Dim]:
+        """The symbols that a branch takes for other dims."""
+        return self.local.get(path, Assumptions()).replaced
+
+    def _add(self, more: Assumptions) -> None:
+        """Assume what else was learnt of the same symbols."""
+        self.bounded |= more.bounded
+        env = {name: symbol(name, *b) for name, b in more.bounded.items()} | more.replaced
+        self.replaced = {name: substitute(d, env) for name, d in self.replaced.items()} | more.replaced
 
     def symbol(self, name: str) -> Dim:
         """The dim that stands for a symbol of the model."""
@@ -215,6 +246,11 @@ class Assumptions:
         fresh = {name: symbol(name, lo, hi)}
         self.replaced = {k: substitute(v, fresh) for k, v in self.replaced.items()}
         return True
+
+
+def _branches(paths: Sequence[str]) -> list[str]:
+    """Those of paths that are branches: the body of a loop may assume nothing for itself."""
+    return [p for p in paths if not p.endswith("/body")]
 
 
 def _divisions(d: Dim) -> list[Apply]:

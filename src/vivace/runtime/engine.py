@@ -299,6 +299,8 @@ class Engine:
                 return steps.Count(refs[0])
             case "less":
                 return steps.Less(refs[0], refs[1], line.target)
+            case "demand":
+                return steps.Call(_refusal(line), due=line.lacks)
         return self._call(", ".join(line.nodes), self.image.foreign[line.kernel], runners[line.kernel])
 
     def _call(self, label: str, entry: ForeignEntry, runner: ForeignRunner | None) -> steps.Step:
@@ -337,6 +339,18 @@ class Engine:
                 return steps.Input(s.index, offset)
             case _:
                 return steps.Output(s.index, offset)
+
+
+def _refusal(line: LineEntry) -> Callable[[Sequence[int]], None]:
+    """What ends a run whose sizes a branch is not meant for."""
+
+    def refuse(_: Sequence[int]) -> NoReturn:
+        raise ShapeError(
+            "the branch that runs does not take inputs of these sizes", where=", ".join(line.nodes),
+            expected=line.label, hint="providers='onnxruntime', if the model can",
+        )  # fmt: skip
+
+    return refuse
 
 
 def describe(inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], more: str) -> str:

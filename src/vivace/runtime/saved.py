@@ -37,7 +37,7 @@ from vivace.base.specs import TensorSpec
 from vivace.base.version import ENGINE_MAGIC
 from vivace.lower.image import Appended, Batch, ForeignEntry, Image, KernelEntry, LineEntry, Part, StorageEntry
 
-FORMAT = 5
+FORMAT = 6
 _HEAD = struct.Struct("<8sIQ32s")
 _BLOCK = 1 << 22  # bytes per block sum
 _MAX_HEADER = 1 << 28
@@ -225,9 +225,9 @@ class SavedEngine:
             ),
             tuple(
                 LineEntry(
-                    k, n, tuple((s, from_data(o)) for s, o in ops), t, se, be, la, tuple(no), from_data(f), from_data(b)
+                    k, n, tuple((s, from_data(o)) for s, o in ops), t, se, be, la, tuple(no), *map(from_data, counts)
                 )
-                for k, n, ops, t, se, be, la, no, f, b in data["lines"]
+                for k, n, ops, t, se, be, la, no, *counts in data["lines"]
             ),
             tuple(
                 ForeignEntry(self.checked_bytes(f"{part}/foreign/{i}"), _places(ins), _places(outs))
@@ -269,7 +269,7 @@ def _image_data(image: Image) -> dict[str, Any]:
             [
                 line.kind, line.kernel, [[s, to_data(o)] for s, o in line.operands], line.target,
                 line.serial, line.beside, line.label,
-                list(line.nodes), to_data(line.flops), to_data(line.n_bytes),
+                list(line.nodes), to_data(line.flops), to_data(line.n_bytes), to_data(line.lacks),
             ]
             for line in image.lines
         ],

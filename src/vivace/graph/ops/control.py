@@ -16,16 +16,17 @@ onnx{node: bytes, opset, domain, types, names, reason, late}(*inputs)
         `RUN_ONNX`.
 
 Rule NARROWER: a symbol may have tighter bounds inside a nested graph than outside: the graph is only meant for sizes
-within them (a branch that reads 512 samples, say). Types are compared with the outer bounds.
+within them (a branch that reads 512 samples, say). Types are compared with the outer bounds. A branch that runs at
+other sizes is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from vivace.base.dims import Dim, Expr, symbols
+from vivace.base.dims import Dim, Expr, Symbol, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError, UnsupportedError
 from vivace.graph.graph import Attrs, Graph, Op, Type, substitute_type
@@ -41,6 +42,19 @@ def _widened(t: Type, outer: Sequence[Type | None]) -> Type:
     """A type of a nested graph with its symbols as the outer graph bounds them (rule NARROWER)."""
     env = {s.name: Expr((((s,), 1),)) for o in outer if o is not None for d in o.shape for s in symbols(d)}
     return substitute_type(t, env)
+
+
+def narrower(graph: Graph, outer: Mapping[str, Symbol]) -> dict[str, Symbol]:
+    """The symbols, of those outside, that a nested graph bounds more tightly (rule NARROWER)."""
+    values = (*graph.inputs, *(v for n in graph.nodes for v in n.outputs))
+    found: dict[str, Symbol] = {}
+    for s in {s for v in values for d in v.shape for s in symbols(d) if s.name in outer}:
+        known = found.get(s.name, outer[s.name])
+        low = s.lo if known.lo is None or (s.lo is not None and s.lo > known.lo) else known.lo
+        high = s.hi if known.hi is None or (s.hi is not None and s.hi < known.hi) else known.hi
+        if (low, high) != (known.lo, known.hi):
+            found[s.name] = Symbol(s.name, low, high)
+    return found
 
 
 def _match(got: Type, want: Type, where: str) -> None:

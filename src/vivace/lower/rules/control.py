@@ -13,13 +13,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vivace.base.dims import Dim, symbol
+from vivace.base.dims import Dim, Symbol, maximum, symbol, symbols
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Graph, Node, Value
+from vivace.graph.ops.control import narrower
 from vivace.loops.kernel import Const, For, Kernel, Let, Stmt, Store
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
-from vivace.lower.plan import Branch, Foreign, Instruction, Loop, Operand
+from vivace.lower.plan import Branch, Demand, Foreign, Instruction, Loop, Operand
 from vivace.lower.prepare import prepare
 from vivace.lower.rules.elementwise import Params, emit_pointwise, loop_var
 from vivace.lower.views import Storage, View, dense
@@ -37,8 +38,28 @@ def lower_if(ctx: Lowering, g: Group) -> None:
     cond = operand_of(ctx, cond_value)
     views = [ctx.view(v) for v in captures if v is not None]
     results = [ctx.target(v) for v in node.outputs]
-    branches = [lower_body(ctx, node.attrs[name], views, results) for name in ("then", "else")]
+    branches = []
+    for graph in (node.attrs["then"], node.attrs["else"]):
+        body = lower_body(ctx, graph, views, results)
+        branches.append((*_demands(ctx, graph, g.nodes), *body))
     ctx.body.append(Branch("if", cond, branches[0], branches[1], g.nodes))
+
+
+def _demands(ctx: Lowering, graph: Graph, nodes: tuple[Node, ...]) -> tuple[Demand, ...]:
+    """What a branch asks of sizes that the graphs around it do not."""
+    outer: dict[str, Symbol] = {}
+    around: Lowering | None = ctx
+    while around is not None:
+        values = (*around.graph.inputs, *(v for n in around.graph.nodes for v in n.outputs))
+        outer = {s.name: s for v in values for d in v.shape for s in symbols(d)} | outer
+        around = around.parent
+    lacks: Dim = 0
+    told = []
+    for name, s in sorted(narrower(graph, outer).items()):
+        size = symbol(name, outer[name].lo, outer[name].hi)
+        lacks += maximum(0 if s.lo is None else s.lo - size, 0) + maximum(0 if s.hi is None else size - s.hi, 0)
+        told.append(f"{name} from {s.lo or 0} to {'any' if s.hi is None else s.hi}")
+    return (Demand(lacks, ", ".join(told), nodes),) if told else ()
 
 
 def lower_body(ctx: Lowering, graph: Graph, inputs: Sequence[View], outputs: Sequence[View]) -> tuple[Instruction, ...]:

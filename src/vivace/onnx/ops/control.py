@@ -54,14 +54,24 @@ def _branch(c: Call, proto: GraphProto, which: str) -> tuple[Scope, list[Value]]
 
 
 def _unify(c: Call, branches: Sequence[tuple[Scope, list[Value]]]) -> None:
-    """Both branches must give equal types. Raises: DimMismatch, from which the importer learns; Fallback."""
-    for a, b in zip(branches[0][1], branches[1][1]):
+    """Both branches must give equal types, for sizes that both can take. Raises: DimMismatch, from which the importer
+    learns; Learnt; Fallback.
+    """
+    results = list(zip(branches[0][1], branches[1][1]))
+    then, other = paths = [inner.path for inner, _ in branches]
+    for a, b in results:
         if a.rank != b.rank:
-            _choose_branch(c, [inner.path for inner, _ in branches])
+            _choose_branch(c, paths)
         if a.dtype is not b.dtype or a.rank != b.rank:
             raise Fallback(f"its branches give {a.type} and {b.type}")
+    assume = c.scope.session.assume
+    if assume.share(then, other, c.scope.paths):
+        raise Learnt
+    for name, d in (pair for path in paths for pair in assume.equalities(path).items()):
+        raise Fallback(f"one of its branches needs {name} to be {d}")
+    for a, b in results:
         for m, n in zip(a.shape, b.shape):
-            m, n = (c.scope.session.assume.apply(d) for d in (m, n))  # without what each branch assumes for itself
+            m, n = (assume.apply(d) for d in (m, n))  # without what each branch assumes for itself
             if m != n:
                 if isinstance(m, int) and isinstance(n, int):
                     raise Fallback(f"its branches give {a.type} and {b.type}")
@@ -75,8 +85,8 @@ def _choose_branch(c: Call, paths: Sequence[str]) -> None:
     Raises: Learnt, after the assumption of the one branch that made some was taken over for the outer graph.
     """
     assume = c.scope.session.assume
-    assuming = [p for p in paths if assume.local.get(p)]
-    if len(assuming) == 1 and assume.promote(assuming[0], c.scope.paths[-1] if c.scope.paths else ""):
+    assuming = [p for p in paths if assume.inside(p)]
+    if len(assuming) == 1 and assume.promote(assuming[0], c.scope.paths):
         raise Learnt
 
 

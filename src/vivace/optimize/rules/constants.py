@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from vivace.base.dims import Dim, Expr
+from vivace.base.dims import Dim, Expr, symbols
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Graph, Node, Type, Value
+from vivace.graph.ops.control import narrower
 from vivace.graph.pattern import COMMUTATIVE
 from vivace.graph.rewrite import At, Example, Outcome, Rule, rule, scalar, splice
 
@@ -70,6 +71,9 @@ def follow_known_condition(n: Node, at: At) -> Outcome:
     if known is None:
         return "the condition is not constant"
     branch: Graph = n.attrs["then" if known else "else"]
+    outer = {s.name: s for v in n.inputs if v is not None for d in v.shape for s in symbols(d)}
+    if narrower(branch, outer):
+        return "the branch is meant for fewer sizes"
     return splice(at, branch, [v for v in n.inputs[1:] if v is not None])
 
 

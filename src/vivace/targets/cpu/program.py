@@ -7,7 +7,7 @@
     SET       cell, value
     COUNT     cell                        add one to a 64-bit cell
     LESS      a, b, target                jump unless cell a < cell b
-    CALL      fn, args                    i64 fn(args) on the caller's thread; not 0 ends the run
+    CALL      fn, args, due               i64 fn(args) on the caller's thread unless due is 0; not 0 ends the run
     END
 
 The parts of one PARALLEL are independent of each other: their grains (`grain` units each; `end` is the part's running
@@ -196,6 +196,11 @@ count:
   %at.count = getelementptr i64, ptr %at, i64 {N_WORDS[Op.COUNT]}
   br label %step
 call:
+{word("due", 3)}
+  %at.call = getelementptr i64, ptr %at, i64 {N_WORDS[Op.CALL]}
+  %is.due = icmp ne i64 %due, 0
+  br i1 %is.due, label %call.due, label %call.ok
+call.due:
   br i1 %is.worker, label %handoff, label %call.here
 call.here:
 {word("call.fn", 1, "ptr")}
@@ -203,7 +208,6 @@ call.here:
   %result = call i64 %call.fn(ptr %call.args)
   call void @set_float_mode()
   %call.fine = icmp eq i64 %result, 0
-  %at.call = getelementptr i64, ptr %at, i64 {N_WORDS[Op.CALL]}
   br i1 %call.fine, label %call.ok, label %call.failed
 call.ok:
   br label %step

@@ -19,7 +19,7 @@ class Op(IntEnum):
     END = 8
 
 
-N_WORDS = {Op.SERIAL: 4, Op.JUMP: 2, Op.UNLESS: 4, Op.SET: 3, Op.COUNT: 2, Op.LESS: 4, Op.CALL: 3, Op.END: 1}
+N_WORDS = {Op.SERIAL: 4, Op.JUMP: 2, Op.UNLESS: 4, Op.SET: 3, Op.COUNT: 2, Op.LESS: 4, Op.CALL: 4, Op.END: 1}
 PARALLEL_HEAD_WORDS = 3
 PART_WORDS = 5
 

@@ -104,10 +104,12 @@ class Less:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """Call Python on the caller's thread with the resolved args (addresses and values); what it raises ends the run."""
+    """Call Python on the caller's thread with the resolved args (addresses and values), unless `due` is 0; what it
+    raises ends the run."""
 
     function: Callable[[Sequence[int]], None]
     args: tuple[Arg, ...] = ()
+    due: Dim = 1
 
 
 Step = Kernel | Jump | Unless | Set | Count | Less | Call

@@ -167,11 +167,12 @@ def encode(steps: Sequence[Step], n_inputs: int, extra: Sequence[Dim] = (), firs
                 e.ref(False, a, n_inputs)
                 e.ref(False, b, n_inputs)
                 e.target(target)
-            case Call(args=args):
+            case Call(args=args, due=due):
                 e.program.append(Op.CALL)
                 e.calls.append((len(e.program), i, len(e.args), len(args)))
                 e.program.append(0)
                 e.pointer_to_args(args, n_inputs)
+                e.dim(False, due)
     starts.append(len(e.program))
     e.program.append(Op.END)
     for position, target in e.targets:
