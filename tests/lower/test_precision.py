@@ -420,3 +420,18 @@ def test_what_does_not_pay_is_said(precision: str) -> None:
 def test_unknown_precision_is_refused() -> None:
     with pytest.raises(UnsupportedError, match="f7"):
         vivace.compile(build(encoder, NETS["tokens"][1]), precision="f7")
+
+
+def test_sums_of_integers_are_not_stored_in_f16() -> None:
+    """They may be larger than its largest number; what a scale made of them is not."""
+
+    def head(b: Builder, x: Value) -> Value:
+        y, w = b.cast(x, to=F32), b.const(weights(64, 64))
+        one, other = (b.matmul(b.mul(y, b.const(np.float32(s))), w) for s in (1e-4, 1e-5))
+        return b.add(one, other)
+
+    graph = build(head, Type(DType.i32, (100, 64)))
+    found = narrow(graph, DType.f16)
+    assert found.n_products == 2
+    (want,), (got,) = (reference.evaluate(g, [np.full((100, 64), 70_000, np.int32)]) for g in (graph, found.graph))
+    assert off(got, want) < 2**-9

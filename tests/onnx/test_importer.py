@@ -466,6 +466,13 @@ def test_sizes_that_operators_demand_are_demanded_of_inputs(text: str, least: in
         import_model(onnx.parser.parse_model(head + text.replace("N]", f"{least - 1}]")))
 
 
+def test_what_is_turned_round_keeps_its_size() -> None:
+    ends = "<int64[1] last = {-1}, int64[1] first = {-1099511627776}, int64[1] axis = {0}>"
+    text = f"(float[N] x) => (float[N] y) {ends} {{ r = Slice(x, last, first, axis, last)  y = Add(x, r) }}"
+    g = import_model(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18]> m {text}'))
+    assert (shapes(g), bounds(g.inputs[0].shape[0])) == (["f32[N]"], (0, None))
+
+
 def test_letters_of_einsum_are_one_size_each() -> None:
     text = '(float[A, B, 2] x, float[C, D, E] y) => (float z) { z = Einsum<equation = "abc,abc->">(x, y) }'
     g = import_model(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18]> m {text}'))

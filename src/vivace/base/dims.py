@@ -302,6 +302,10 @@ def _extreme(fn: str, a: Dim, b: Dim) -> Dim:
         return a if fn == "min" else b
     if lo is not None and lo >= 0:
         return b if fn == "min" else a
+    for x, y in ((a, b), (b, a)):
+        match y:
+            case Expr(terms=(((Apply(fn=inner, a=p, b=q),), 1),)) if {fn, inner} == {"min", "max"} and x in (p, q):
+                return x  # min(x, max(x, q)) = x
     x, y = sorted((a, b), key=str)
     return _apply(fn, x, y)
 

@@ -22,6 +22,7 @@ Rules:
   which its file spells out so, gave 20 dB on one input where they now give 54.
 * DEPTHWISE: weights of depthwise convolutions stay f32. Few terms make a sum there, so that what rounding adds to a
   weight stays in its channel: PP-OCR's recogniser lost 7 dB by it, and its kernels convert to f32 anyway.
+* RANGE: sums of integers are not stored in f16, whose largest number is 65504, before a scale is multiplied in.
 * SMALL: what is small stays f32, where neither a product nor a mover (`MOVERS`) reads it: nothing would be gained.
 
 Error: each stored value and each weight is off by at most 2**-9 of its magnitude in bf16 (8 bits of mantissa, to
@@ -119,6 +120,8 @@ class _Storage:
         """Whether its kernel can round it (FUSED)."""
         g = self.maker[v]
         anchor = g.anchor
+        if self.half is DType.f16 and _is_sum_of_integers(g):
+            return False
         return v.dtype is DType.f32 and (anchor.op.kind == "elementwise" or anchor.op.name in WITH_EPILOGUE | MOVERS)
 
     def _stays(self, v: Value) -> bool:
@@ -177,6 +180,13 @@ class _Storage:
             assert n.inputs[0] is not None
             v = n.inputs[0]
         return v
+
+
+def _is_sum_of_integers(g: Group) -> bool:
+    """Whether a group leaves wide integers as floats, unscaled (RANGE)."""
+    wide = (DType.i32, DType.i64)
+    is_cast = any(n.op.name == "cast" and (x := n.inputs[0]) is not None and x.dtype in wide for n in g.nodes)
+    return is_cast and not any(n.op.name in ("mul", "div") for n in g.nodes)
 
 
 def moved(n: Node) -> tuple[Value | None, ...]:
