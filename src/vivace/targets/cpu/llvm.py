@@ -15,10 +15,10 @@ iterations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from vivace.base.dims import Dim, bounds, ceildiv, prod
+from vivace.base.dims import Dim, bounds, ceildiv, minimum, prod
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError
 from vivace.base.machine import Isa
@@ -86,7 +86,7 @@ class _Generator:
         units: Dim = 1
         grain = 1
         if axes:
-            units = prod([n for _, n in axes])
+            units = prod([n for _, n in axes]) * _anything([n for _, n in axes], kernel)
             grain = max(1, _UNIT_WORK // max(1, _work(body)))
             b.loop(begin, end, 1, lambda u, _: self._unit(env, axes, body, u))
         elif len(body) == 1 and isinstance(body[0], For) and body[0].kind == "vector":
@@ -354,6 +354,12 @@ def _runs(stmts: tuple[Stmt, ...]) -> list[list[Stmt]]:
         if isinstance(s, Let):
             names.add(s.name)
     return runs
+
+
+def _anything(extents: Sequence[Dim], kernel: Kernel) -> Dim:
+    """0 where nothing is written however often the parallel loops run, as by the softmax of rows without elements."""
+    inner = [prod([d for d in p.shape if d not in extents]) for p in kernel.params if p.writable]
+    return minimum(1, sum(dict.fromkeys(inner), 0)) if inner else 1
 
 
 def _parallel_axes(body: tuple[Stmt, ...]) -> tuple[list[tuple[str, Dim]], tuple[Stmt, ...]]:
