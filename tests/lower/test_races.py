@@ -13,11 +13,22 @@ import pytest
 from tests import races
 from tests.images import build_image
 from tests.lower.harness import build
+from tests.lower.test_attention import attention
+from tests.lower.test_bands import LOW
+from tests.lower.test_blockwise import weights as blocks
+from tests.lower.test_byte_products import numbers, product
 from tests.lower.test_matrix import FAMILIES, Numbers
 from tests.lower.test_recurrent import layer
 from tests.lower.test_resize import resized
+from tests.lower.test_row_blocks import gated, halves
+from tests.lower.test_strips import block
+from tests.lower.test_trees import forest, graph_of
+from tests.networks.test_networks import HAS_ALL
+from tests.networks.ways import Way, on
+from tests.optimize.test_gates import Block, rewritten
 
 from vivace.base.dtypes import DType
+from vivace.building import apply_precision
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type, Value
 from vivace.lower.precision import narrow
@@ -67,11 +78,69 @@ GRAPHS: dict[str, Callable[[], Graph]] = {
 }
 
 
+def blockwise(n_rows: int) -> Graph:
+    """Three products that share the digits of their rows, or their rows in three parts each."""
+    return build(
+        lambda b, x: [b.matmul_blocks(x, *blocks(96, n, 4, 32, z), block=32) for n, z in ((40, "real"), (70, "none"))],
+        Type(F32, (n_rows, 96)),
+    )
+
+
+def gathered() -> Graph:
+    attrs = {"strides": (2, 2), "dilations": (1, 1), "before": (0, 0), "after": (0, 0), "group": 1, "layout": "NHWC"}
+    w = random(512, 32, 1, 1)
+    return narrow(of(lambda b, x: b.relu(b.conv(b.relu(x), b.const(w), **attrs)), 2, 14, 14, 32)).graph
+
+
+def gated_filters(precision: str) -> Graph:
+    return apply_precision(rewritten(Block("2,8,8", 64, 16).graph())[0], precision, choose_isa("host"))[0]
+
+
+def scattered() -> Graph:
+    at, kind = RNG.integers(0, 30, (200, 33)), Type(F32, (200, 33))
+    return build(lambda b, x, y: b.scatter_elements(x, b.const(at), y, axis=0, reduction="add"), kind, kind)
+
+
+# What steps take from each other or join, and the labels of theirs where the CPU has all instructions.
+JOINED: dict[str, tuple[Callable[[], Graph], str]] = {
+    "decode attention": (lambda: attention((2, 9, 1, 64), (2, 3, 200, 64), 64), "attention"),
+    "gate into weights": (lambda: gated_filters("f32"), "mul"),
+    "gate into packed weights": (lambda: gated_filters("bf16"), "pack"),
+    "gathered rows": (gathered, "copy"),
+    "bands": (lambda: LOW["7x"][0].graph(), "depthwise"),
+    "strips": (lambda: of(block(16, 64, residual=True), 1, 21, 19, 16), "strips"),
+    "halves of an MLP": (lambda: of(halves, 150, 24), "row_blocks"),
+    "a gated MLP": (lambda: of(gated, 150, 24), "row_blocks"),
+    "digits": (lambda: blockwise(3), "digits"),
+    "rows in three parts": (lambda: blockwise(40), "split"),
+    "products of bytes": (lambda: product((2, 40, 48), (2, 48, 40), (DType.u8, DType.i8), (7, 0)), "pack"),
+    "a forest": (lambda: graph_of(forest(1, 9, 30, 6, 3), 6), "tree_ensemble"),
+    "sums at places": (scattered, "scatter_elements"),
+}
+
+
 def check(graph: Graph, feeds: list[np.ndarray]) -> None:
     target = choose_isa("host")
     with races.sharing_all():
         image = build_image(graph, target, True)
     races.check(image, {v.name: x for v, x in zip(graph.inputs, feeds, strict=True)}, repeats=2)
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_what_is_joined_or_shared(name: str) -> None:
+    make, label = JOINED[name]
+    graph = make()
+    n_bytes = 1 << 12 if label in ("strips", "row_blocks") else None
+    way = Way("f32", "host", 1, 99, n_bytes, 1 << 14, n_bytes is not None, ())
+    with on(way):
+        image = build_image(graph, choose_isa("host"), True)
+    if HAS_ALL:
+        assert label in {line.label for line in image.lines}
+    feeds = {}
+    for v in graph.inputs:
+        shape = [d if isinstance(d, int) else 37 for d in v.shape]
+        feeds[v.name] = numbers(v.dtype, *shape) if v.dtype.is_int else random(*shape)
+    races.check(image, feeds, repeats=2)
 
 
 @pytest.mark.parametrize("name", GRAPHS)
