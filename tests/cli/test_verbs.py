@@ -268,6 +268,8 @@ def test_compile_then_run_and_inspect(cli, model: Path, tmp_path: Path) -> None:
 def test_precision_by_layer_belongs_to_compile(cli, model: Path, verb: str) -> None:  # type: ignore[no-untyped-def]
     refused = cli(verb, model, "--precision", "auto")
     assert refused.code == 2 and "vivace compile" in refused.err and "max_drop" not in refused.err
+    refused = cli(verb, model, "--precision", "fp16")
+    assert refused.code == 2 and refused.err.endswith("Expected f32, bf16, f16.\n")
 
 
 def test_precision_by_layer(cli, model: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

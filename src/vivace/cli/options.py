@@ -32,13 +32,19 @@ Relative = Annotated[float, typer.Option("--rtol", help="Tolerance of the output
 Threads = Annotated[int, typer.Option("--threads", "-t", help="Threads; 0 is all that this process may use.")]
 
 
+_FIXED = ("f32", "bf16", "f16")
+
+
 def _fixed(precision: str) -> str:
-    """Raises: InputError for `auto`, which needs a tolerance that only `compile` takes."""
+    """Raises: InputError for `auto`, which needs a tolerance that only `compile` takes, and for what is no format."""
+    expected = ", ".join(_FIXED)
     if precision == "auto":
         raise InputError(
-            "formats by layer are chosen by vivace compile", where="--precision", expected="f32, bf16, f16",
+            "formats by layer are chosen by vivace compile", where="--precision", expected=expected,
             hint="vivace compile MODEL --precision auto --max-drop 0.01",
         )  # fmt: skip
+    if precision not in _FIXED:
+        raise InputError(f"{precision!r} is not available", where="--precision", expected=expected)
     return precision
 
 
