@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import pytest
 
 from vivace.base.dims import symbol
@@ -265,6 +266,19 @@ GRAPHS = [
 @pytest.mark.parametrize("make", GRAPHS, ids=[m.__name__ for m in GRAPHS])
 def test_families_at_each_opset(make: Callable[[Example], Any], opset: int) -> None:
     check(Example().graph(make), opset)
+
+
+def test_pads_that_depend_on_sizes() -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20]> m (float[N,2,H,W] x) => (float a, float b, float c, float d) {
+        w = Constant<value = float[3,2,1,1] {1, 2, 3, 4, 5, 6}>()
+        a = Conv<auto_pad = "SAME_UPPER", strides = [2, 3]>(x, w)
+        b = MaxPool<auto_pad = "SAME_LOWER", kernel_shape = [3, 2], strides = [2, 2]>(x)
+        c = AveragePool<auto_pad = "SAME_UPPER", kernel_shape = [3, 2], strides = [2, 2]>(x)
+        d = AveragePool<auto_pad = "SAME_LOWER", kernel_shape = [2, 4], strides = [2, 3], count_include_pad = 1>(x)
+    }"""
+    graph = import_model(onnx.parser.parse_model(text))
+    for h, w in ((5, 8), (8, 7)):
+        check(graph, sizes={"N": 2, "H": h, "W": w})
 
 
 def test_sizes_of_zero_where_reshape_allows() -> None:

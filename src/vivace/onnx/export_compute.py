@@ -11,6 +11,7 @@ import numpy as np
 from vivace.base.dtypes import DType
 from vivace.base.errors import UnsupportedError
 from vivace.graph.graph import Node, Value
+from vivace.graph.ops.reduction import lowest
 from vivace.onnx.export_attention import key_transpose, write_attention
 from vivace.onnx.export_integer import absorbed_below, is_integer_product, write_integer_product
 from vivace.onnx.tensors import data_type_of
@@ -225,15 +226,29 @@ def _pads(n: Node) -> list[int]:
     return pads
 
 
+def _padded(w: Writer, n: Node, value: float) -> tuple[str, list[int]]:
+    """What a window slides over, and its pads; those that depend on sizes are a Pad of their own."""
+    x, pads = n.inputs[0], [*n.attrs["before"], *n.attrs["after"]]
+    assert x is not None
+    if n.attrs["layout"] != "NCHW" or all(isinstance(p, int) for p in pads):
+        return w.ref(x), _pads(n)
+    return w.emit("Pad", [w.ref(x), _around(w, n), _number(w, x, value)]), [0] * len(pads)
+
+
+def _around(w: Writer, n: Node) -> str:
+    return w.shape([0, 0, *n.attrs["before"], 0, 0, *n.attrs["after"]])
+
+
 def _conv(w: Writer, n: Node, outs: list[str]) -> None:
-    a, pads = n.attrs, _pads(n)
+    a = n.attrs
     window: dict[str, Any] = {k: list(a[k]) for k in ("strides", "dilations")} | {"group": a["group"]}
     if is_integer_product(n):
-        write_integer_product(w, n, outs, window | {"pads": pads})
+        write_integer_product(w, n, outs, window | {"pads": _pads(n)})
     elif n.op.name == "conv":
-        w.emit("Conv", [w.ref(v) for v in n.inputs], outs, pads=pads, **window)
+        x, pads = _padded(w, n, 0)
+        w.emit("Conv", [x, *(w.ref(v) for v in n.inputs[1:])], outs, pads=pads, **window)
     else:
-        _conv_transpose(w, n, outs, pads, window | {"output_padding": list(a["output_padding"])})
+        _conv_transpose(w, n, outs, _pads(n), window | {"output_padding": list(a["output_padding"])})
 
 
 def _conv_transpose(w: Writer, n: Node, outs: list[str], pads: list[int], window: dict[str, Any]) -> None:
@@ -252,15 +267,23 @@ def _conv_transpose(w: Writer, n: Node, outs: list[str], pads: list[int], window
 
 
 def _pool(w: Writer, n: Node, outs: list[str]) -> None:
-    a, pads = n.attrs, _pads(n)
-    more: dict[str, Any] = {"count_include_pad": int(a["count_include_pad"])} if n.op.name == "avg_pool" else {}
+    a, x, is_mean = n.attrs, n.inputs[0], n.op.name == "avg_pool"
+    assert x is not None
+    over, pads = _padded(w, n, 0 if is_mean else lowest(x.dtype.numpy))
     window: dict[str, Any] = {
         "kernel_shape": list(a["kernel"]),
         "strides": list(a["strides"]),
         "dilations": list(a["dilations"]) if any(d != 1 for d in a["dilations"]) else None,
         "pads": pads,
     }
-    w.emit({"max_pool": "MaxPool", "avg_pool": "AveragePool"}[n.op.name], [w.ref(n.inputs[0])], outs, **window, **more)
+    if not is_mean:
+        w.emit("MaxPool", [over], outs, **window)
+    elif over == w.ref(x) or a["count_include_pad"]:
+        w.emit("AveragePool", [over], outs, **window, count_include_pad=int(a["count_include_pad"]))
+    else:  # the mean of all cells, over the share of those that count
+        ones = w.emit("Expand", [_number(w, x, 1), w.shape(x.shape)])
+        share = w.emit("AveragePool", [w.emit("Pad", [ones, _around(w, n)])], **window)
+        w.emit("Div", [w.emit("AveragePool", [over], **window), share], outs)
 
 
 # ---- normalizations ----
