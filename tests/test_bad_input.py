@@ -225,6 +225,20 @@ def test_engines_are_not_pickled() -> None:
             copying(engine)
 
 
+def test_what_open_sizes_leave_to_a_provider_says_why() -> None:
+    """The rank of a result, or how heads share keys, that only a run tells."""
+    scatter = "(float[4,5] x, int64[K,D] i, float[K,E] u) => (float[4,5] y) { y = ScatterND(x, i, u) }"
+    attention = "(float[B,H,S,8] x, float[B,G,T,8] k) => (float[B,H,S,8] y) { y = Attention(x, k, k) }"
+    x, at, u = np.zeros((4, 5), np.float32), np.array([[1], [3]]), np.ones((2, 5), np.float32)
+    q, k = np.zeros((1, 4, 3, 8), np.float32), np.ones((1, 2, 5, 8), np.float32)
+    cases = ((scatter, "how many coordinates", (x, at, u), 10), (attention, "its number of heads", (q, k), 4 * 3 * 8))
+    for text, why, arrays, total in cases:
+        source = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 23]> m {text}')
+        engine = vivace.compile(source, threads=1)
+        assert [p.reason.startswith(why) for p in engine.placement] == [True]
+        assert np.asarray(engine(*arrays)).sum() == total
+
+
 def test_native_alone_refuses_what_it_cannot_do() -> None:
     with pytest.raises(UnsupportedError, match=r"1 nodes have no kernel of ours: act0\..*Try: providers="):
         vivace.compile(model(1, "NonZero"), providers=("native",))

@@ -225,18 +225,18 @@ def onnx_names(node: Node) -> list[str]:
     return [o for o in node.origin if not o.startswith("+")]
 
 
-def placements(image: Image, islands: Mapping[str, str] | None = None) -> list[Placement]:
-    """One record per ONNX node and the kernel that computes it; the reason says why not in the first provider, or why
-    a node of a quantized model is no integer arithmetic (`optimize.islands`)."""
+def placements(image: Image, graph: Graph, islands: Mapping[str, str] | None = None) -> list[Placement]:
+    """One record per ONNX node of a graph and the kernel that computes it; the reason says why not in the first
+    provider, or why a node of a quantized model is no integer arithmetic (`optimize.islands`)."""
     from vivace.runtime.engine import Placement
 
+    left = {name: n.attrs.get("reason", "") for n in graph.walk() if n.op.name == "onnx" for name in onnx_names(n)}
     found: list[Placement] = []
     for i, line in enumerate(image.lines):
         if line.kind in ("run", "foreign"):
             provider = "native" if line.kind == "run" else "onnxruntime"
-            foreign = "" if line.kind == "run" else "vivace has no kernel for this operator"
+            reasons = islands or {} if line.kind == "run" else left
             found += [
-                Placement(node, line.label, f"{i}:{line.label}", provider, foreign or (islands or {}).get(node, ""))
-                for node in line.nodes
+                Placement(node, line.label, f"{i}:{line.label}", provider, reasons.get(node, "")) for node in line.nodes
             ]
     return found

@@ -80,7 +80,7 @@ class Compilation:
         graph, batch = self._slice(graph)
         plan, image, graph = build(graph, options, batch)
         image.facts["compile_seconds"] = time.perf_counter() - started
-        engine = make_engine(plan, image, options, placements(image, float_islands(graph)), self.portable)
+        engine = make_engine(plan, image, options, placements(image, graph, float_islands(graph)), self.portable)
         trim()
         return engine
 
@@ -162,7 +162,7 @@ class Compilation:
                 plan, image, _ = build(g, self.options)
                 facts |= {name: image.facts[name] for name in ("precision", "precision_note") if name in image.facts}
                 parts.append(Part("native", _specs(g.inputs), _specs(g.outputs), image))
-                records = placements(image, because)
+                records = placements(image, g, because)
                 runners.append(make_engine(plan, image, self.options, records, self.portable))
                 placement += [replace(p, kernel=f"{k}/{p.kernel}") for p in records]
                 continue

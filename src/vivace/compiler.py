@@ -180,7 +180,7 @@ def _automatic(
         choices = Choices({key: Choice(way=FLOATS) for x in chosen if x in here for key in here[x].values})
         plan = make_plan(narrowed, *lowering, choices, threads=options.threads)
         image = link_image(plan, options.target, options.cache, options.progress, choices)
-        return make_engine(plan, image, options, placements(image), job.portable)
+        return make_engine(plan, image, options, placements(image, graph), job.portable)
 
     def given(engine: Engine) -> Sequence[Mapping[str, np.ndarray]]:
         shapes, _ = choose_shapes(engine.inputs, {k: tuple(v) for k, v in (job.shapes or {}).items()})

@@ -77,6 +77,8 @@ def attention(
     if flat:
         heads = (c.attr("q_num_heads", 0), c.attr("kv_num_heads", 0))
         q, k, v = _heads(c, q, heads[0]), _heads(c, k, heads[1]), _heads(c, v, heads[1])
+    if not all(isinstance(x.shape[1], int) for x in (q, k, v)):
+        raise Fallback("its number of heads depends on the sizes of inputs")
     offset: Dim = 0
     if past_k is not None and past_v is not None:
         offset = past_k.shape[2]

@@ -185,8 +185,14 @@ def gather_elements(c: Call, x: Value, indices: Value) -> Value:
     return c.gather_elements(x, indices, axis=c.axis(c.attr("axis", 0), x.rank))
 
 
+def _known_depth(indices: Value) -> None:
+    if indices.rank and not isinstance(indices.shape[-1], int):
+        raise Fallback("how many coordinates a position has depends on the sizes of inputs")
+
+
 @onnx_op("GatherND", since=11)
 def gather_nd(c: Call, x: Value, indices: Value) -> Value:
+    _known_depth(indices)
     return c.gather_nd(x, indices, batch_dims=c.attr("batch_dims", 0))
 
 
@@ -199,6 +205,7 @@ def scatter_elements(c: Call, x: Value, indices: Value, updates: Value) -> Value
 
 @onnx_op("ScatterND", since=11)
 def scatter_nd(c: Call, x: Value, indices: Value, updates: Value) -> Value:
+    _known_depth(indices)
     return c.scatter_nd(x, c.cast_to(indices, DType.i64), updates, reduction=c.attr("reduction", "none"))
 
 
