@@ -29,8 +29,20 @@ def kinds() -> Iterator[tuple[str, DType, Make]]:
         yield f"{dtype} to the end", dtype, lambda b, x: b.transpose(x, perm=(0, 3, 1, 2))
     yield "f32 to bf16", DType.f32, lambda b, x: b.cast(x, to=DType.bf16)
     yield "bf16 to f32", DType.bf16, lambda b, x: b.cast(x, to=DType.f32)
-    for name, dtype in (("quantize", DType.f32), ("dequantize", DType.u8)):
-        yield name, dtype, lambda b, x, name=name: getattr(b, name)(x, b.const(np.float32(0.5)), b.const(np.uint8(3)))  # type: ignore[misc]
+    yield "f32 to bf16, channels last", DType.f32, lambda b, x: b.cast(b.transpose(x, perm=(0, 2, 3, 1)), to=DType.bf16)
+    yield "bf16 to f32, to the end", DType.bf16, lambda b, x: b.cast(b.transpose(x, perm=(0, 3, 1, 2)), to=DType.f32)
+    yield "quantize, channels last", DType.f32, lambda b, x: _quantize(b, b.transpose(x, perm=(0, 2, 3, 1)))
+    yield "dequantize, to the end", DType.u8, lambda b, x: _dequantize(b, b.transpose(x, perm=(0, 3, 1, 2)))
+    yield "quantize", DType.f32, _quantize
+    yield "dequantize", DType.u8, _dequantize
+
+
+def _quantize(b: Builder, x: Value) -> Value:
+    return b.quantize(x, b.const(np.float32(0.5)), b.const(np.uint8(3)))
+
+
+def _dequantize(b: Builder, x: Value) -> Value:
+    return b.dequantize(x, b.const(np.float32(0.5)), b.const(np.uint8(3)))
 
 
 def ps_per_element(make: Make, dtype: DType, shape: tuple[int, ...]) -> float:
@@ -44,9 +56,9 @@ def ps_per_element(make: Make, dtype: DType, shape: tuple[int, ...]) -> float:
 
 
 def main() -> int:
-    print(f"{'ps per element':22}", *(f"{'x'.join(map(str, s)):>14}" for s in SHAPES))
+    print(f"{'ps per element':26}", *(f"{'x'.join(map(str, s)):>14}" for s in SHAPES))
     for name, dtype, make in kinds():
-        print(f"{name:22}", *(f"{ps_per_element(make, dtype, shape):14.0f}" for shape in SHAPES))
+        print(f"{name:26}", *(f"{ps_per_element(make, dtype, shape):14.0f}" for shape in SHAPES))
     return 0
 
 

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from vivace import choice
 from vivace.base.knobs import knobs
 from vivace.cli.bench import Wanted, gather_inputs, measure
 from vivace.cli.contestants import Job
@@ -336,3 +338,13 @@ def test_outputs_are_refused_before_the_work(  # type: ignore[no-untyped-def]
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)  # as for one who may write nowhere
     result = cli("compile", model, "-o", tmp_path / "x.vivace")
     assert result.code == 2 and f"{tmp_path}: the folder may not be written" in result.err
+
+
+def test_compile_says_who_was_chosen(  # type: ignore[no-untyped-def]
+    cli, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "_SETTINGS", replace(choice._SETTINGS, budget_seconds=0.05))
+    auto = ("compile", model, "-o", tmp_path / "m.vivace", "--provider", "auto", "--threads", 1)
+    made = cli(*auto)
+    assert made.code == 0 and "  provider auto chose " in made.out and "native 0." in made.out
+    assert {"native", "onnxruntime"} <= json.loads(cli(*auto, "--json").out)["auto_ms"].keys()

@@ -32,6 +32,12 @@ def test_what_the_interface_asks_for_is_left() -> None:
     assert cast.cost_us == round(format_ps(24 * 9 * 16) * 1e-6, 3) < turned.cost_us
 
 
+def test_what_is_turned_into_another_format_costs_what_is_read() -> None:
+    (halves,) = conversions(plan_of(lambda b, x: b.cast(b.transpose(x, perm=(0, 2, 3, 1)), to=DType.bf16), IMAGE))
+    assert (halves.before, halves.after) == ("f32", "bf16")
+    assert halves.cost_us == round(transpose_ps(24 * 9 * 16, 4) * 1e-6, 3)
+
+
 def test_what_is_done_on_the_way_is_counted() -> None:
     def make(b: Builder, x: Value) -> Value:
         y = b.matmul(x, b.const(np.ones((16, 16), np.float32)))

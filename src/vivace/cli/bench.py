@@ -177,6 +177,7 @@ def measure(job: Job, arrays: dict[str, np.ndarray], wanted: Wanted, progress: A
     """Everything that `vivace bench` shows; a saved engine is measured alone, without a reference and a limit."""
     from dataclasses import replace
 
+    from vivace.cli.compile import describe_choice
     from vivace.cli.contestants import contestant, open_engine
     from vivace.measure.bench import bench
 
@@ -194,23 +195,13 @@ def measure(job: Job, arrays: dict[str, np.ndarray], wanted: Wanted, progress: A
         progress=progress,
     )
     if wanted.providers[0] == "auto" and not found.engines[0].failure:
-        notes.append(describe_choice(open_engine("auto", job)))
+        engine: Any = open_engine("auto", job)
+        notes.append(describe_choice(engine.stats, getattr(engine, "parts", ())))
     total, peaks = _limit(job, notes, progress) if wanted.limit and not is_saved else (None, None)
     able = [name for name, engine in zip(wanted.providers, found.engines, strict=False) if not engine.failure]
     cold = _cold_starts(job, arrays, able, notes, progress) if wanted.memory else {}
     shapes = {name: array.shape for name, array in arrays.items()}
     return Report(job, shapes, found, cold, total, peaks, tuple(notes))
-
-
-def describe_choice(engine: Any) -> str:
-    """What `providers="auto"` chose, by which times, and who was refused why. The choice itself is in the cache."""
-    facts = engine.stats
-    times = sorted(facts.get("auto_ms", {}).items(), key=lambda item: item[1])
-    measured = ", ".join(f"{name} {ms:.3g} ms" for name, ms in times)
-    refused = "".join(f"; {name} refused: {why}" for name, why in facts.get("auto_refused", {}).items())
-    parts = [part.provider for part in getattr(engine, "parts", ())]
-    order = f" ({', '.join(parts)})" if len(parts) > 1 else ""
-    return f"auto chose {facts.get('auto_choice')}{order}: {measured}{refused}"
 
 
 def _limit(job: Job, notes: list[str], progress: Any) -> tuple[Total | None, Peaks | None]:

@@ -30,6 +30,15 @@ def chosen_formats(stats: Any) -> str:
     )
 
 
+def describe_choice(stats: Any, parts: Any) -> str:
+    """What `providers="auto"` chose, by which times, and who was refused why."""
+    times = sorted(stats["auto_ms"].items(), key=lambda item: item[1])
+    measured = ", ".join(f"{name} {ms:.3g} ms" for name, ms in times)
+    refused = "".join(f"; {name} refused: {why}" for name, why in stats["auto_refused"].items())
+    order = f" ({', '.join(part.provider for part in parts)})" if len(parts) > 1 else ""
+    return f"auto chose {stats['auto_choice']}{order}: {measured}{refused}"
+
+
 def compile_model(
     model: options.Model,
     output: Annotated[
@@ -92,6 +101,7 @@ def compile_model(
         "outputs": list(map(str, engine.outputs)),
         "stats": {name: value for name, value in engine.stats.items() if isinstance(value, (int, float, str, bool))},
         "tuning": engine.stats.get("tuning"),
+        "auto_ms": engine.stats.get("auto_ms"),
         "conversions": engine.conversions,
         "layers": engine.stats.get("layers"),
     }
@@ -110,6 +120,8 @@ def _print(engine: Any, path: Path, seconds: float) -> None:
     print(f"  inputs   {', '.join(map(str, engine.inputs))}")
     print(f"  outputs  {', '.join(map(str, engine.outputs))}")
     print(f"  nodes    {len(engine.placement) - n_foreign} native, {n_foreign} in other engines")
+    if "auto_choice" in engine.stats:
+        print(f"  provider {describe_choice(engine.stats, getattr(engine, 'parts', ()))}")
     left = engine.conversions
     cost = f", {sum(float(str(c['cost_us'])) for c in left):.0f} us on one core" if left else ""
     print(f"  conversions of layout and format that are steps of their own: {len(left)}{cost}")

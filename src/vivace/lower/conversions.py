@@ -69,7 +69,7 @@ def _conversion(s: Step, readers: dict[Storage, list[Step]], sizes: Mapping[str,
     out = s.writes[0]
     source = next((x for x in s.reads if x.kind != "constant" and x is not out), out)
     n = known(out.size)
-    ps = transpose_ps(n, out.dtype.size_bytes) if _is_turned(s) else format_ps(n)
+    ps = transpose_ps(n, source.dtype.size_bytes) if _is_turned(s) else format_ps(n)
     return Conversion(
         out.name, s.label, str(source.dtype), str(out.dtype), known(s.bytes), round(ps * 1e-6, 3),
         _why(s, source, out, readers),
