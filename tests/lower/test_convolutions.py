@@ -91,6 +91,21 @@ def test_transposed_by_whole_kernels(isa: str, layout: str, filters: int, kernel
         assert product.n == 48
 
 
+@pytest.mark.parametrize("name, value", [
+    ("dilations", (2, 1)), ("before", (1, 0)), ("after", (0, 1)), ("output_padding", (1, 0)), ("group", 2),
+])  # fmt: skip
+def test_whole_kernels_that_meet_or_are_cut_are_gathered(name: str, value: object) -> None:
+    """Kernel and stride agree, but one tap is not all that a result has, or some results have none."""
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((6, 3, 2, 2), np.float32), rng.standard_normal((1, 6, 3, 4), np.float32)
+    none, ones = (0, 0), (1, 1)
+    attrs = {"strides": (2, 2), "dilations": ones, "before": none, "after": none, "output_padding": none, "group": 1}
+    attrs |= {"layout": "NCHW", name: value}
+    graph = build(lambda b, v: b.conv_transpose(v, b.const(w), **attrs), Type(DType.f32, x.shape))
+    plan = check(graph, x, isas=(None,), tol=1e-5)
+    assert not any(isinstance(s.spec, Contraction) for s in steps_of(plan.body))
+
+
 @pytest.mark.parametrize("kernel", [(2, 2), (1, 3), (6,)])
 @pytest.mark.parametrize("symbolic", [False, True])
 def test_few_results_of_a_transposed_convolution_are_planes(kernel: tuple[int, ...], symbolic: bool) -> None:

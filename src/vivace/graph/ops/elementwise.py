@@ -1,8 +1,7 @@
 """Element-wise ops; operands of binary ops broadcast as in NumPy and have one dtype.
 
 unary   neg abs sqrt exp log log1p expm1 erf sin cos tan asin acos atan sinh cosh tanh asinh acosh atanh sigmoid floor
-ceil
-        round (half to even) sign not bitnot isnan isinf relu silu
+        ceil round (half to even) sign not bitnot isnan isinf relu silu
         gelu{approximate: "none"|"tanh"}  leaky_relu{alpha}  hard_sigmoid{alpha, beta}  hard_swish  clip{min, max:
         float|None}  cast{to: DType}
 binary  add sub mul div (integers truncate toward zero)  mod{fmod: bool}  pow  max  min  eq ne lt le gt ge  and or xor
@@ -51,10 +50,6 @@ def _gelu(x: Array, approximate: str = "none") -> Array:
     if approximate == "tanh":
         return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
     return 0.5 * x * (1 + _erf(x / math.sqrt(2)))
-
-
-def _silu(x: Array) -> Array:
-    return np.where(np.isneginf(x), -0.0, x * _sigmoid(np.where(np.isneginf(x), 0, x)))
 
 
 def _clip(x: Array, min: float | None = None, max: float | None = None) -> Array:
@@ -107,7 +102,7 @@ _TRANSCENDENTAL: dict[str, Callable[..., Array]] = {
     "atanh": np.arctanh,
     "sigmoid": _sigmoid,
     "gelu": _gelu,
-    "silu": _silu,
+    "silu": lambda x: x * _sigmoid(x),
 }
 # name -> (evaluate, exact, tolerance): transcendental tolerances are a few ulp of f32 (2^-23).
 _UNARY: dict[str, tuple[Callable[..., Array], bool, float]] = {

@@ -1,9 +1,8 @@
-"""Ops that look along an axis in order: argmax, argmin, cumsum, topk.
+"""Ops that look along an axis in order: argmax, argmin and cumsum (topk has a file of its own).
 
 argmax and argmin take two passes over the axis, both vectorized: the extreme value, then the least (or greatest)
-position that holds it. A NaN counts as the extreme, the first one if there are several, as in NumPy. topk takes one
-of two ways: for few results, each is the best of those that come after the one before; for many, the axis is sorted
-by its bits, eight at a time, which keeps the order of equal elements.
+position that holds it. A NaN counts as the extreme, the first one if there are several, as in NumPy. A cumsum is a
+running total for each line. Lines whose neighbours are contiguous share vectors.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def _around(lines: Lines, body: tuple[Stmt, ...]) -> tuple[Stmt, ...]:
 def key_of(params: Params, x: View, index: tuple[Dim, ...]) -> Expr:
     """An integer that orders as the element does."""
     t = x.dtype
-    kind = _KEY.get(t, t)
+    kind = _key_type(t)
     bits = params.load(replace(x, dtype=kind), index)
     if not t.is_float:
         return bits
