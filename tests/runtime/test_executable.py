@@ -220,7 +220,7 @@ def test_huge_unit_counts_side_by_side_are_cut_into_few_grains(address: Address)
     assert all((y == 1).all() for y in ys)
 
 
-def test_threads_claim_at_ends_of_their_own(address: Address) -> None:
+def test_threads_begin_with_halves_of_their_own(address: Address) -> None:
     n = 50
     steps = chain(address, n, 6, units=n)
     context = Executable(steps, n_inputs=1, n_outputs=1, arena_bytes=16 * n, scratch_bytes=8, n_threads=3).context()
@@ -232,10 +232,11 @@ def test_threads_claim_at_ends_of_their_own(address: Address) -> None:
         context.run([address(x)], [address(y)])
         chunks = list(context.chunks())
         for step in range(len(steps)):
-            front = [c.end for c in chunks if c.step == step and c.thread % 2 == 0]
-            back = [c.begin for c in chunks if c.step == step and c.thread % 2 == 1]
-            assert max(front, default=0) <= min(back, default=n)
-            n_shared += bool(front and back)
+            ours = sorted((c for c in chunks if c.step == step), key=lambda c: c.start_ns)
+            for thread in range(3):
+                claims = [((c.begin >= n // 2) != thread % 2, c.begin) for c in ours if c.thread == thread]
+                assert claims == sorted(claims)  # first those of its own half, in either half onwards
+                n_shared += thread == 1 and bool(claims) and not claims[0][0]
         if n_shared > 20:
             break
     assert n_shared > 20

@@ -38,10 +38,8 @@ def waiting_text(cycle_counter: str) -> str:
 define internal i1 @has_work(ptr %team, i64 %id) alwaysinline {{
   %claim = getelementptr i8, ptr %team, i64 {t.CLAIM}
   %word = load atomic i64, ptr %claim acquire, align 8
-  %front.up = lshr i64 %word, 16
-  %front = and i64 %front.up, 65535
-  %back = and i64 %word, 65535
-  %some = icmp ne i64 %front, %back
+  %left = trunc i64 %word to i32
+  %some = icmp ne i32 %left, 0
   br i1 %some, label %ask, label %no
 ask:
   %members.p = getelementptr i8, ptr %team, i64 {t.MEMBERS}
