@@ -310,6 +310,25 @@ def test_panels_pass_inside_only_where_a_is_the_larger_operand() -> None:
     assert not choose_tile(matmul(40, 120, 6625, isa).c, isa, machine).tiles_outside
 
 
+@each_isa
+@pytest.mark.parametrize("splits", [1, 3])
+def test_threads_keep_rows(isa: Isa, splits: int) -> None:
+    case = matmul(45, 48, 70, isa)
+    tile = replace(choose_tile(case.c, isa), tiles_outside=False, tiles_per_unit=2, panels_per_unit=1)
+    case.tile = replace(tile, rows_outer=True, keeps_rows=True)
+    out = case.run(isa, splits)
+    np.testing.assert_allclose(out[0], case.expected[0], rtol=2e-5, atol=1e-4)
+
+
+def test_units_keep_rows_where_b_is_the_larger_operand_and_near() -> None:
+    isa, machine = ISAS["avx512"], replace(host(), caches=())
+    near = choose_tile(matmul(196, 64, 512, isa).c, isa, machine)
+    n_tiles = sum(count for count, _ in near.inner)
+    assert near.keeps_rows and near.rows_outer and near.tiles_per_unit * 2 == n_tiles
+    for m, k, n in [(49, 64, 512), (196, 512, 2048), (3136, 64, 64)]:  # few rows; a large B; a small one
+        assert not choose_tile(matmul(m, k, n, isa).c, isa, machine).keeps_rows
+
+
 @pytest.mark.parametrize(
     ("rows", "k", "n", "fetches"),
     [(1, 960, 160, False), (7, 960, 160, True), (40, 960, 160, True), (40, 960, 32, False), (196, 576, 96, False)],

@@ -37,6 +37,7 @@ _FEWEST_ROWS = 64  # that a product is cut for, where their number only shows at
 _MANY_TILES = 64  # all rows that come, up to 2048
 _FEW_UNITS = 8
 _LEAST_GAIN_OF_ROWS = 1.5  # over what copying them costs
+_LEAST_ROWS_TO_KEEP = 128  # a panel that comes from the second-level cache for fewer than 64 of them is waited for
 _LEAST_K_BLOCK = 512  # below it, reading and writing the accumulators once more per pass begins to show
 
 
@@ -58,6 +59,10 @@ class Tile:
     step and the start of the next are computed, since A goes on there, and not stored. `inner` splits that axis.
 
     `keeps_b` tells that all of B fits into half of the second-level cache.
+
+    With `keeps_rows` units go through all panels for one block of rows after the other, so that threads keep to rows of
+    their own, though B is the larger one; a thread that gets all units still takes all rows for one panel after the
+    other.
     """
 
     nv: int
@@ -74,6 +79,7 @@ class Tile:
     tiles_outside: bool = False
     pitch: int = 0
     keeps_b: bool = False
+    keeps_rows: bool = False
 
 
 def max_rows(nv: int, isa: Isa, n_spare: int = 0) -> int:
@@ -171,14 +177,20 @@ def choose_tile(c: Contraction, isa: Isa, machine: Machine | None = None, choice
     if stage_b:
         rows_outer = False
         panels = max(1, min(panels, _half_l2(machine) // max(1, _known([_k(c)], sizes) * lanes * 4)))
+    keeps_rows = (
+        choice == DEFAULT and not (rows_outer or stage_a or stage_b or k_block) and _pays_to_keep_rows(c, ar, machine)
+    )
+    if keeps_rows:
+        blocks = max(2, -(-_UNITS_WANTED // n_panels))
+        tiles, panels, rows_outer = -(-n_tiles // blocks), -(-n_panels * blocks // _UNITS_WANTED), True
     panel_bytes = lanes * _known([_k(c)], sizes) * ar.b_bytes
     b_block, keeps_b = panels * panel_bytes, n_panels * panel_bytes <= _half_l2(machine)
-    fits = rows_outer and b_block <= machine.cache_bytes(2) // 16
+    fits = rows_outer and not keeps_rows and b_block <= machine.cache_bytes(2) // 16
     fits = fits if choice.tiles_outside is None else choice.tiles_outside
     tiles_outside = panels > 1 and not k_block and fits
     return Tile(
         nv, lanes, outer, inner, unroll, tiles, panels, rows_outer or stage_a, stage_a, stage_b, k_block, tiles_outside,
-        pitch, keeps_b,
+        pitch, keeps_b, keeps_rows,
     )  # fmt: skip
 
 
@@ -236,6 +248,17 @@ def _unit(
         tiles = max(1, tiles // -(-wanted // have))
     tiles, panels = (-(-total // -(-total // size)) for total, size in ((n_tiles, tiles), (n_panels, panels)))
     return tiles, panels, b_bytes <= a_bytes
+
+
+def _pays_to_keep_rows(c: Contraction, ar: Arithmetic, machine: Machine) -> bool:
+    """Whether threads had better keep to rows of their own though B is larger than A: what each of them reads of A is
+    then what it wrote itself, not what lies in the cache of the other, and a B that stays near costs little to read
+    twice. ResNet-50 in f32 takes 0.94 to 0.95 of the time on 2 threads, its 196 x 256 -> 1024 0.93 (Emerald Rapids).
+    """
+    rows, k, n = prod([r.extent for r in c.rows]), _k(c), c.n
+    if ar.is_tile or c.batch or not (isinstance(rows, int) and isinstance(k, int) and isinstance(n, int)):
+        return False
+    return rows >= _LEAST_ROWS_TO_KEEP and n * k * ar.b_bytes <= _half_l2(machine)
 
 
 def _k_block(c: Contraction, ar: Arithmetic, machine: Machine, sizes: dict[str, int]) -> int:

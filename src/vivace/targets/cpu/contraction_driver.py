@@ -104,7 +104,10 @@ def _decode(t: Text, p: Plan, dims: Mapping[str, Int], number: Int, bases: tuple
     n_tiles, n_panels = t.dim(p.n_tiles, dims), t.dim(p.n_panels, dims)
     tile_blocks = t.dim(ceildiv(p.n_tiles, p.tile.tiles_per_unit), dims)
     panel_blocks = t.dim(ceildiv(p.n_panels, p.tile.panels_per_unit), dims)
-    if p.tile.rows_outer:
+    image: Int = 0
+    if p.tile.keeps_rows:
+        tile_block, panel_block = _shared_or_whole(t, number, tile_blocks, panel_blocks)
+    elif p.tile.rows_outer:
         rest, panel_block = t.divmod(number, panel_blocks)
         image, tile_block = t.divmod(rest, tile_blocks)
     else:
@@ -134,6 +137,19 @@ def _decode(t: Text, p: Plan, dims: Mapping[str, Int], number: Int, bases: tuple
         t.at("%scratch", t.dim(p.notes_bytes + p.staged_a_bytes + p.staged_b_bytes, dims)) if p.tile.k_block else ""
     )
     return _Unit(at, a, b, out, first_panel, panel_end, first_tile, tile_end, staged_b, waiting)
+
+
+def _shared_or_whole(t: Text, number: Int, tile_blocks: Int, panel_blocks: Int) -> tuple[Int, Int]:
+    """Which block of tiles and of panels a unit has, where threads keep rows, but not the one that gets all units."""
+    first, last = (
+        t.op(f"icmp eq i64 {x}, {y}") for x, y in (("%begin", 0), ("%end", t.mul(tile_blocks, panel_blocks)))
+    )
+    is_whole = t.op(f"and i1 {first}, {last}")
+    of_shared, of_whole = t.divmod(number, panel_blocks), t.divmod(number, tile_blocks)[::-1]
+    tile_block, panel_block = (
+        t.op(f"select i1 {is_whole}, i64 {whole}, i64 {shared}") for shared, whole in zip(of_shared, of_whole)
+    )
+    return tile_block, panel_block
 
 
 def _stage_a(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit) -> None:
