@@ -1,6 +1,7 @@
-"""Functions that one kernel of ours computes, written out in other operators of ONNX, for `benchmarks/ablations.py`.
+"""Small models for `benchmarks/ablations.py`.
 
-Each function gives the model with the one operator, the model without, and inputs for both.
+Functions that one kernel of ours computes, written out in other operators of ONNX: the model with the one operator, the
+model without, and inputs for both; and a head as no model of the catalogue has it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 Pair = tuple[onnx.ModelProto, onnx.ModelProto, dict[str, np.ndarray]]
 STEPS, WIDTH, HIDDEN = 64, 128, 128  # of the recurrent layer
+COLUMNS, N_CLASSES = 40, 6625  # of the head, as in PP-OCR's recogniser
 N_TREES, DEPTH, FEATURES, ROWS = 100, 6, 32, 32  # of the forest
 
 
@@ -98,6 +100,18 @@ def spelled_forest() -> Pair:
     }  # fmt: skip
     spelled = _model(nodes, data, ("x", (ROWS, FEATURES)), ("y", (ROWS, 1)))
     return one, spelled, {"x": rng.standard_normal((ROWS, FEATURES)).astype(np.float32)}
+
+
+def text_head() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """The head of a text recogniser with its greedy decoding: the best of 6625 classes in each of 40 columns."""
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((WIDTH, N_CLASSES)).astype(np.float32) / WIDTH**0.5
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["logits"]),
+             helper.make_node("Softmax", ["logits"], ["p"], axis=-1),
+             helper.make_node("ArgMax", ["p"], ["best"], axis=-1, keepdims=0),
+             helper.make_node("Cast", ["best"], ["y"], to=TensorProto.FLOAT)]  # fmt: skip
+    model = _model(nodes, {"w": w}, ("x", (1, COLUMNS, WIDTH)), ("y", (1, COLUMNS)))
+    return model, {"x": rng.standard_normal((1, COLUMNS, WIDTH)).astype(np.float32)}
 
 
 def _info(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:

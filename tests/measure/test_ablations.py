@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from benchmarks.ablations import ABLATIONS, SPELLED_OUT, compare_engines, markdown
+from benchmarks.ablations import ABLATIONS, MADE, SPELLED_OUT, compare_engines, markdown
 from benchmarks.models import MODELS
 
 import vivace
@@ -15,7 +15,7 @@ from vivace.optimize.pipeline import rule_names
 def test_every_option_has_a_line() -> None:
     disabled = {name for names, _ in ABLATIONS.values() for name in names}
     assert set(OPTIONS) <= disabled <= {*OPTIONS, *rule_names()}
-    assert {case.model for _, cases in ABLATIONS.values() for case in cases} <= {m.name for m in MODELS}
+    assert {case.model for _, cases in ABLATIONS.values() for case in cases} <= {m.name for m in MODELS} | MADE.keys()
 
 
 @pytest.mark.parametrize("name", SPELLED_OUT)

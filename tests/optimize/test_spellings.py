@@ -268,3 +268,19 @@ def test_product_of_one_hot_rows_is_a_gather(spelling: Callable[[Example, Value,
     outside = np.array([[0, 3, 4, -1]])
     rows = evaluate(graph, {"x0": outside})[0]
     assert not rows[0, 2:].any() and rows[0, :2].all()
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax"])
+def test_the_best_class_needs_no_softmax(name: str) -> None:
+    def make(e: Example) -> Value:
+        return e.argmax(getattr(e, name)(e.x("f32[N,7]"), axis=1), axis=1, keepdims=False, select_last=False)
+
+    graph = Example().graph(make)
+    found = optimize(graph)
+    assert name not in {n.op.name for n in found.nodes}
+    x = np.random.default_rng(0).standard_normal((6, 7)).astype(np.float32)
+    x[0, 3], x[1, 5], x[2], x[3, 2], x[4, 1:4] = np.nan, np.inf, -np.inf, -np.inf, 9.0  # of equal ones the first
+    with np.errstate(all="ignore"):
+        (want,), (got,) = evaluate(graph, [x]), evaluate(found, [x])
+    np.testing.assert_array_equal(got, want)
+    assert want.tolist()[:3] == [0, 0, 0] and want[4] == 1

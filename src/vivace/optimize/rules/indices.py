@@ -175,6 +175,32 @@ def gather_one_hot(n: Node, at: At) -> Outcome:
     return op.gather(rows, op.where(inside, flat, op.expand(op.const(size, flat.dtype), shape=flat.shape)), axis=0)
 
 
+@rule(
+    "argmax",
+    examples=(
+        lambda e: e.argmax(e.softmax(e.x("f32[N,6]"), axis=1), axis=1, keepdims=False, select_last=False),
+        lambda e: e.argmax(e.log_softmax(e.x("f32[2,6,3]"), axis=1), axis=1, keepdims=True, select_last=False),
+    ),
+)
+def argmax_before_softmax(n: Node, at: At) -> Outcome:
+    """argmax(softmax(x)) = argmax(x) where the largest x is finite; elsewhere softmax is NaN throughout: 0"""
+    m, op = at.by(n.inputs[0], "softmax", "log_softmax"), at.op
+    if m is None or m.inputs[0] is None:
+        return None
+    x, axis = m.inputs[0], n.attrs["axis"] % m.output.rank
+    if m.attrs["axis"] % x.rank != axis:
+        return f"{m.op.name} runs along another axis"
+    if n.attrs["select_last"]:
+        return "of equal ones it takes the last"
+    if not at.only_use(m.output):
+        return f"the {m.op.name} has other readers"
+    keep = n.attrs["keepdims"]
+    top, best = op.reduce_max(x, axes=(axis,), keepdims=keep), op.argmax(x, axis=axis, keepdims=keep, select_last=False)
+    is_finite = op.lt(op.abs(top), op.const(np.inf, x.dtype))
+    none = op.expand(op.const(0, DType.i64), shape=n.output.shape)
+    return op.where(is_finite, best, none)
+
+
 # For our own code, where choosing rows costs no step of its own; elsewhere it is more nodes than before.
-NATIVE_RULES: tuple[Rule, ...] = (gather_one_hot,)
+NATIVE_RULES: tuple[Rule, ...] = (gather_one_hot, argmax_before_softmax)
 RULES: tuple[Rule, ...] = (drop_neutral_truth, compare_index_with_zero, gather_everything, gather_all_rows)
