@@ -37,6 +37,7 @@ from vivace.lower.pack import aligned_zeros, contiguous_run, pack_groups, pack_p
 from vivace.lower.requantize import ACC, requantize
 from vivace.lower.tile import panel_lanes
 from vivace.measure.peaks import machine_peaks
+from vivace.measure.statistics import geometric_mean
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.amx import host_isa
 from vivace.targets.cpu.code import NOTES_BYTES
@@ -390,7 +391,7 @@ def main() -> None:
                 f" {runtime / 1e3:9.1f} {ours / runtime:6.2f} {vino / 1e3:9.1f} {ours / vino:6.2f} {error:8.1e}",
                 flush=True,
             )
-        mean = float(np.exp(np.mean(np.log(ratios))))
+        mean = geometric_mean(ratios)
         print(f"{name}: geometric mean of ours over the better of the two {mean:.3f}, worst {max(ratios):.2f}")
 
 

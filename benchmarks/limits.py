@@ -8,8 +8,9 @@ are left out.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
+
+from vivace.measure.statistics import geometric_mean
 
 N_NAMED = 4
 _SAYS_NOTHING = 0.005
@@ -30,7 +31,7 @@ def limit_line(rows: Iterable[Row]) -> str:
     known = [(name, seconds, share) for name, seconds, share in rows if share and share > _SAYS_NOTHING]
     if not known:
         return ""
-    mean = math.exp(sum(math.log(share) for _, _, share in known) / len(known))
+    mean = geometric_mean([share for _, _, share in known])
     farthest = sorted(known, key=lambda row: row[2])[:N_NAMED]
     named = ", ".join(f"{name} {share:.0%}" for name, _, share in farthest)
     lost = sum(seconds * (1 - share) for _, seconds, share in known) / sum(seconds for _, seconds, _ in known)

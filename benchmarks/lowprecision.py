@@ -35,6 +35,8 @@ from benchmarks.models import MODELS, ModelUnavailable, inputs, materialise
 from benchmarks.models.quantized import QUANTIZED, materialise_quantized
 from benchmarks.records import RESULTS, ROOT, kept, output_names, versions
 
+from vivace.measure.statistics import geometric_mean
+
 PEERS = ("onnxruntime", "openvino", "torch")
 BASE = "vivace f32"
 
@@ -183,7 +185,7 @@ def summarise(form: str) -> Record:
     for threads in sorted({row["threads"] for row in rows}):
         ratios = [row["ratio"] for row in rows if row["threads"] == threads and row["ratio"]]
         if ratios:
-            means[str(threads)] = {"geometric_mean": math.exp(sum(map(math.log, ratios)) / len(ratios)),
+            means[str(threads)] = {"geometric_mean": geometric_mean(ratios),
                                    "worst": max(ratios), "n_models": len(ratios)}  # fmt: skip
     first = records[0] if records else {}
     return {"format": form, "versions": first.get("versions", {}), "machine": first.get("machine", {}),

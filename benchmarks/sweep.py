@@ -45,6 +45,7 @@ from vivace.graph.graph import Node
 from vivace.lower.pack import aligned_zeros
 from vivace.measure import roofline
 from vivace.measure.peaks import machine_peaks
+from vivace.measure.statistics import geometric_mean
 from vivace.runtime.engine import Engine
 
 RECORDS = ROOT / "benchmarks" / "out" / "sweep"
@@ -296,7 +297,7 @@ def markdown(records: Sequence[Record]) -> str:
         ratios = [r["ratio"] for r in rows if r["ratio"]]
         if not ratios:
             continue
-        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        mean = geometric_mean(ratios)
         lines += [f"## {dtype}: geometric mean {mean:.2f} of the better peer's time, worst {max(ratios):.2f}", ""]
         losing = [r for r in rows if r["ratio"] and r["ratio"] > LOSS]
         lost = ", ".join(r["layer"] for r in sorted(losing, key=lambda r: -r["ratio"]))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.limits import limit_line, mean_line
 from benchmarks.records import Record, write
+
+from vivace.measure.statistics import geometric_mean
 
 PEERS = ("onnxruntime", "openvino", "torch")
 SCHEMA_VERSION = 1
@@ -22,7 +23,7 @@ def summarise(records: Sequence[Record]) -> Record:
     for threads in counts:
         ratios = [row["ratio"] for row in rows if row["threads"] == threads and row["ratio"]]
         means[str(threads)] = {
-            "geometric_mean": math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None,
+            "geometric_mean": geometric_mean(ratios) if ratios else None,
             "worst": max(ratios, default=None),
             "n_models": len(ratios),
         }

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import tempfile
 import time
@@ -29,6 +28,7 @@ from benchmarks.records import RESULTS, ROOT, kept, versions
 import vivace
 from vivace.base.knobs import knobs
 from vivace.base.machine import host
+from vivace.measure.statistics import geometric_mean
 from vivace.runtime.engine import Engine
 
 RECORDS = ROOT / "benchmarks" / "out" / "tuning"
@@ -107,7 +107,7 @@ def markdown(records: Sequence[Record]) -> str:
             f" | {1e3 * r['tuned_seconds']:.3g} | {r['ratio']:.3f} [{r['low']:.2f}, {r['high']:.2f}] | {spent}"
             f" | {r['n_measured']} | {len(r['changes'])} of {r['n_sites']} |"
         )
-    mean = math.exp(sum(math.log(r["ratio"]) for r in records) / len(records))
+    mean = geometric_mean([r["ratio"] for r in records])
     changed = sum(len(r["changes"]) for r in records)
     lines += [
         "",
