@@ -1,12 +1,13 @@
 """Random models in random ways: strips, row blocks, attention, Winograd's products, slices of a batch, number formats;
-and wide ones: any operators, in any way that users have. `python -m tests.networks.cases 0 1000` and
-`python -m tests.networks.wide 0 1000` try any number of others.
+and wide ones: any operators, in any way that users have; and single operators with any attributes. `python -m
+tests.networks.cases 0 1000`, `python -m tests.networks.wide 0 1000` and `python -m tests.networks.single 0 1000` try
+any number of others.
 """
 
 from __future__ import annotations
 
 import pytest
-from tests.networks import wide
+from tests.networks import single, wide
 from tests.networks.cases import check
 
 from vivace.base.machine import host, isa, missing_flags
@@ -37,3 +38,9 @@ WIDE = (7000009, 7000018, 7000023, 7000026, 7000028, 7000031, 7000037, 7000045, 
 @pytest.mark.parametrize("seed", WIDE)
 def test_wide_models(seed: int) -> None:
     assert " sizes, " in wide.check(seed)
+
+
+@pytest.mark.parametrize("family", single.FAMILIES)
+def test_single_operators(family: str) -> None:
+    for seed in range(3):
+        assert single.check(seed, (family,))

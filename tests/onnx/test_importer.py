@@ -75,7 +75,7 @@ class TestDims:
 
     def test_a_missing_rank_is_asked_for(self) -> None:
         m = model(RELU, [value("x", None)], [value("y", None)])
-        with pytest.raises(ModelError, match=r"no declared rank.*overrides"):
+        with pytest.raises(ModelError, match=r"no declared rank.*shapes="):
             import_model(m)
         assert shapes(import_model(m, overrides={"x": ("n", 2)})) == ["f32[n,2]"]
 
@@ -471,6 +471,14 @@ def test_what_is_turned_round_keeps_its_size() -> None:
     text = f"(float[N] x) => (float[N] y) {ends} {{ r = Slice(x, last, first, axis, last)  y = Add(x, r) }}"
     g = import_model(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 18]> m {text}'))
     assert (shapes(g), bounds(g.inputs[0].shape[0])) == (["f32[N]"], (0, None))
+
+
+def test_sizes_of_inputs_stay_what_inputs_tell() -> None:
+    """The body that defines Attention repeats heads as often as an open number says."""
+    text = """(float[2,H,6,4] q, float[2,1,2,4] k, float[A,B,2,C] v, float[D,2] mask) => (float[2,H,6,C] y)
+        { y = Attention<softcap = 2.0>(q, k, v, mask) }"""
+    g = import_model(onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["" : 23]> m {text}'))
+    assert [str(v.type) for v in g.inputs[:3]] == ["f32[2,H,6,4]", "f32[2,1,2,4]", "f32[A,B,2,C]"]
 
 
 def test_letters_of_einsum_are_one_size_each() -> None:

@@ -210,6 +210,9 @@ class Assumptions:
     def _replace(self, s: Symbol, value: Dim) -> bool:
         if not isinstance(value, Expr) and ((s.lo is not None and value < s.lo) or (s.hi is not None and value > s.hi)):
             return False
+        unknown = {t.name for t in symbols(value)} - self.declared
+        if s.name in self.declared and (len(unknown) > 1 or any(linear(value, name) is None for name in unknown)):
+            return False  # no input would tell them
         if (other := as_symbol(value)) is not None:  # the bounds of both hold
             self._bound(other.name, s.lo, s.hi)
             value = self.symbol(other.name)
