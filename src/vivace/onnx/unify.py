@@ -72,7 +72,7 @@ class Assumptions:
             return False
         bounded = {name: bound for name, bound in trial.bounded.items() if seen.bounded.get(name) != bound}
         replaced = {name: d for name, d in trial.replaced.items() if name not in seen.replaced}
-        self.replaced |= {name: d for name, d in replaced.items() if name not in self.declared}
+        self._add(Assumptions({name: d for name, d in replaced.items() if name not in self.declared}))
         here = Assumptions({name: d for name, d in replaced.items() if name in self.declared}, bounded)
         if here.replaced or here.bounded:
             self.local.setdefault(branches[-1], Assumptions())._add(here)
