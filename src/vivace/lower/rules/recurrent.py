@@ -37,13 +37,8 @@ from vivace.lower.rules.elementwise import Params
 from vivace.lower.rules.recurrent_cell import GATES, Cell, Layer, Operands, loop_symbol, vector
 from vivace.lower.views import View
 
-PANEL_LANES = (
-    64,
-    48,
-    32,
-    16,
-    8,
-)  # columns that one pass over the state computes; four 512-bit accumulators hide the latency of an add
+# Columns that one pass over the state computes: four 512-bit accumulators hide the latency of an add.
+PANEL_LANES = (64, 48, 32, 16, 8)
 _FUNCTIONS = {"lstm": 3, "gru": 2, "rnn": 1}
 
 

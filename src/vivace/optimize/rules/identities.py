@@ -15,13 +15,9 @@ from vivace.graph.rewrite import At, Outcome, Rule, rule, scalar
 
 
 def _filled(v: Value | None, number: float) -> bool:
-    return (
-        v is not None
-        and v.data is not None
-        and bool(v.data.size)
-        and v.data.dtype != object
-        and bool(np.all(v.data == number))
-    )
+    if v is None or v.data is None or not v.data.size or v.data.dtype == object:
+        return False
+    return bool(np.all(v.data == number))
 
 
 @rule(
@@ -93,22 +89,12 @@ def once_is_enough(n: Node, at: At) -> Outcome:
     return n.inputs[0] if at.by(n.inputs[0], n.op.name) else None
 
 
+_SMALL = {DType.i8, DType.i16, DType.u8, DType.u16, DType.bool}
 _EXACT_IN = {
-    DType.f64: {
-        DType.f32,
-        DType.f16,
-        DType.bf16,
-        DType.i32,
-        DType.i16,
-        DType.i8,
-        DType.u32,
-        DType.u16,
-        DType.u8,
-        DType.bool,
-    },
-    DType.f32: {DType.f16, DType.bf16, DType.i16, DType.i8, DType.u16, DType.u8, DType.bool},
-    DType.i64: {DType.i32, DType.i16, DType.i8, DType.u32, DType.u16, DType.u8, DType.bool},
-    DType.i32: {DType.i16, DType.i8, DType.u16, DType.u8, DType.bool},
+    DType.f64: {DType.f32, DType.f16, DType.bf16, DType.i32, DType.u32, *_SMALL},
+    DType.f32: {DType.f16, DType.bf16, *_SMALL},
+    DType.i64: {DType.i32, DType.u32, *_SMALL},
+    DType.i32: _SMALL,
 }
 
 
@@ -187,11 +173,8 @@ def join_clips(n: Node, at: At) -> Outcome:
     if outer is None or x.type != n.output.type or not x.dtype.is_float:
         return None
     m = at.by(x, *CLIPPING)
-    inner = (
-        _bounds(m)
-        if m is not None and m.inputs[0] is not None and m.inputs[0].type == x.type and at.only_use(x)
-        else None
-    )
+    joins = m is not None and m.inputs[0] is not None and m.inputs[0].type == x.type and at.only_use(x)
+    inner = _bounds(m) if m is not None and joins else None
     if inner is not None and m is not None:
         # the outer bounds win where the intervals do not meet: clip(clip(x, a, b), c, d) stays inside [c, d]
         low, high = (min(max(v, outer[0]), outer[1]) for v in inner)
@@ -207,30 +190,14 @@ def join_clips(n: Node, at: At) -> Outcome:
     return at.op.clip(x, min=None if low == -math.inf else low, max=None if high == math.inf else high)
 
 
-BINARY = (
-    "add",
-    "sub",
-    "mul",
-    "div",
-    "pow",
-    "max",
-    "min",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "and",
-    "or",
-    "xor",
-    "mod",
+BROADCASTING = (
+    "add", "sub", "mul", "div", "pow", "max", "min", "eq", "ne", "lt", "le", "gt", "ge", "and", "or", "xor", "mod",
     "where",
-)
+)  # fmt: skip
 
 
 @rule(
-    *BINARY,
+    *BROADCASTING,
     examples=(
         lambda e: e.add(e.expand(e.x("f32[1,4]"), shape=(3, 4)), e.x("f32[3,4]")),
         lambda e: e.where(e.expand(e.x("bool[1,4]"), shape=(3, 4)), e.x("f32[3,4]"), e.x("f32[3,1]")),
