@@ -6,12 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx.parser
 import pytest
 from benchmarks import overhead, times_table
 from benchmarks.compiled_torch import torch_contestant, why_not
 from benchmarks.times import SUMMARY
 
+import vivace
 from vivace.base.errors import ProviderError
+from vivace.runtime.engine import Engine
 
 
 def _record(model: str, threads: int, medians: dict[str, float | None], disturbed: bool = False) -> dict[str, Any]:
@@ -119,7 +123,16 @@ def test_torch_runs_what_came_from_it_only() -> None:
         torch_contestant("silero-vad", 1, ["output"]).load()
 
 
-def test_time_in_kernels_counts_once_where_threads_overlap() -> None:
-    assert overhead.covered_ns([]) == 0
-    assert overhead.covered_ns([(10, 20), (30, 35)]) == 15
-    assert overhead.covered_ns([(30, 40), (10, 32), (12, 20), (40, 41)]) == 31
+def test_an_engine_without_kernels_goes_the_same_way() -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["" : 17]>
+        sums (float[4] x) => (float[4] y, float[1] z) { y = Add(x, x)  z = ReduceSum(y) }
+    """)
+    engine = vivace.compile(model, threads=1)
+    assert isinstance(engine, Engine)
+    emptied = overhead.without_kernels(engine)
+    assert emptied.image.lines == engine.image.lines
+    results = {"y": np.full(4, 5.0, np.float32), "z": np.full(1, 5.0, np.float32)}
+    emptied.run({"x": np.ones(4, np.float32)}, results)
+    assert all((r == 5.0).all() for r in results.values())
+    assert engine.run({"x": np.ones(4, np.float32)})["z"] == 8.0
