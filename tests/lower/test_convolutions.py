@@ -91,6 +91,19 @@ def test_transposed_by_whole_kernels(isa: str, layout: str, filters: int, kernel
         assert product.n == 48
 
 
+def test_constants_by_pixel_follow_transposed_convolutions() -> None:
+    """They are not repeated for taps side by side, as constants by channel are."""
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((6, 8, 2, 2), np.float32), rng.standard_normal((1, 3, 4, 6), np.float32)
+    image, none = rng.standard_normal((6, 8, 8), np.float32), (0, 0)
+    attrs = {"strides": (2, 2), "dilations": (1, 1), "before": none, "after": none, "output_padding": none, "group": 1,
+             "layout": "NHWC"}  # fmt: skip
+    graph = build(
+        lambda b, v: b.add(b.conv_transpose(v, b.const(w), **attrs), b.const(image)), Type(DType.f32, x.shape)
+    )
+    check(graph, x, isas=(None,), tol=1e-5)
+
+
 @pytest.mark.parametrize("name, value", [
     ("dilations", (2, 1)), ("before", (1, 0)), ("after", (0, 1)), ("output_padding", (1, 0)), ("group", 2),
 ])  # fmt: skip

@@ -82,10 +82,16 @@ def test_symbolic_sizes(mode: str, coordinate: str) -> None:
         )
         for shape in ((1, 4, 6, 8), (2, 7, 5, 8)):
             check(graph, RNG.standard_normal(shape).astype(np.float32))
-    graph = build(
-        lambda b, x: resized(b, x, (n, 3, 2 * h, 3 * w), mode, coordinate=coordinate), Type(f32, (n, 3, h, w))
-    )
-    check(graph, RNG.standard_normal((2, 3, 5, 7)).astype(np.float32))
+        check(graph, RNG.standard_normal((1, 1, 2, 8)).astype(np.float32), isas=(None,))  # results of one pixel
+    for exclude_outside in (False, True):
+        graph = build(
+            lambda b, x, e=exclude_outside: resized(
+                b, x, (n, 3, 2 * h, 3 * w), mode, coordinate=coordinate, exclude_outside=e
+            ),
+            Type(f32, (n, 3, h, w)),
+        )
+        x = RNG.standard_normal((2, 3, 5, 7)).astype(np.float32)
+        check(graph, x, isas=(None,) if exclude_outside else (None, HERE[-1]))
 
 
 @pytest.mark.parametrize("isa", HERE)
