@@ -5,9 +5,9 @@
 Rules:
 * BLOCKS: an instruction counts as often as its loop turns. Loops around products turn once per chunk of K, all others
   of a micro-kernel once per row of its tile (the epilogue). The driver, some sixty instructions per tile, is left out.
-* UNITS: products of tiles take 16 cycles, loads of tiles 8, and two vector instructions of 512 bits one, in units of
-  their own; stores of tiles take 16 cycles in which the others stand (measured in loops on Emerald Rapids: 4 products,
-  5 loads and 4 stores take 106 cycles, with 400 additions besides 242, which take 172 alone).
+* UNITS: products of tiles take 16 cycles and loads of tiles 8, at the same time; stores of tiles 16 more. Vector
+  instructions of 512 bits take a cycle each among those, beside them, or half a cycle each in a stretch of their own
+  (measured in loops on Emerald Rapids: rule LONGER of `contraction_waiting`).
 * LINES: kernels are told apart by their machine code; a row of the table is all the calls of one of them.
 """
 
@@ -55,7 +55,8 @@ class Work:
     @property
     def cycles(self) -> float:
         """The least that a core needs (rule UNITS)."""
-        return max(16 * self.products, 8 * self.loads, self.vector / 2) + 16 * self.stores
+        tiles = max(16 * self.products, 8 * self.loads) + 16 * self.stores
+        return min(max(tiles, self.vector), tiles + self.vector / 2)
 
     def plus(self, other: Work, times: int = 1) -> Work:
         return Work(*(a + times * b for a, b in zip(astuple(self), astuple(other), strict=True)))

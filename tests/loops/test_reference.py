@@ -16,6 +16,7 @@ from vivace.loops.kernel import (
     Buffer,
     Cast,
     Const,
+    Fma,
     For,
     Kernel,
     Load,
@@ -74,6 +75,17 @@ def test_halves_are_rounded_when_cast_and_not_between() -> None:
     assert value == 2.0**-10
     assert reference.value_of(Cast(DType.bf16, tiny), {}, {}) == 1
     assert x.dtype == reference.computed_dtype(DType.bf16)
+
+
+def test_multiply_add_rounds_once() -> None:
+    """1 + 2**-30 as a product; and a sum that f64 would round to just between two numbers of f32."""
+    a, b = np.float32(1 + 2**-15), np.float32(1 - 2**-15)
+    e = Fma(Read("a", f32), Read("b", f32), Read("c", f32))
+    assert reference.value_of(e, {}, {}, {"a": a, "b": b, "c": np.float32(-1)}) == -(2.0**-30)
+    tie = {"a": np.float32(2.0**-30), "b": np.float32(2.0**-30), "c": np.float32(1)}
+    assert reference.value_of(e, {}, {}, tie) == 1
+    above = {"a": np.float32(1 + 2**-23), "b": np.float32(2.0**-24), "c": np.float32(1)}
+    assert reference.value_of(e, {}, {}, above) == np.float32(1 + 2**-23)
 
 
 def test_an_expression_over_index_arrays() -> None:

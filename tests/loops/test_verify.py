@@ -14,6 +14,7 @@ from vivace.loops.kernel import (
     Cast,
     Const,
     Fetch,
+    Fma,
     For,
     Guard,
     Index,
@@ -103,6 +104,13 @@ def test_an_epilogue_reads_its_accumulator() -> None:
     assert verify_expr(e, (X,), {"acc": f32}, "epilogue") is f32
     with pytest.raises(GraphError, match="acc is read"):
         verify_expr(e, (X,), {}, "epilogue")
+
+
+def test_multiply_adds_are_of_f32() -> None:
+    assert verify_expr(Fma(ONE, ONE, ONE), (), {}, "epilogue") is f32
+    with pytest.raises(GraphError, match="is i64"):
+        verify_expr(Fma(ONE, ONE, Const(2, i64)), (), {}, "epilogue")
+    assert expr_text(Fma(ONE, Unary("neg", ONE), ONE)) == "fma(1.0, neg(1.0), 1.0)"
 
 
 def test_kernels_are_printed_as_they_are_read() -> None:

@@ -3,6 +3,7 @@ it was written, equal to ONNX Runtime's QLinear operators."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,18 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import vivace
+from vivace.base.dtypes import DType
 from vivace.base.machine import host, isa, missing_flags
+from vivace.building import make_plan, optimize_for_native
 from vivace.graph.graph import Graph
 from vivace.graph.reference import evaluate
 from vivace.graph.rewrite import Example
+from vivace.loops.contraction import Contraction
+from vivace.loops.kernel import Binary, Const, Read, Unary, walk
+from vivace.loops.reference import value_of
 from vivace.lower.magnitude import magnitude
+from vivace.lower.plan import steps_of
+from vivace.lower.requantize import rounded_product
 from vivace.onnx.importer import import_model
 from vivace.optimize.pipeline import optimize
 
@@ -100,12 +108,14 @@ def gap(a: Array, b: Array) -> int:
     return int(np.abs(a.astype(np.int64) - b.astype(np.int64)).max(initial=0))
 
 
-def check(model: onnx.ModelProto, feeds: dict[str, Array], target: str, quanta: int = 1) -> list[str]:
-    """Compares a model with an integer result; the ops that the native graph has."""
+def check(model: onnx.ModelProto, feeds: dict[str, Array], target: str, quanta: int = 1, rare: int = 0) -> list[str]:
+    """Compares a model with an integer result; the ops that the native graph has. `rare`: how far one result in 100
+    may be from the native graph, whose nodes round one by one."""
     graph = import_model(model.SerializeToString())
     native = optimize(graph)
     got = compiled(model, feeds, target)
-    np.testing.assert_array_equal(got, evaluate(native, feeds)[0])
+    expected = evaluate(native, feeds)[0]
+    assert gap(got, expected) <= rare and np.mean(got != expected) <= 0.01
     assert gap(got, evaluate(graph, feeds)[0]) <= quanta
     assert gap(got, ran_by_ort(model, feeds)) <= quanta
     return [n.op.name for n in native.nodes]
@@ -231,13 +241,43 @@ def residual_block(scale: float = 0.8) -> tuple[onnx.ModelProto, dict[str, Array
 @each_target
 def test_a_residual_block_has_no_step_but_its_convolutions(target: str) -> None:
     model, feeds = residual_block()
-    check(
-        model, feeds, target, quanta=2
-    )  # two roundings one after the other, the first one of 1.6 quanta of the second
+    # Two roundings one after the other, the first one of 1.6 quanta of the second. A sum in 16
+    # is 1.625 i + j / 16 just between two quanta, where it decides whether products are rounded before they are added.
+    check(model, feeds, target, quanta=2, rare=1)
     engine = vivace.compile(model.SerializeToString(), target=target, providers="native")
     labels = [e.kernel.split(":")[1] for e in engine.profile(feeds)]
     assert [x for x in labels if x not in ("copy", "fill", "conv_integer")] == []
     assert labels.count("conv_integer") == 2
+
+
+def test_a_residual_sum_takes_few_operations() -> None:
+    """The sum of the convolution, as it is rounded on the way, and the residual: three multiply-adds, no
+    rounding of its own but the last."""
+    model, _ = residual_block()
+    plan = make_plan(optimize_for_native(import_model(model.SerializeToString())), isa("avx2"), ("native",))
+    last = [s.spec for s in steps_of(plan.body) if isinstance(s.spec, Contraction)][-1]
+    assert last.epilogue is not None
+    found = Counter(e.fn if isinstance(e, (Unary, Binary)) else type(e).__name__ for e in walk(last.epilogue))
+    assert (found["Fma"], found["round"], found["mul"]) == (3, 1, 0)
+
+
+def test_rounding_by_addition_is_rounding() -> None:
+    """Also halves, what is clipped, and what is too large for f32 to have fractions."""
+    x = np.array([0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 127.5, 300, 4e6, 2e7, 3e38, -3e38, -128.5, 129.49], np.float32)
+    product = Binary("mul", Read("x", DType.f32), Read("s", DType.f32))
+    low, high = Const(-128.0, DType.f32), Const(127.0, DType.f32)
+    rounded = Unary("round", Binary("min", Binary("max", product, low), high))
+    brief = rounded_product(rounded)
+    assert brief is not None
+    for s in (1, -1, 0.37):
+        names = {"x": x, "s": np.float32(s)}
+        np.testing.assert_array_equal(value_of(brief, {}, {}, names), value_of(rounded, {}, {}, names))
+
+
+def test_limits_between_whole_numbers_are_no_place_to_round_by_addition() -> None:
+    product = Binary("mul", Read("x", DType.f32), Const(2.0, DType.f32))
+    clipped = Binary("min", Binary("max", product, Const(-1.5, DType.f32)), Const(9.0, DType.f32))
+    assert rounded_product(Unary("round", clipped)) is None
 
 
 @each_target

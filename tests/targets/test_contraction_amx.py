@@ -17,7 +17,7 @@ from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import CacheLevel, host, isa, missing_flags
 from vivace.loops.contraction import Axis, Contraction
-from vivace.loops.kernel import Expr, Read, Unary
+from vivace.loops.kernel import Binary, Buffer, Expr, Load, Read, Unary
 from vivace.lower.tile import Tile, choose_tile
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.amx import is_permitted
@@ -218,6 +218,26 @@ def test_sums_wait_where_products_take_longer_than_what_follows(k: int, waits: b
         e = Unary("neg", e)
     text = replace(case, c=replace(case.c, epilogue=e)).code(TILES).llvm_text
     assert ("call void @product.finish0(" in text) == waits
+
+
+@lacks_avx512
+@pytest.mark.parametrize(("k", "n", "zeroed"), [(64, 64, {False}), (64, 40, {False, True}), (512, 64, {True})])
+def test_sums_of_whole_panels_start_from_the_bias(k: int, n: int, zeroed: set[bool]) -> None:
+    """Where nothing waits: else finishing costs nothing. The last panel may be wider than the bias."""
+    random = np.random.default_rng(k + n)
+    a, b = (random.integers(-9, 10, shape).astype(bf16) for shape in ((1, 40, k), (1, k, n)))
+    case = product(a, b, np.float32, TILES)
+    assert isinstance(case.c, Contraction)
+    bias = Buffer("bias", DType.f32, (n,), (1,))
+    e: Expr = Binary("add", Read("acc", DType.f32), Load(bias, (symbol("n"),)))
+    for _ in range(10):
+        e = Unary("neg", e)
+    data = random.integers(-99, 100, n).astype(np.float32)
+    biased = replace(case, c=replace(case.c, epilogue=e, extra=(bias,)), arrays={**case.arrays, bias: data})
+    text = biased.code(TILES).llvm_text
+    kernels = [x for x in text.split("define ")[1:] if x.startswith("internal void @product.tile")]
+    assert {"void @llvm.x86.tilezero" in x for x in kernels} == zeroed
+    np.testing.assert_array_equal(Model().run(biased), case.expected + data)
 
 
 @lacks_avx512

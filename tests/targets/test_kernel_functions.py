@@ -30,6 +30,7 @@ from vivace.loops.kernel import (
     Cast,
     Const,
     Expr,
+    Fma,
     Index,
     Select,
     Unary,
@@ -62,6 +63,12 @@ def test_rounded_functions(compile_kernel, each_isa, fn: str, dtype: DType) -> N
 def test_functions_of_integers(compile_kernel, each_isa, fn: str, dtype: DType) -> None:
     target = flag if fn in ("not", "isnan") else dtype
     check_elementwise(compile_kernel, each_isa, lambda x: Unary(fn, x), [dtype], target)
+
+
+def test_multiply_add(compile_kernel, each_isa) -> None:
+    """Rounded once where the CPU can, else twice: products of these are exact."""
+    e = lambda x: Fma(x, Const(0.5, f32), Const(3.0, f32))  # noqa: E731
+    check_elementwise(compile_kernel, each_isa, e, [f32], f32)
 
 
 FLOAT_BINARY = [f for f in BINARY if f not in ("and", "or", "xor", "bitand", "bitor", "bitxor", "shl", "shr", "pow")]

@@ -11,6 +11,7 @@ from vivace.loops.kernel import (
     Cast,
     Const,
     Expr,
+    Fma,
     For,
     Guard,
     Index,
@@ -57,7 +58,7 @@ def varies(e: Expr, names: Collection[str]) -> bool:
             return varies(x, names) or any(n in names for n in _names(extent))
         case Binary(a=a, b=b):
             return varies(a, names) or varies(b, names)
-        case Select(cond=c, a=a, b=b):
+        case Select(cond=c, a=a, b=b) | Fma(a=c, b=a, c=b):
             return varies(c, names) or varies(a, names) or varies(b, names)
 
 
@@ -93,7 +94,7 @@ def _bits(node: Expr | Stmt | tuple[Stmt, ...], names: set[str]) -> Iterator[int
                 yield computed_bits(dtype_of(node))
             yield from _bits(a, names)
             yield from _bits(b, names)
-        case Select(cond=c, a=a, b=b):
+        case Select(cond=c, a=a, b=b) | Fma(a=c, b=a, c=b):
             if varies(node, names):
                 yield computed_bits(dtype_of(node))
             yield from _bits(c, names)

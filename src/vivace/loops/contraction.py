@@ -19,7 +19,21 @@ from itertools import pairwise
 
 from vivace.base.dims import Dim, linear, substitute, symbols
 from vivace.base.dtypes import DType
-from vivace.loops.kernel import Binary, Buffer, Cast, Expr, Index, Inside, Load, Lookup, Reduce, Select, Unary, walk
+from vivace.loops.kernel import (
+    Binary,
+    Buffer,
+    Cast,
+    Expr,
+    Fma,
+    Index,
+    Inside,
+    Load,
+    Lookup,
+    Reduce,
+    Select,
+    Unary,
+    walk,
+)
 
 NO_BUFFERS: Mapping[Buffer, Buffer] = {}
 
@@ -188,6 +202,8 @@ def substitute_expr(e: Expr, env: Mapping[str, Dim], buffers: Mapping[Buffer, Bu
             return replace(e, x=inner(x))
         case Binary(a=a, b=b):
             return replace(e, a=inner(a), b=inner(b))
+        case Fma(a=a, b=b, c=c):
+            return Fma(inner(a), inner(b), inner(c))
         case Select(cond=cond, a=a, b=b):
             return Select(inner(cond), inner(a), inner(b))
         case _:

@@ -19,6 +19,7 @@
              | Read(name)                                         the value of a Let, or of a name that the context
              supplies
              | Unary(fn, x) | Binary(fn, a, b) | Select(cond, a, b) | Cast(dtype, x)
+             | Fma(a, b, c)                                       a * b + c in f32, rounded once where the CPU can
              | Lookup(table, dtype, x)                            entry x of 256 bytes; i8 stands for the u8 of its bits
              | Reduce(fn, var, extent, x)                         sum, prod, max or min of x over var
 
@@ -199,6 +200,13 @@ class Binary:
 
 
 @dataclass(frozen=True, slots=True)
+class Fma:
+    a: Expr
+    b: Expr
+    c: Expr
+
+
+@dataclass(frozen=True, slots=True)
 class Select:
     cond: Expr
     a: Expr
@@ -226,7 +234,7 @@ class Reduce:
     x: Expr
 
 
-Expr = Const | Index | Load | Read | Unary | Binary | Select | Cast | Lookup | Reduce
+Expr = Const | Index | Load | Read | Unary | Binary | Fma | Select | Cast | Lookup | Reduce
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +303,7 @@ def dtype_of(e: Expr) -> DType:
             return DType.bool if fn in ("isnan", "isinf", "not") else dtype_of(x)
         case Binary(fn=fn, a=a):
             return DType.bool if fn in _COMPARE else dtype_of(a)
-        case Select(a=a):
+        case Select(a=a) | Fma(a=a):
             return dtype_of(a)
         case Reduce(x=x):
             return dtype_of(x)
@@ -327,11 +335,11 @@ def walk(node: Kernel | Stmt | Expr) -> Iterator[Stmt | Expr]:
             yield node
             yield from walk(a)
             yield from walk(b)
-        case Select(cond=c, a=a, b=b):
+        case Select(cond=a, a=b, b=c) | Fma(a=a, b=b, c=c):
             yield node
-            yield from walk(c)
             yield from walk(a)
             yield from walk(b)
+            yield from walk(c)
         case _:
             yield node
 

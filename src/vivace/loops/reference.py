@@ -30,6 +30,7 @@ from vivace.loops.kernel import (
     Const,
     Expr,
     Fetch,
+    Fma,
     For,
     Guard,
     Index,
@@ -258,6 +259,8 @@ def _value(context: _Context, e: Expr) -> Array:
             return unary(fn, _value(context, x), dtype_of(x))
         case Binary(fn=fn, a=a, b=b):
             return binary(fn, _value(context, a), _value(context, b), dtype_of(a))
+        case Fma(a=a, b=b, c=c):
+            return _fma(_value(context, a), _value(context, b), _value(context, c))
         case Select(cond=c, a=a, b=b):
             return np.where(_value(context, c), _value(context, a), _value(context, b))
         case Cast(dtype=t, x=x):
@@ -281,6 +284,17 @@ def _reduce(context: _Context, e: Reduce) -> Array:
         following = binary(e.fn, total, x, DType.f64 if t.is_float else t)
         total = np.where(k < n, following, total) if np.ndim(n) else following
     return total.astype(computed_dtype(t))
+
+
+def _fma(a: Array, b: Array, c: Array) -> Array:
+    """a * b + c of f32, rounded once: f64 holds the product, and the sum is rounded to odd there."""
+    product, c = np.broadcast_arrays(a.astype(np.float64) * b, c.astype(np.float64))
+    total = product + c
+    part = total - product
+    lost = (product - (total - part)) + (c - part)
+    is_even = total.view(np.int64) & 1 == 0
+    odd = np.nextafter(total, np.copysign(np.inf, lost))
+    return np.where((lost != 0) & is_even & np.isfinite(total), odd, total).astype(np.float32)
 
 
 def _least(t: DType) -> float | int | bool:

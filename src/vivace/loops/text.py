@@ -21,6 +21,7 @@ from vivace.loops.kernel import (
     Const,
     Expr,
     Fetch,
+    Fma,
     For,
     Guard,
     Index,
@@ -105,6 +106,8 @@ def expr_text(e: Expr, nested: bool = False) -> str:
             return f"({text})" if nested else text
         case Binary(fn=fn, a=a, b=b):
             return f"{fn}({expr_text(a)}, {expr_text(b)})"
+        case Fma(a=a, b=b, c=c):
+            return f"fma({expr_text(a)}, {expr_text(b)}, {expr_text(c)})"
         case Select(cond=c, a=a, b=b):
             text = f"{expr_text(a, True)} if {expr_text(c, True)} else {expr_text(b, True)}"
             return f"({text})" if nested else text

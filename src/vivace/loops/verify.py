@@ -29,6 +29,7 @@ from vivace.loops.kernel import (
     Const,
     Expr,
     Fetch,
+    Fma,
     For,
     Guard,
     Index,
@@ -200,8 +201,8 @@ def _children(e: Expr) -> tuple[Expr, ...]:
             return (x,)
         case Binary(a=a, b=b):
             return (a, b)
-        case Select(cond=c, a=a, b=b):
-            return (c, a, b)
+        case Select(cond=a, a=b, b=c) | Fma(a=a, b=b, c=c):
+            return (a, b, c)
         case _:
             return ()
 
@@ -230,6 +231,10 @@ def _expr(scope: _Scope, e: Expr) -> DType:
                 scope.fail(f"{fn} of bool {expr_text(x)}", expected="a number")
         case Binary(fn=fn, a=a, b=b):
             _binary(scope, fn, a, b)
+        case Fma(a=a, b=b, c=c):
+            for x in (a, b, c):
+                if (t := _expr(scope, x)) is not DType.f32:
+                    scope.fail(f"{expr_text(x)} of {expr_text(e)} is {t}", expected="f32")
         case Select(cond=c, a=a, b=b):
             if (t := _expr(scope, c)) is not DType.bool:
                 scope.fail(f"condition {expr_text(c)} is {t}", expected="bool")

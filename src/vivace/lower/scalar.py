@@ -10,7 +10,7 @@ from vivace.base.errors import InternalError
 from vivace.graph.graph import Attrs, Node
 from vivace.graph.ops.quantized import BYTES, RANGES
 from vivace.loops.kernel import Binary, Cast, Const, Expr, Lookup, Select, Unary, dtype_of
-from vivace.lower.requantize import quantize
+from vivace.lower.requantize import quantize, rounded_product
 
 _DIRECT_UNARY = frozenset(
     [
@@ -152,8 +152,10 @@ def _dequantize(args: list[Expr]) -> Expr:
     if isinstance(zero, Const) and (rounded := _rounded(q, int(zero.value))) is not None:
         return Binary("mul", rounded, scale)
     wide: Expr = Cast(DType.i32, q)
-    if not (isinstance(zero, Const) and zero.value == 0):
+    if not isinstance(zero, Const):
         wide = Binary("sub", wide, Cast(DType.i32, zero))
+    elif zero.value:
+        wide = Binary("sub", wide, Const(int(zero.value), DType.i32))
     return Binary("mul", Cast(DType.f32, wide), scale)
 
 
@@ -162,9 +164,9 @@ def _rounded(q: Expr, zero: int) -> Expr | None:
     made."""
     match q:
         case Cast(x=Binary(fn="add", a=Cast(dtype=DType.i32, x=Unary(fn="round") as x), b=Const(value=added))):
-            return x if added == zero else None
+            return (rounded_product(x) or x) if added == zero else None
         case Cast(x=Cast(dtype=DType.i32, x=Unary(fn="round") as x)):
-            return x if zero == 0 else None
+            return (rounded_product(x) or x) if zero == 0 else None
     return None
 
 

@@ -12,7 +12,7 @@ from vivace.lower.group import Group
 from vivace.lower.halves import HALVES
 from vivace.lower.lowering import Lowering
 from vivace.lower.magnitude import BOUNDED, magnitude
-from vivace.lower.requantize import quantize
+from vivace.lower.requantize import quantize, summed
 from vivace.lower.scalar import literal, scalar
 from vivace.lower.views import View, collapse
 
@@ -84,7 +84,7 @@ class Tree:
         x, zero = args[0], args[-1]
         is_last = n.op.name == "quantize" and n.outputs[0] is self.root and isinstance(zero, Const)
         if is_last and args[1] == Const(1.0, DType.f32) and magnitude(n.inputs[0], self.ctx.producer) < BOUNDED:
-            return quantize(x, int(zero.value), n.outputs[0].dtype, is_bounded=True)  # type: ignore[union-attr]
+            return quantize(summed(x), int(zero.value), n.outputs[0].dtype, is_bounded=True)  # type: ignore[union-attr]
         return scalar(n, args)
 
     def expr(self, leaf: Callable[[Value], Expr], given: dict[Value, Expr] | None = None) -> Expr:

@@ -9,7 +9,7 @@ from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Value
 from vivace.loops.contraction import substitute_expr
-from vivace.loops.kernel import Binary, Cast, Expr, Lookup, Read, Select, Unary
+from vivace.loops.kernel import Binary, Cast, Expr, Fma, Lookup, Read, Select, Unary
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.rules.elementwise import Params, Tree
@@ -64,6 +64,8 @@ def _with_acc(e: Expr, acc: Expr) -> Expr:
             return replace(e, x=_with_acc(x, acc))
         case Binary(a=a, b=b):
             return replace(e, a=_with_acc(a, acc), b=_with_acc(b, acc))
+        case Fma(a=a, b=b, c=c):
+            return Fma(_with_acc(a, acc), _with_acc(b, acc), _with_acc(c, acc))
         case Select(cond=c, a=a, b=b):
             return Select(_with_acc(c, acc), _with_acc(a, acc), _with_acc(b, acc))
         case _:

@@ -8,6 +8,8 @@ of a run of A, at most 64 bytes; chunks divide the run evenly, so nothing is rea
 Sums go through memory to the epilogue, which works row by row while the next tile is multiplied
 (`contraction_waiting`).
 
+Sums start from the bias where the epilogue begins with it: a load of a tile register whose rows lie no bytes apart.
+
 Rules:
 * FEW: as few tile registers as possible hold something. A core has some twenty of them, which hold what the program
   sees and all results under way; two threads of a core have half each, and then what a program holds leaves few to
@@ -40,7 +42,7 @@ from vivace.base.dims import Dim
 from vivace.base.dtypes import DType
 from vivace.lower.arithmetic import chunk_bytes
 from vivace.targets.cpu.contraction_fetch import Destination, destinations
-from vivace.targets.cpu.contraction_plan import Plan, load_dims, symbol_of, variants
+from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, symbol_of, variants
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.contraction_vector import ACC_BYTES
 from vivace.targets.cpu.contraction_waiting import (
@@ -48,10 +50,12 @@ from vivace.targets.cpu.contraction_waiting import (
     finish_before,
     n_chunks,
     row_of,
+    split_panel,
     stores_sums,
     sums,
     waits,
 )
+from vivace.targets.cpu.memory import flat_index
 
 _TILE_ROWS = 16
 _LINE = 64
@@ -66,15 +70,15 @@ def tile_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[
     dims = load_dims(t, p)
     _configure(t, p, outer, inner, chunk)
     if stores_sums(p, outer, tail):
-        _sum(t, p, dims, outer, inner, vectors, chunk, lambda k: None)
+        _sum(t, p, dims, outer, inner, tail, chunk, lambda k: None)
         _store(t, outer, inner, vectors, "%out", t.mul(t.dim(p.inner.out, dims), p.out_bytes))
     elif not waits(p):
-        _sum(t, p, dims, outer, inner, vectors, chunk, lambda k: None)
+        _sum(t, p, dims, outer, inner, tail, chunk, lambda k: None)
         _store(t, outer, inner, vectors, sums(t, p), p.tile.lanes * ACC_BYTES)
         finish_at_once(t, p, outer, inner, tail)
     else:
         meanwhile, wait = finish_before(t, p, outer, inner, tail)
-        _sum(t, p, dims, outer, inner, vectors, chunk, meanwhile)
+        _sum(t, p, dims, outer, inner, tail, chunk, meanwhile)
         wait()
         _store(t, outer, inner, vectors, sums(t, p), p.tile.lanes * ACC_BYTES)
     t.put("ret void")
@@ -125,14 +129,22 @@ def _configure(t: Text, p: Plan, outer: int, inner: int, chunk: int) -> None:
 
 
 def _sum(
-    t: Text, p: Plan, dims: Mapping[str, Int], outer: int, inner: int, vectors: int, chunk: int,
+    t: Text, p: Plan, dims: Mapping[str, Int], outer: int, inner: int, tail: bool, chunk: int,
     meanwhile: Callable[[Int], None],
 ) -> None:  # fmt: skip
     """Sums all taps in tile registers; `meanwhile` writes what is done besides in each chunk."""
+    vectors = p.tail_vectors if tail else p.tile.nv
     _, firsts = _registers(outer, inner)
-    t.declare("llvm.x86.tilezero", "void @llvm.x86.tilezero(i8)")
-    for r, v in _accumulators(firsts, vectors):
-        t.put(f"call void @llvm.x86.tilezero(i8 {2 * r + v})")
+    start, _ = split_panel(p, tail)
+    if start is None:
+        t.declare("llvm.x86.tilezero", "void @llvm.x86.tilezero(i8)")
+        for r, v in _accumulators(firsts, vectors):
+            t.put(f"call void @llvm.x86.tilezero(i8 {2 * r + v})")
+    else:
+        at = {**dims, **{x.name: f"%x{i}" for i, x in enumerate(p.axes())}, "n": "%n"}
+        bias = t.at(base_of(t, p, start.buffer), t.mul(t.dim(flat_index(start.buffer, start.index), at), ACC_BYTES))
+        for r, v in _accumulators(firsts, vectors):
+            _load(t, 2 * r + v, t.at(bias, v * _LINE), 0)
     a_stride = t.mul(t.dim(p.inner.a, dims), p.ar.a_bytes)
     between = t.mul(t.dim(p.outer.a, dims), p.ar.a_bytes) if outer > 1 else t.mul(a_stride, firsts[-1])
     if any(x.extent == 0 for x in p.c.taps):
@@ -154,6 +166,11 @@ def _store(t: Text, outer: int, inner: int, vectors: int, to: str, row_bytes: In
     for r, v in _accumulators(firsts, vectors):
         place = t.at(to, t.add(t.mul(row_bytes, firsts[r]), v * _LINE))
         t.put(f"call void @llvm.x86.tilestored64(i8 {2 * r + v}, ptr {place}, i64 {row_bytes})")
+
+
+def _load(t: Text, tile: int, pointer: str, stride: Int) -> None:
+    t.declare("llvm.x86.tileloadd64", "void @llvm.x86.tileloadd64(i8, ptr, i64)")
+    t.put(f"call void @llvm.x86.tileloadd64(i8 {tile}, ptr {pointer}, i64 {stride})")
 
 
 def _accumulators(firsts: Sequence[int], vectors: int) -> list[tuple[int, int]]:
@@ -212,7 +229,6 @@ def _chunk(
     """
     name = f"llvm.x86.{_product(p)}"
     t.declare(name, f"void @{name}(i8, i8, i8)")
-    t.declare("llvm.x86.tileloadd64", "void @llvm.x86.tileloadd64(i8, ptr, i64)")
     b_chunk = p.round_rows * p.row_bytes
     fetches = [(t.at(b, b_chunk + line), 1) for line in range(0, b_chunk, _LINE)]
     if p.fetches_ahead:
@@ -221,14 +237,11 @@ def _chunk(
     fetches += [(line, 1) for line in soon]
     n_products, held = n_registers * vectors, -1
 
-    def load(tile: int, pointer: str, stride: Int) -> None:
-        t.put(f"call void @llvm.x86.tileloadd64(i8 {tile}, ptr {pointer}, i64 {stride})")
-
     for r in range(n_registers):
-        load(_A, t.at(a, t.mul(between, r)), a_stride)
+        _load(t, _A, t.at(a, t.mul(between, r)), a_stride)
         for j, v in enumerate(range(vectors) if r % 2 == 0 else reversed(range(vectors))):
             if v != held:
-                load(_B, t.at(b, v * _LINE), p.row_bytes)
+                _load(t, _B, t.at(b, v * _LINE), p.row_bytes)
             held = v
             t.put(f"call void @{name}(i8 {2 * r + v}, i8 {_A}, i8 {_B})")
             for place, level in fetches[r * vectors + j :: n_products]:

@@ -13,7 +13,21 @@ from vivace.base.errors import InternalError
 from vivace.base.machine import Isa
 from vivace.graph.ops.quantized import BYTES, RANGES
 from vivace.loops.contraction import Contraction, Depthwise
-from vivace.loops.kernel import Binary, Buffer, Cast, Const, Expr, Load, Lookup, Read, Select, Unary, dtype_of, walk
+from vivace.loops.kernel import (
+    Binary,
+    Buffer,
+    Cast,
+    Const,
+    Expr,
+    Fma,
+    Load,
+    Lookup,
+    Read,
+    Select,
+    Unary,
+    dtype_of,
+    walk,
+)
 from vivace.targets.cpu.builder import Builder, Value, literal
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.env import Env
@@ -21,7 +35,6 @@ from vivace.targets.cpu.expr import emit, emit_stored
 from vivace.targets.cpu.memory import flat_index, register_type, to_memory
 from vivace.targets.cpu.tables import look_up
 
-ACC = Read("acc", DType.i32)
 _PACK_BYTES = {DType.u8: "packuswb", DType.i8: "packsswb"}
 
 
@@ -224,25 +237,25 @@ def _pack(b: Builder, name: str, to: str, x: Value, y: Value) -> Value:
     return b.inst(f"call <{n} x {to}> @{name}({x}, {y})", to, n, x, y)
 
 
-def split_start(c: Contraction | Depthwise, lane: str) -> tuple[Load | None, Expr | None]:
-    """What integer accumulators may start from instead of 0, and the epilogue without it.
+def split_start(c: Contraction | Depthwise, lane: str, acc: DType = DType.i32) -> tuple[Load | None, Expr | None]:
+    """What accumulators may start from instead of 0, and the epilogue without it.
 
     Before/After: epilogue max(acc + bias[n], 0) -> start bias[n], epilogue max(acc, 0)
     """
-    e = c.epilogue
+    e, total = c.epilogue, Read("acc", acc)
     inner = {x.name for x in c.rows}
     sums = (
-        [x for x in walk(e) if isinstance(x, Binary) and x.fn == "add" and ACC in (x.a, x.b)] if e is not None else []
+        [x for x in walk(e) if isinstance(x, Binary) and x.fn == "add" and total in (x.a, x.b)] if e is not None else []
     )
-    if len(sums) != 1 or sum(x == ACC for x in walk(e)) != 1:  # type: ignore[arg-type]
+    if len(sums) != 1 or sum(x == total for x in walk(e)) != 1:  # type: ignore[arg-type]
         return None, e
-    start = sums[0].b if sums[0].a == ACC else sums[0].a
-    if not isinstance(start, Load) or start.buffer is c.out or start.inside or start.buffer.dtype is not DType.i32:
+    start = sums[0].b if sums[0].a == total else sums[0].a
+    if not isinstance(start, Load) or start.buffer is c.out or start.inside or start.buffer.dtype is not acc:
         return None, e
     parts = linear(flat_index(start.buffer, start.index), lane)
     if parts is None or parts[0] != 1 or any(s.name in inner for s in symbols(parts[1])):
         return None, e
-    return start, _replaced(e, sums[0], ACC)  # type: ignore[arg-type]
+    return start, _replaced(e, sums[0], total)  # type: ignore[arg-type]
 
 
 def _replaced(e: Expr, old: Expr, by: Expr) -> Expr:
@@ -253,6 +266,8 @@ def _replaced(e: Expr, old: Expr, by: Expr) -> Expr:
             return replace(e, x=_replaced(x, old, by))
         case Binary(a=a, b=b):
             return replace(e, a=_replaced(a, old, by), b=_replaced(b, old, by))
+        case Fma(a=a, b=b, c=c):
+            return Fma(*(_replaced(x, old, by) for x in (a, b, c)))
         case Select(cond=cond, a=a, b=b):
             return Select(*(_replaced(x, old, by) for x in (cond, a, b)))
         case _:

@@ -4,14 +4,28 @@ A value that is equal in all lanes stays scalar until it meets a vector. Everyth
 `Env`. Used for the bodies of loop kernels and for what a contraction does to its results.
 
 Rounding: every operation rounds as IEEE says, as the reference does; only sums of products in a Reduce use fused
-multiply-add. f16 and bf16 are computed in f32 and rounded where they are stored or cast.
+multiply-add unasked. f16 and bf16 are computed in f32 and rounded where they are stored or cast.
 """
 
 from __future__ import annotations
 
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError
-from vivace.loops.kernel import Binary, Cast, Const, Expr, Index, Load, Lookup, Read, Reduce, Select, Unary, dtype_of
+from vivace.loops.kernel import (
+    Binary,
+    Cast,
+    Const,
+    Expr,
+    Fma,
+    Index,
+    Load,
+    Lookup,
+    Read,
+    Reduce,
+    Select,
+    Unary,
+    dtype_of,
+)
 from vivace.targets.cpu.arithmetic import binary, cast, unary
 from vivace.targets.cpu.builder import Value, literal
 from vivace.targets.cpu.env import Env, as_vector, is_uniform, per_lane, scalar
@@ -38,6 +52,8 @@ def emit(env: Env, e: Expr) -> Value:
             return unary(env.b, fn, emit(env, x), dtype_of(x))
         case Binary(fn=fn, a=x, b=y):
             return binary(env.b, fn, emit(env, x), emit(env, y), dtype_of(x))
+        case Fma(a=x, b=y, c=z):
+            return env.b.fma(emit(env, x), emit(env, y), emit(env, z))
         case Select(cond=c, a=x, b=y):
             return env.b.select(emit(env, c), emit(env, x), emit(env, y))
         case Cast(dtype=DType.i32, x=Unary(fn="round", x=x)) if dtype_of(x) is DType.f32 and env.lanes >= 4:
