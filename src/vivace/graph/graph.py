@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from vivace.base.dims import Dim, prod, substitute
+from vivace.base.dims import Dim, Expr, prod, substitute
 from vivace.base.dtypes import DType
 
 Attrs = Mapping[str, Any]
@@ -207,8 +207,6 @@ def substitute_type(t: Type, env: Mapping[str, Dim]) -> Type:
 
 def substitute_attr(value: Any, env: Mapping[str, Dim]) -> Any:
     """An attribute with symbols replaced; nested graphs are rebuilt, tuples walked, other values kept."""
-    from vivace.base.dims import Expr
-
     if isinstance(value, Expr):
         return substitute(value, env)
     if isinstance(value, tuple):

@@ -13,7 +13,7 @@ from vivace.base.dtypes import DType
 from vivace.loops.kernel import Binary, Const, Expr, For, Index, Kernel, Let, Select, Stmt, Store
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
-from vivace.lower.rules.elementwise import Params
+from vivace.lower.rules.elementwise import Params, emit_pointwise
 from vivace.lower.scalar import literal
 from vivace.lower.views import View
 
@@ -72,8 +72,6 @@ def _border(
 
 
 def _fill(ctx: Lowering, slab: View, value: Expr, g: Group) -> None:
-    from vivace.lower.rules.elementwise import emit_pointwise
-
     emit_pointwise(ctx, "fill", [], slab, lambda xs: value, (g.anchor,))
 
 

@@ -7,9 +7,11 @@ operand is an expression, so no scratch is needed. Statistics are kept in f32, t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from vivace.base.dims import ceildiv, minimum, prod, symbol
 from vivace.base.dtypes import DType
+from vivace.graph.graph import Type, Value, freeze
 from vivace.loops.expressions import add, div, mul, sub
 from vivace.loops.kernel import (
     Buffer,
@@ -30,7 +32,7 @@ from vivace.loops.kernel import (
 )
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
-from vivace.lower.rules.contraction import finish
+from vivace.lower.rules.contraction import deliver
 from vivace.lower.rules.elementwise import Params, Tree, loop_var
 from vivace.lower.rules.epilogue import tail_flops
 from vivace.lower.views import View, collapse
@@ -174,10 +176,6 @@ def lower_softmax(ctx: Lowering, g: Group) -> None:
 
 def _on_last_axis(ctx: Lowering, g: Group, axis: int) -> None:
     """Run a softmax over an inner axis on transposed copies."""
-    from dataclasses import replace
-
-    from vivace.graph.graph import Node, Type, Value, freeze
-
     x_value, y = g.anchor.inputs[0], g.anchor.outputs[0]
     assert x_value is not None
     perm = (*(i for i in range(y.rank) if i != axis), axis)
@@ -187,18 +185,8 @@ def _on_last_axis(ctx: Lowering, g: Group, axis: int) -> None:
     ctx.views[x] = ctx.contiguous(ctx.view(x_value).transpose(perm), x.name)
     ctx.views[t] = ctx.temporary(t.name, t.dtype, t.shape)
     node = replace(g.anchor, inputs=(x,), outputs=(t,), attrs=freeze({**g.anchor.attrs, "axis": y.rank - 1}))
-    assert isinstance(node, Node)
     lower_softmax(ctx, Group(node, g.position, (node,), t))
-    _settle(ctx, g, ctx.views[t].transpose(back))
-
-
-def _settle(ctx: Lowering, g: Group, result: View) -> None:
-    """Bring a computed view to where the group's output belongs, through the epilogue if there is one."""
-    y = g.anchor.outputs[0]
-    if g.output is y:
-        ctx.copy(result, ctx.target(y), (g.anchor,))
-    else:
-        finish(ctx, g, result)
+    deliver(ctx, g, ctx.views[t].transpose(back))
 
 
 def lower_norm(ctx: Lowering, g: Group) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from vivace.base.dims import Dim, Expr, symbols
 from vivace.base.dtypes import DType
+from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Node, Type, Value
 from vivace.graph.ops.control import narrower
 from vivace.graph.pattern import COMMUTATIVE
@@ -54,8 +55,6 @@ def fold_constant(n: Node, at: At) -> Outcome:
 
 
 def _if_example(e: Example) -> Value:
-    from vivace.graph.build import Builder
-
     x = e.x("f32[4]")
     branches = []
     for op in ("neg", "exp"):
