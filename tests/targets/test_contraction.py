@@ -15,7 +15,7 @@ import pytest
 
 from vivace.base.dims import Dim, evaluate, symbol
 from vivace.base.dtypes import DType
-from vivace.base.machine import ISAS, Isa, host, missing_flags
+from vivace.base.machine import ISAS, CacheLevel, Isa, host, missing_flags
 from vivace.loops.contraction import Axis, Contraction, Packing
 from vivace.loops.kernel import Binary, Buffer, Const, Expr, Load, Read, Unary
 from vivace.lower.lanes import product_lanes
@@ -327,6 +327,13 @@ def test_units_keep_rows_where_b_is_the_larger_operand_and_near() -> None:
     assert near.keeps_rows and near.rows_outer and near.tiles_per_unit * 2 == n_tiles
     for m, k, n in [(49, 64, 512), (196, 512, 2048), (3136, 64, 64)]:  # few rows; a large B; a small one
         assert not choose_tile(matmul(m, k, n, isa).c, isa, machine).keeps_rows
+
+
+@pytest.mark.parametrize(("rows", "k", "n"), [(392, 1024, 256), (512, 384, 384)])
+def test_many_rows_meet_a_panel_of_a_large_b(rows: int, k: int, n: int) -> None:
+    machine = replace(host(), caches=(CacheLevel(2, "unified", 2**21, 16, 64, 1),))
+    tile = choose_tile(matmul(rows, k, n, ISAS["avx512"]).c, ISAS["avx512"], machine)
+    assert tile.rows_outer and tile.tiles_per_unit * tile.inner[0][1] >= 60
 
 
 @pytest.mark.parametrize(

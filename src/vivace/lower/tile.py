@@ -36,6 +36,7 @@ MOST_VECTORS = 4  # per panel: 6 rows of 4 reach the peak with 32 registers
 _FEWEST_ROWS = 64  # that a product is cut for, where their number only shows at run time
 _MANY_TILES = 64  # all rows that come, up to 2048
 _FEW_UNITS = 8
+_FEW_ROWS, _ROWS_TO_MEET = 24, 64  # of a unit, where B is large
 _LEAST_GAIN_OF_ROWS = 1.5  # over what copying them costs
 _LEAST_ROWS_TO_KEEP = 128  # a panel that comes from the second-level cache for fewer than 64 of them is waited for
 _LEAST_K_BLOCK = 512  # below it, reading and writing the accumulators once more per pass begins to show
@@ -227,6 +228,10 @@ def _unit(
     is cut in any case, so that many rows meet a panel when it comes: 2048 x 2048 x 2048 in bf16 takes 0.75 of the time
     of single tiles of rows, 1024 x 1024 x 1024 0.65 (Emerald Rapids).
 
+    Units of few rows would each read all of a B that takes a quarter of that cache or more: they get more rows, of
+    fewer panels. 392x1024 @ 1024x256 in f32 takes 0.91 to 0.96 of the time with 66 rows instead of 12, 512x384 @
+    384x384 0.94 to 0.97 with 64 instead of 16 (one thread, Emerald Rapids); with 40 rows and more it is no matter.
+
     Where panels alone make a few units, and more rows may come than are known of, those that come meet a panel at once:
     384 columns of a 1024 x 1536 A took a twentieth more of MiniLM in bf16 with a unit for each tile.
     """
@@ -245,7 +250,12 @@ def _unit(
     if is_open and b_bytes > a_bytes and tiles == n_tiles and have >= min(wanted, _FEW_UNITS):
         return _MANY_TILES, -(-n_panels // have), False
     if have < wanted:
-        tiles = max(1, tiles // -(-wanted // have))
+        fewer = max(1, tiles // -(-wanted // have))
+        is_far = not ar.is_tile and _half_l2(machine) // 2 < b_bytes <= a_bytes
+        if is_far and fewer * rows < _FEW_ROWS * n_tiles:
+            fewer = min(tiles, -(-_ROWS_TO_MEET * n_tiles // rows))
+            panels = max(1, panels // -(-wanted // -(-n_tiles // fewer)))
+        tiles = fewer
     tiles, panels = (-(-total // -(-total // size)) for total, size in ((n_tiles, tiles), (n_panels, panels)))
     return tiles, panels, b_bytes <= a_bytes
 
