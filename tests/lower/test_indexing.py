@@ -287,6 +287,16 @@ def test_topk_of_all_types(dtype: DType, largest: bool, k: int) -> None:
     check(graph, x)
 
 
+@pytest.mark.parametrize("k", [3, 30])
+@pytest.mark.parametrize("largest", [True, False])
+def test_topk_takes_every_nan_for_the_greatest(largest: bool, k: int) -> None:
+    """Whatever its sign and payload, so that NaNs stand in the order of their indices; few results and many."""
+    x = np.linspace(-3, 3, 40, dtype=np.float32)
+    x[[3, 11, 20]] = np.array([0xFFC00000, 0x7FC00001, 0x7FC00000], np.uint32).view(np.float32)
+    graph = build(lambda b, v: b.topk(v, k=k, axis=0, largest=largest), Type(f32, x.shape))
+    check(graph, x, isas=(None,))
+
+
 def test_topk_with_symbolic_dims() -> None:
     n, m, k = symbol("N", 0), symbol("M", 1), symbol("K", 0)
     graph = build(
