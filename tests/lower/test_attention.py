@@ -195,18 +195,22 @@ def test_one_query_of_many_heads(isa: str, n_queries: int | None, per_head: bool
     s, t = n_queries or symbol("S", 0), symbol("T", 1)
     mask = Type(F32, (2, 14 if per_head else 1, s, t))
     graph = attention((2, 14, s, 20), (2, 2, t, 20), 33, mask, softcap=4.0, causal=True)
-    for n, m in [(1, 1), (1, 37), *([] if n_queries else [(0, 5), (2, 37)])]:
+    for n, m in [(1, 1), (1, 37), (1, 150), *([] if n_queries else [(0, 5), (2, 37)])]:
         bias = np.where(RNG.random((2, mask.shape[1], n, m)) < 0.8, random(2, mask.shape[1], n, m), -np.inf)
         bias[..., :1] = 0
+        bias[1, ..., :70] = -np.inf if m == 150 else 0  # no key of the first chunk is seen
         run(graph, random(2, 14, n, 20), random(2, 2, m, 20), random(2, 2, m, 33), bias.astype(np.float32), isas=(isa,))
 
 
 @pytest.mark.parametrize("n_queries", [1, symbol("S", 0)])
 def test_keys_and_values_are_read_once_for_the_heads_that_share_them(n_queries: Dim) -> None:
     t = symbol("T", 1)
-    (step,) = steps_of(lower(attention((2, 9, n_queries, 64), (2, 3, t, 64), 64), ISAS["avx512"]).body)
+    step, join = steps_of(lower(attention((2, 9, n_queries, 64), (2, 3, t, 64), 64), ISAS["avx512"]).body)
     assert isinstance(step.spec, Blocked)
-    assert (step.spec.blocks, substitute(step.spec.parts, {"S": 1})) == (6, 1)
+    assert isinstance(join.spec, Kernel)
+    assert step.spec.blocks == 6
+    parts = {n: substitute(step.spec.parts, {"S": 1, "T": n}) for n in (1, 64, 65, 700)}
+    assert parts == {1: 1, 64: 1, 65: 2, 700: 10}  # chunks of keys, so that threads share them evenly
     kernel = step.spec.last[-1].spec
     assert isinstance(kernel, Kernel)
     loops = {

@@ -11,7 +11,9 @@ Rules:
   are written to take memory.
 * FEW: the first 2 MiB stay where they were made: a small model would grow by a page, and its weights stay in caches.
 
-Not handled: weights of saved engines, which are mapped from a file.
+Not handled: weights of saved engines, which are mapped from a file. Linux maps it by huge pages where its cache holds
+the file so, as after `engine.save`, or after a file is read from disk (ext4, 6.18): a token takes 1.01 of the time.
+After a copy in small writes it takes 1.04 to 1.09.
 """
 
 from __future__ import annotations

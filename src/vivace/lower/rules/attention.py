@@ -20,7 +20,7 @@ from vivace.loops.kernel import Binary, Buffer, Const, Expr, Load
 from vivace.lower.choices import BLOCKS, Choice, Site
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
-from vivace.lower.rules.attention_decode import decode, heads_of
+from vivace.lower.rules.attention_decode import chunks_of, decode, heads_of, joined
 from vivace.lower.rules.attention_halves import RUN, HalfAttention, sizes_of_halves
 from vivace.lower.rules.attention_stages import F32, Attention, Blocks, Operand, operand, sizes_of
 from vivace.lower.rules.epilogue import ACC
@@ -47,7 +47,10 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
     heads, groups = q_value.shape[1], k_value.shape[1]
     assert isinstance(heads, int) and isinstance(groups, int)
     n_queries, depth = q_value.shape[2:]
-    decodes = int(n_queries == 1) if isinstance(n_queries, int) else maximum(0, 2 - n_queries) * minimum(1, n_queries)
+    decodes: Dim = 0  # whether there is one query, and more keys than that
+    if n_queries != k_value.shape[2]:
+        is_one = maximum(0, 2 - n_queries) * minimum(1, n_queries)
+        decodes = int(n_queries == 1) if isinstance(n_queries, int) else is_one
     target = ctx.target(g.output)
     out = target
     if out.strides[-1] != 1 and out.shape[-1] != 1:
@@ -88,15 +91,20 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
         if decodes != 0:
             found = found.unless(decodes)
     last, local, parts = list(found.last), list(found.local), share * n_parts
+    kept: dict[Buffer, View] = {}
+    chunks = chunks_of(k.shape[2], groups, share, v.shape[3])
     if decodes != 0:
-        of_heads = [heads_of(x, share, name, shared, name == "os") for x, name in ((q, "qs"), (out, "os"))]
+        of_heads = heads_of(q, share, "qs", shared)
         masks = None if mask is None else heads_of(mask.expand(scores_shape), share, "masks", shared)
-        a = Attention(node, of_heads[0], keys_of, values_of, of_heads[1], masks, None, 1, keys)
-        stage, scores = decode(a, share, ctx.isa)
+        one = Attention(node, of_heads, keys_of, values_of, operand(out, "o", here, True), masks, None, 1, keys)
+        stage, scores, partial = decode(one, chunks, ctx.isa)
         last.append(replace(stage, when=decodes))
         local.append(scores)
-        used += a.operands
-        parts = parts * (1 - decodes) + decodes
+        used += one.operands
+        parts = parts * (1 - decodes) + chunks.count * decodes
+        names = [f"{node.outputs[0].name}_{b.name}" for b in partial]
+        sizes_kept = chunks.sizes(q.shape[0] * groups * decodes)
+        kept = {b: ctx.temporary(name, F32, (n,)) for b, name, n in zip(partial, names, sizes_kept)}
     spec = Blocked(
         "k",
         q.shape[0] * groups,
@@ -108,10 +116,14 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
         tuple(last),
         found.grain,
     )
-    places = {x.buffer: x.view for x in used}
+    places = {x.buffer: x.view for x in used} | kept
     views = [places[b] for b in spec.params]
     written = [i for i, b in enumerate(spec.params) if b.writable]
     ctx.emit("attention", spec, views, written, g.nodes, node.cost.flops, site=site if decodes != 1 else None)
+    if decodes != 0:
+        views, kernel = [*kept.values(), out], joined(out, chunks, decodes)
+        flops = 2 * views[0].shape[0]
+        ctx.emit("attention_join", kernel, views, 2, g.nodes, flops, updates=decodes != 1)
     if out is not target:
         ctx.copy(out, target)
 

@@ -192,9 +192,7 @@ class Attention:
         return Blocks(each, last, [b for b in state.buffers if b in used], steps)
 
     def result(self, e: Expr) -> Expr:
-        """What is stored of a result: it may be rounded to half precision."""
-        out = self.out.buffer.dtype
-        return e if out is F32 else Cast(out, e)
+        return result_of(self.out.buffer.dtype, e)
 
     def divided(self, o: Buffer, total: Buffer, queries: Dim) -> Kernel:
         """The results of a block: weighted sums over sums of weights."""
@@ -351,6 +349,11 @@ def _online_softmax(state: _State, keys: Dim, queries: Dim, late: float) -> Kern
         Store(state.total, (s,), add(Read("before", F32), Read("chunk_total", F32))),
     )
     return Kernel("k", (p, state.top, state.total, state.rescale), (For("s", queries, body, "vector"),))
+
+
+def result_of(out: DType, e: Expr) -> Expr:
+    """What is stored of a result: it may be rounded to half precision."""
+    return e if out is F32 else Cast(out, e)
 
 
 def as_f32(x: Load) -> Expr:
