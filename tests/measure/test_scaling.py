@@ -14,6 +14,7 @@ from vivace.cli.scaling import thread_counts
 from vivace.measure.scaling import Costs, Piece, Stage, examine, hand_over_costs, predict, simulate, stages_of
 from vivace.options import choose_isa
 from vivace.runtime.engine import Engine
+from vivace.targets.cpu.threads import claim_divisor
 
 FREE = Costs(0.0, 0.0, 0.0)
 PIECES = st.builds(Piece, st.just(0), st.integers(1, 90), st.sampled_from([10.0, 200.0, 3000.0]))
@@ -30,8 +31,9 @@ def test_time_lies_between_the_bounds(stages: list[Stage], n: int) -> None:
     serial = sum(s.work_ns for s in stages if s.is_serial or s.n_grains < 2)
     assert taken >= work / n - 1e-6
     assert taken >= serial - 1e-6
-    # A claim is at most 1/(2n) of what is left: the last to end began while others still had work.
-    longest = sum(max(p.grain_ns for p in s.pieces) + s.work_ns / (2 * n) for s in stages if not s.is_serial)
+    # A claim is a part of what is left: the last to end began while others still had work.
+    shared = [(s, claim_divisor(s.n_grains, n)) for s in stages if not s.is_serial]
+    longest = sum(max(p.grain_ns for p in s.pieces) + s.work_ns / divisor for s, divisor in shared)
     slack = sum(max(p.grain_ns for p in s.pieces) / min(p.grain_ns for p in s.pieces) for s in stages)
     assert taken <= work / n + serial + longest * max(1.0, slack) + 1e-6
     assert simulate(stages, n, Costs(300.0, 80.0, 50.0)) >= taken

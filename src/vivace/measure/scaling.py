@@ -8,7 +8,7 @@ A stage is what stands between two hand-overs: a serial step, or the steps that 
 times are those of the engine's program; who takes which is simulated claim by claim (`vivace.targets.cpu.threads`):
 
     publish      the leader makes the stage known; others see it `see_ns` later
-    claim        takes `remaining / (2 * threads)` pieces; one after another, each `claim_ns`, since all write one word
+    claim        takes a part of the remaining pieces; one after another, each `claim_ns`, since all write one word
     settle       every thread that worked counts down another word, `claim_ns` each; the last one leads on
 
 Rules:
@@ -36,6 +36,7 @@ from vivace.runtime.executable import Executable
 from vivace.runtime.sharing import Sharing
 from vivace.targets.cpu import jit
 from vivace.targets.cpu.steps import Kernel, Value
+from vivace.targets.cpu.threads import claim_divisor
 
 _N_RUNS, _RUNS_NS = 15, 1e9  # runs that are timed, fewer where they would take longer than this together
 
@@ -201,7 +202,7 @@ def _shared(stage: Stage, n_threads: int, costs: Costs, now: float) -> float:
             continue
         start = max(at, word_free)
         word_free = start + costs.claim_ns
-        chunk = max(1, remaining // (2 * n_threads))
+        chunk = max(1, remaining // claim_divisor(total, n_threads))
         begin = total - remaining
         remaining -= chunk
         worked.add(i)
@@ -259,8 +260,8 @@ def hand_over_costs() -> Costs:
 
 
 def _n_claims(n_grains: int, n_threads: int) -> int:
-    n = 0
+    n, divisor = 0, claim_divisor(n_grains, n_threads)
     while n_grains:
-        n_grains -= max(1, n_grains // (2 * n_threads))
+        n_grains -= max(1, n_grains // divisor)
         n += 1
     return n

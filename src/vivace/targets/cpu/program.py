@@ -33,7 +33,7 @@ from vivace.targets.cpu.methods import METHODS
 from vivace.targets.cpu.program_layout import N_WORDS, PARALLEL_HEAD_WORDS, PART_WORDS, Header, Op, Record, Ring, Status
 from vivace.targets.cpu.shuffled import DELAY, shuffled_grains_text
 from vivace.targets.cpu.team import Team
-from vivace.targets.cpu.threads import grains_text, threads_text
+from vivace.targets.cpu.threads import FEW_GRAINS, grains_text, threads_text
 
 
 def program_text(is_shuffled: bool = False) -> str:
@@ -238,7 +238,11 @@ together:
 share:
   %unused = sub i64 64, %n.here
   %members = lshr i64 -1, %unused
-  %divisor = shl i64 %n.here, 1
+  %few = mul i64 %n.here, {FEW_GRAINS}
+  %has.few = icmp ult i64 %total, %few
+  %halves = select i1 %has.few, i64 3, i64 4
+  %twice = mul i64 %n.here, %halves
+  %divisor = lshr i64 %twice, 1
   call void @publish(ptr %team, ptr %ctx, ptr %at.parallel, ptr %parts, i64 %n_parts, i64 %total,
                      i64 %members, i64 %divisor, i64 %id)
   ret i1 false
