@@ -187,6 +187,7 @@ def check(
     plan = None
     for isa in isas:
         plan = write_in_place(lower(graph, ISAS[isa or BEST]))
+        check_writes(plan)
         dims = graph_reference.bind((v, x.shape) for v, x in zip(plan.inputs, inputs, strict=True))
         got = run_plan(plan, inputs, dims, isa, parts)
         for i, (g, w) in enumerate(zip(got, want, strict=True)):
@@ -197,6 +198,14 @@ def check(
                 assert g.tobytes() == w.tobytes(), f"output {i} on {isa} depends on how the units are shared out"
     assert plan is not None
     return plan
+
+
+def check_writes(plan: Plan) -> None:
+    """What a step says that it writes, by which steps wait for each other, is what its kernel stores to."""
+    for s in steps_of(plan.body):
+        if isinstance(s.spec, Kernel):
+            stored = {o.storage for o, b in zip(s.operands, s.spec.params, strict=True) if b.writable}
+            assert stored == set(s.writes), s.label
 
 
 def check_engine(graph: Graph, *inputs: Array, threads: int = 2, tol: float = 2e-5, repeats: int = 3) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tests.lower.harness import BEST, HERE, build, check, run_plan
 
-from vivace.base.dims import symbol
+from vivace.base.dims import substitute, symbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError
 from vivace.base.machine import ISAS
@@ -53,6 +53,17 @@ def test_gather_of_embeddings_with_what_follows(isa: str) -> None:
     for shape in ((2, 9), (1, 1), (0, 4)):
         plan = check(graph, data((50, 37)), positions(50, shape), data((*shape, 37)), isas=(None, isa))
         assert len(steps_of(plan.body)) == 1
+
+
+def test_of_a_table_the_rows_that_are_read_count() -> None:
+    n = symbol("N", 0)
+    graph = build(lambda b, x, i: b.gather(x, i, axis=0), Type(f32, (1000, 16)), Type(i64, (n,)))
+    (step,) = steps_of(lower(graph, ISAS[BEST]).body)
+    for rows, read in ((0, 0), (3, 3), (5000, 1000)):
+        assert substitute(step.bytes, {"N": rows}) == rows * 8 + read * 16 * 4 + rows * 16 * 4
+    elements = build(lambda b, x, i: b.gather_elements(x, i, axis=0), Type(f32, (1000, 16)), Type(i64, (2, 16)))
+    (step,) = steps_of(lower(elements, ISAS[BEST]).body)
+    assert step.bytes == 2 * 16 * (8 + 4 + 4)
 
 
 @pytest.mark.parametrize("indices", [2, -1, [0], [1, 2, 3], [3, 2, 1], [0, 2, 4], [-3, -2], [[0, 1], [2, 3]], [1, 1]])

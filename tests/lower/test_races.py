@@ -101,6 +101,11 @@ def scattered() -> Graph:
     return build(lambda b, x, y: b.scatter_elements(x, b.const(at), y, axis=0, reduction="add"), kind, kind)
 
 
+def elements() -> Graph:
+    at, kind = RNG.integers(0, 200, (200, 33)), Type(F32, (200, 33))
+    return build(lambda b, x: b.neg(b.gather_elements(b.relu(x), b.const(at), axis=0)), kind)
+
+
 # What steps take from each other or join, and the labels of theirs where the CPU has all instructions.
 JOINED: dict[str, tuple[Callable[[], Graph], str]] = {
     "decode attention": (lambda: attention((2, 9, 1, 64), (2, 3, 200, 64), 64), "attention"),
@@ -116,6 +121,7 @@ JOINED: dict[str, tuple[Callable[[], Graph], str]] = {
     "products of bytes": (lambda: product((2, 40, 48), (2, 48, 40), (DType.u8, DType.i8), (7, 0)), "pack"),
     "a forest": (lambda: graph_of(forest(1, 9, 30, 6, 3), 6), "tree_ensemble"),
     "sums at places": (scattered, "scatter_elements"),
+    "elements at places": (elements, "gather_elements"),
 }
 
 

@@ -16,7 +16,7 @@ from functools import partial
 
 import numpy as np
 
-from vivace.base.dims import Dim, symbol, symbols
+from vivace.base.dims import Dim, minimum, prod, symbol, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import UnknownSizeError
 from vivace.base.machine import Isa
@@ -174,9 +174,10 @@ class Lowering:
     def emit(
         self, label: str, spec: Spec, views: Sequence[View], written: int | Sequence[int], nodes: Sequence[Node],
         flops: Dim,
-        moved: Dim | None = None, updates: bool = False, site: Site | None = None,
+        moved: Dim | None = None, updates: bool = False, site: Site | None = None, chosen: View | None = None,
     ) -> None:  # fmt: skip
         """Append a step. `views` follow the kernel's params; those at `written` (an index or several) are the results.
+        Of `chosen` no more elements are read than the first of these has.
 
         `updates` says that the results hold data already, of which the step changes a part: it must run after those
         who wrote it.
@@ -188,6 +189,7 @@ class Lowering:
         reads: list[Storage] = []
         writes: list[Storage] = []
         total: Dim = 0
+        most = prod(views[min(results)].shape)
         for i, v in enumerate(views):
             assert v.storage is not None
             operands.append(Operand(v.storage, v.offset))
@@ -195,7 +197,7 @@ class Lowering:
                 writes.append(v.storage)
             if i not in results or updates:
                 reads.append(v.storage)
-            total = total + _touched(v)
+            total = total + (_touched(v) if v != chosen else minimum(_touched(v), most * v.dtype.size_bytes))
         self.body.append(
             Step(
                 label,

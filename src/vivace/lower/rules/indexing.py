@@ -112,7 +112,7 @@ def lower_gather(ctx: Lowering, g: Group) -> None:
         by_leaf = dict(zip(leaves, joined[1:], strict=True))
         value = tree.expr(lambda v: params.load(by_leaf[v], at), {y: value})
     store = Store(params.buffer(joined[0], writable=True), at, value)
-    _gather_loops(ctx, g, params, let, store, shapes, data_value.shape[axis])
+    _gather_loops(ctx, g, params, let, store, shapes, source)
 
 
 def _even(indices: Value, size: Dim) -> tuple[Dim, int] | None:
@@ -145,7 +145,7 @@ def _section(v: View, part: slice) -> View:
 
 
 def _gather_loops(
-    ctx: Lowering, g: Group, params: Params, let: Let, store: Store, shapes: list[tuple[Dim, ...]], size: Dim
+    ctx: Lowering, g: Group, params: Params, let: Let, store: Store, shapes: list[tuple[Dim, ...]], source: View
 ) -> None:
     """Positions are loaded per slice where slices are wide, per element of a vector of positions otherwise."""
     outer, middle, inner = shapes
@@ -161,7 +161,8 @@ def _gather_loops(
         for i in reversed(range(len(inner))):
             body = (For(f"i{i}", inner[i], body, "vector" if i == len(inner) - 1 else "serial"),)
         body = (let, *body)
-    _emit(ctx, g.anchor.op.name, params, loops, body, g.nodes, tail_flops(g), (size,))
+    size = source.shape[len(outer)]
+    _emit(ctx, g.anchor.op.name, params, loops, body, g.nodes, tail_flops(g), (size,), chosen=source)
 
 
 def _emit(
@@ -174,16 +175,18 @@ def _emit(
     flops: Dim,
     within: Sequence[Dim],
     updates: bool = False,
+    chosen: View | None = None,
 ) -> None:
     """Parallel loops around a body, and the step. `within` are the sizes that positions are taken from: where one is 0
-    the loops do not turn."""
+    the loops do not turn. Elements of `chosen` are read where positions say."""
     (first, n_first), *others = loops or [("only", 1)]
     for size in within:
         n_first = n_first * minimum(1, size)
     for name, n in reversed([(first, n_first), *others]):
         body = (For(name, n, body, "parallel"),)
     spec = Kernel("k", tuple(params.buffers), body)
-    ctx.emit(label, spec, params.views, len(params.views) - 1, nodes, flops, updates=updates)
+    written = [i for i, b in enumerate(params.buffers) if b.writable]
+    ctx.emit(label, spec, params.views, written, nodes, flops, updates=updates, chosen=chosen)
 
 
 def lower_gather_elements(ctx: Lowering, g: Group) -> None:
@@ -207,7 +210,8 @@ def lower_gather_elements(ctx: Lowering, g: Group) -> None:
     inner: tuple[Stmt, ...] = (*lets, store)
     if y.rank:
         inner = (For(f"i{y.rank - 1}", y.shape[-1], inner, "vector"),)
-    _emit(ctx, node.op.name, params, [(f"i{i}", n) for i, n in enumerate(y.shape[:-1])], inner, (node,), 0, sizes)
+    loops = [(f"i{i}", n) for i, n in enumerate(y.shape[:-1])]
+    _emit(ctx, node.op.name, params, loops, inner, (node,), 0, sizes, chosen=data)
 
 
 def _reaches(n: Dim, size: Dim) -> bool:
@@ -260,7 +264,8 @@ def lower_gather_nd(ctx: Lowering, g: Group) -> None:
         body = (For(name, n, (*lets, *body), "vector"),)
     else:
         body = (*lets, *body)
-    _emit(ctx, node.op.name, params, loops, body, (node,), 0, data_value.shape[n_batch : n_batch + depth])
+    sizes = data_value.shape[n_batch : n_batch + depth]
+    _emit(ctx, node.op.name, params, loops, body, (node,), 0, sizes, chosen=data)
 
 
 # ---- scatter ---------------------------------------------------------------------------------------------------------
