@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from onnx import helper
+from tests.lower.test_quantized import residual_block
 from tests.onnx.making import model, node, value
 
 import vivace
@@ -123,6 +124,14 @@ def broken(step: Any) -> Step:
 
     result: Step = replace(step, spec=replace(step.spec, body=tuple(map(change, step.spec.body))))
     return result
+
+
+def test_sums_of_bytes_may_become_either_neighbour() -> None:
+    """A sum in 16 lies just between two quanta; a change of three is found all the same."""
+    block, given = residual_block()
+    checked(block.SerializeToString()).run(given)
+    five, eight = np.full((1, 4), 5, np.uint8), np.full((1, 4), 8, np.uint8)
+    assert difference(five, eight, 2.6) and not difference(five, eight - np.uint8(1), 2.6)
 
 
 def test_what_counts_as_a_difference() -> None:
