@@ -19,7 +19,9 @@ solves in general (Kolmogorov and Zabih, What energy functions can be minimized 
 
 Rule BYTES: a transpose costs its bytes. A lone one of bytes takes longer than one of f32 (`base/conversions.py`), but
 few stand alone: products and `quantize` read turned operands, at the speed of their bytes. With the times of lone
-passes as prices, transposes stood between `dequantize` and products, which then ran in f32.
+passes as prices, transposes stood between `dequantize` and products, which then ran in f32: of 47 models 30, those
+without quantized activations among them, stay as they are; 17 turn f32 instead of bytes, and no fewer values (PP-OCR's
+recogniser 13 instead of 9).
 """
 
 from __future__ import annotations
