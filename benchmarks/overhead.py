@@ -14,6 +14,7 @@ from vivace.runtime.engine import Engine
 from vivace.targets.cpu import jit
 
 _SECONDS, _WARM = 2.0, 50
+_NOTHING = "nothing"  # the kernel that returns at once
 
 
 def call_overhead(job: Any, arrays: Any) -> float:
@@ -38,10 +39,11 @@ def call_overhead(job: Any, arrays: Any) -> float:
 
 
 def without_kernels(engine: Engine) -> Engine:
-    """The same engine with kernels that return at once."""
-    text = "\n".join(
-        f"define void @{name}(ptr %args, i64 %begin, i64 %end, ptr %scratch) {{\n  ret void\n}}"
-        for name in sorted({kernel.symbol for kernel in engine.image.kernels})
-    )
-    image = replace(engine.image, objects=(jit.compile_text(text, isa(engine.image.isa)),))
-    return Engine(image, engine.threads, engine.placement)
+    """The same engine with kernels that return at once, but for those that tell which branch runs and how often."""
+    image = engine.image
+    told = {s for line in image.lines if line.kind in ("unless", "less") for s, _ in line.operands}
+    kept = {line.kernel for line in image.lines if line.kind == "run" and told & {s for s, _ in line.operands}}
+    nothing = f"define void @{_NOTHING}(ptr %args, i64 %begin, i64 %end, ptr %scratch) {{\n  ret void\n}}"
+    kernels = tuple(k if i in kept else replace(k, symbol=_NOTHING) for i, k in enumerate(image.kernels))
+    objects = (*image.objects, jit.compile_text(nothing, isa(image.isa)))
+    return Engine(replace(image, kernels=kernels, objects=objects), engine.threads, engine.placement)

@@ -136,3 +136,22 @@ def test_an_engine_without_kernels_goes_the_same_way() -> None:
     emptied.run({"x": np.ones(4, np.float32)}, results)
     assert all((r == 5.0).all() for r in results.values())
     assert engine.run({"x": np.ones(4, np.float32)})["z"] == 8.0
+
+
+@pytest.mark.parametrize("flag", [False, True])
+def test_an_engine_without_kernels_takes_the_same_branch(flag: bool) -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 9, opset_import: ["" : 17]>
+        choice (float[4] x, int64 n) => (float[4] y)
+        <int64 one = {1}> {
+            c = Equal(n, one)
+            y = If(c) <then_branch = left () => (float[4] a) { a = Exp(x) },
+                       else_branch = right () => (float[4] b) { b = Tanh(x) }>
+        }
+    """)
+    engine = vivace.compile(model, threads=1)
+    assert isinstance(engine, Engine)
+    inputs = {"x": np.ones(4, np.float32), "n": np.array(int(flag))}
+    ran = [event.kernel for event in engine.profile(inputs)]
+    assert [event.kernel for event in overhead.without_kernels(engine).profile(inputs)] == ran
+    assert any("exp" in kernel for kernel in ran) == flag
