@@ -110,6 +110,7 @@ def examine(engine: Engine, inputs: Mapping[str, np.ndarray], threads: Sequence[
     stages, costs = stages_of(engine, inputs), hand_over_costs()
     work = sum(s.work_ns for s in stages) or 1.0
     shared = [s for s in stages if not s.is_serial and s.n_grains > 1]
+    sharing = Sharing(engine.image.lines, engine.image.kernels)
     few = tuple((n, sum(s.work_ns for s in shared if s.n_grains < n) / work) for n in threads)
     return Scaling(
         n_stages=len(stages),
@@ -117,7 +118,7 @@ def examine(engine: Engine, inputs: Mapping[str, np.ndarray], threads: Sequence[
         n_barriers=len(shared),
         serial_share=1 - sum(s.work_ns for s in shared) / work,
         least_grains=few,
-        stays_on_one=Sharing(engine.image.lines).threads(engine.dims_of(inputs), max(threads, default=1)) == 1,
+        stays_on_one=sharing.threads(engine.dims_of(inputs), max(threads, default=1)) == 1,
         costs=costs,
         predictions=tuple(predict(stages, threads, costs)),
     )

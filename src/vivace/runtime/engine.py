@@ -156,7 +156,7 @@ class Engine:
 
     @cached_property
     def _sharing(self) -> Sharing:
-        return Sharing(self.image.lines)
+        return Sharing(self.image.lines, self.image.kernels)
 
     def __repr__(self) -> str:
         return describe(

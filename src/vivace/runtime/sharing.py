@@ -7,6 +7,8 @@ the other core had just written, where memory gives 14); and the waking of those
 Rules:
 * ROUGH: times are those of `estimate_ns`, two to three times too high for what the caches hold; so are the costs.
 * SHAPES: decided for each set of shapes anew; a small image stays on one thread, a batch of them is shared out.
+* ONE PIECE: steps side by side that make one piece together meet nobody: the thread that leads runs them. A decoder has
+  more of them than others.
 
 Not handled: runs that would take some of the threads, or share some of their steps.
 """
@@ -15,9 +17,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from operator import mul
 
-from vivace.lower.image import LineEntry, estimate_ns
+from vivace.base.dims import Dim
+from vivace.lower.image import KernelEntry, LineEntry, estimate_ns
 from vivace.runtime.evaluation import Evaluation
 
 # Waking a sleeping worker takes 30 to 50 us: two threads broke even with one near 100 us of shared work.
@@ -32,17 +34,24 @@ MEETING_NS = 15_000
 class Sharing:
     """How runs of a program's lines are shared out."""
 
-    def __init__(self, lines: Sequence[LineEntry]) -> None:
-        shared = [line for line in lines if line.kind == "run" and not line.serial]
-        self._n_meetings = sum(not line.beside for line in shared)
-        self._counts = Counter((line.flops, line.n_bytes) for line in shared)  # layers are alike
+    def __init__(self, lines: Sequence[LineEntry], kernels: Sequence[KernelEntry]) -> None:
+        groups: list[tuple[Dim, ...]] = []  # operations, bytes, units and grain of each step
+        for line in lines:
+            if line.kind == "run" and not line.serial:
+                kernel = kernels[line.kernel]
+                step = (line.flops, line.n_bytes, kernel.units, kernel.grain)
+                groups.append(groups.pop() + step if line.beside and groups else step)
+        self._counts = Counter(groups)  # layers are alike
         self._sizes = Evaluation([size for sizes in self._counts for size in sizes])
 
     def threads(self, dims: Mapping[str, int], most: int) -> int:
         """How many of `most` threads a run takes."""
         if most == 1:
             return 1
-        sizes = self._sizes(dims).tolist()
-        work_ns = sum(map(mul, self._counts.values(), map(estimate_ns, sizes[::2], sizes[1::2])))
-        is_worth_it = work_ns * (1 - 1 / most) >= WAKE_NS + self._n_meetings * MEETING_NS
-        return most if is_worth_it else 1
+        sizes, at, gain_ns = self._sizes(dims).tolist(), 0, 0.0
+        for group, count in self._counts.items():
+            own, at = sizes[at : at + len(group)], at + len(group)
+            if sum(-(-units // max(grain, 1)) for units, grain in zip(own[2::4], own[3::4], strict=True)) > 1:
+                work_ns = sum(map(estimate_ns, own[::4], own[1::4]))
+                gain_ns += count * (work_ns * (1 - 1 / most) - MEETING_NS)
+        return most if gain_ns >= WAKE_NS else 1
