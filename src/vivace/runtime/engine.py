@@ -347,7 +347,7 @@ def _refusal(line: LineEntry) -> Callable[[Sequence[int]], None]:
     def refuse(_: Sequence[int]) -> NoReturn:
         raise ShapeError(
             "the branch that runs does not take inputs of these sizes", where=", ".join(line.nodes),
-            expected=line.label, hint="providers='onnxruntime', if the model can",
+            expected=line.label, hint="such sizes, or providers='onnxruntime' where the model takes others",
         )  # fmt: skip
 
     return refuse
