@@ -357,8 +357,9 @@ def test_what_an_epilogue_reads_is_fetched_and_what_it_writes_is_not() -> None:
     assert emit_contraction(case.c, isa).llvm_text.count(soon) == 14 * 2  # lines of the residual
 
 
-def test_erf_of_whole_registers_goes_by_tables() -> None:
-    c = replace(matmul(28, 24, 64, ISAS["avx512"]).c, epilogue=Unary("erf", ACC))
+@pytest.mark.parametrize("fn", ["erf", "gelu"])
+def test_erf_of_whole_registers_goes_by_tables(fn: str) -> None:
+    c = replace(matmul(28, 24, 64, ISAS["avx512"]).c, epilogue=Unary(fn, ACC))
     assert "vpermi2var.ps.512" in emit_contraction(c, ISAS["avx512"]).llvm_text
     assert "vpermi2var" not in emit_contraction(c, ISAS["avx2"]).llvm_text
 

@@ -200,6 +200,21 @@ def test_errors_of_gates_for_bf16(compile_kernel, each_isa, fn: str, bound: floa
     np.testing.assert_allclose(y, want, rtol=bound)
 
 
+def test_errors_of_gelu(compile_kernel, each_isa) -> None:
+    """The other factor is off by 2**-24 of 1 above a half, half as much below."""
+    ends = ((np.arange(-66, 66) + 0.5) * 23 / 128).astype(np.float32)
+    x = np.concatenate([spread(-3e38, 3e38, np.dtype(np.float32), 20_000), np.linspace(-7, 7, 40_001, dtype=np.float32),
+                        ends, np.nextafter(ends, np.float32(9)), np.nextafter(ends, np.float32(-9))])  # fmt: skip
+    y = evaluate(compile_kernel, each_isa, "gelu", DType.f32, x)
+    wide = x.astype(np.float64)
+    exact = wide * WIDER["erfc"](-wide / math.sqrt(2)) / 2
+    assert (np.abs(y - exact) <= np.where(x < 0, 2.0**-24, 2.0**-23) * np.abs(wide) + 2.0**-149).all()
+    ends = np.array([math.inf, 3e38, -3e38, math.nan, 0, -0.0, -math.inf] * 3, np.float32)
+    y = evaluate(compile_kernel, each_isa, "gelu", DType.f32, ends)[:7]
+    np.testing.assert_array_equal(y, [math.inf, ends[1], 0, math.nan, 0, 0, math.nan])
+    np.testing.assert_array_equal(np.signbit(y[[2, 4, 5]]), [True, False, True])
+
+
 @pytest.mark.parametrize("fn", ["exp2", "exp2_bf16"])
 def test_limits_of_powers(compile_kernel, each_isa, fn: str) -> None:
     x = np.array([-math.inf, -3e38, -127, -126.01, -126, -0.0, 0.0, -1e-30, 127.9, 129, 3e38, math.inf, math.nan] * 3)

@@ -51,9 +51,9 @@ from vivace.base.dtypes import DType
 
 LoopKind = Literal["serial", "parallel", "vector", "unroll"]
 
-# Functions of f32 only: a weight of a softmax over the largest one, and three as exact as matters where the result is
-# rounded to bf16 next.
-OF_F32 = ("exp2", "exp2_bf16", "sigmoid_bf16", "gelu_bf16")
+# Functions of f32 only: a weight of a softmax over the largest one, x * P(X < x) for a normal X, and three as exact as
+# matters where the result is rounded to bf16 next.
+OF_F32 = ("exp2", "gelu", "exp2_bf16", "sigmoid_bf16", "gelu_bf16")
 # Functions of Unary: rounding is IEEE for neg abs sqrt floor ceil round(half to even) not isnan isinf; the rest have
 # stated ulp errors.
 UNARY = (

@@ -337,7 +337,8 @@ _ROUNDED: dict[str, Callable[[Array], Array]] = {
     "exp": np.exp, "log": np.log, "erf": _vectorized(math.erf), "sin": np.sin, "cos": np.cos, "tan": np.tan,
     "tanh": np.tanh, "sigmoid": _sigmoid, "asin": np.arcsin, "acos": np.arccos, "atan": np.arctan, "sinh": np.sinh,
     "cosh": np.cosh, "asinh": np.arcsinh, "acosh": np.arccosh, "atanh": np.arctanh, "log1p": np.log1p,
-    "expm1": np.expm1, "exp2": np.exp2, "exp2_bf16": np.exp2, "sigmoid_bf16": _sigmoid, "gelu_bf16": _gelu,
+    "expm1": np.expm1, "exp2": np.exp2, "gelu": _gelu, "exp2_bf16": np.exp2, "sigmoid_bf16": _sigmoid,
+    "gelu_bf16": _gelu,
 }  # fmt: skip
 _EXACT: dict[str, Callable[[Array], Array]] = {
     "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "floor": np.floor, "ceil": np.ceil, "round": np.rint,

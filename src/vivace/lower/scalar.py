@@ -94,6 +94,8 @@ def _gelu(x: Expr, attrs: Attrs) -> Expr:
         # x + 0.044715 x^3 = x (1 + 0.044715 x^2)
         inner = Binary("mul", x, Binary("add", _const(1.0, x), Binary("mul", _const(0.044715, x), Binary("mul", x, x))))
         gate: Expr = Unary("tanh", Binary("mul", inner, _const(math.sqrt(2 / math.pi), x)))
+    elif dtype_of(x) is DType.f32:
+        return Unary("gelu", x)
     else:
         gate = Unary("erf", Binary("mul", x, _const(1 / math.sqrt(2), x)))
     return Binary("mul", half_x, Binary("add", gate, _const(1.0, x)))
@@ -102,7 +104,7 @@ def _gelu(x: Expr, attrs: Attrs) -> Expr:
 def _for_8_bits(e: Expr) -> Expr:
     """The factors of what is rounded to the 8 bits of bf16 or bytes, no more exact than that asks for."""
     match e:
-        case Binary(fn="mul", a=Binary(fn="mul", a=x), b=Binary(a=Unary(x=inner))) if e == _gelu(x, {}):
+        case Unary(fn="gelu", x=x):
             return Unary("gelu_bf16", x)
         case Binary(fn="mul", a=Binary(fn="mul", a=x), b=Binary(a=Unary(x=inner))) if e == _gelu(x, _BY_TANH):
             return Binary("mul", x, Unary("sigmoid_bf16", Binary("add", inner, inner)))

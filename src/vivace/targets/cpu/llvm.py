@@ -414,6 +414,7 @@ _FUNCTIONS = frozenset(
         "exp",
         "log",
         "erf",
+        "gelu",
         "sin",
         "cos",
         "tanh",

@@ -1,5 +1,5 @@
 """Elementary functions of f32 as instructions on vectors (or scalars) of any width; no calls, and no tables but for erf
-with AVX-512 (`vmath_lookup`).
+and gelu with AVX-512 (`vmath_lookup`).
 
 `f32` emits one function. Exact where IEEE says so: infinities, NaN, signed zeros, overflow and gradual underflow (but
 a sigmoid below 2**-126 is 0: maps of probabilities hold many such, and Intel's CPUs take 150 cycles for a vector of
@@ -10,6 +10,7 @@ parentheses):
     exp 0.9 (1.2)   log 0.8   erf 1 (1.1)   sin cos 1.6   sigmoid 2.1   tanh 2.3 (2.6)
     tan asin acos atan sinh cosh asinh acosh atanh log1p expm1 pow, computed in f64 (`vmath64`): 0.51
     exp2, for weights of softmax, 2**-22.5 of itself
+    gelu 2**-23 of x, 2**-24 below 0
 
 and in units of bf16, once they are rounded to it:
 
@@ -118,6 +119,14 @@ def _power(b: Builder, x: Value, coefficients: Sequence[float]) -> Value:
 def sigmoid_bf16(b: Builder, x: Value) -> Value:
     """1 / (1 + exp(-x)), off by at most 2**-12.7 of itself."""
     return _logistic(b, b.op("fmul", x, _c(-_LOG2E)))
+
+
+def gelu(b: Builder, x: Value) -> Value:
+    """x * 0.5 * (1 + erf(x / sqrt(2))), of -infinity NaN as that is."""
+    if b.isa.vector_bits == 512 and x.lanes % vmath_lookup.LANES == 0 and x.lanes:
+        share = b.per_part(vmath_lookup.LANES, lambda part: vmath_lookup.normal_share(b, part), x)
+        return b.op("fmul", x, share)
+    return b.op("fmul", b.op("fmul", x, _c(0.5)), b.op("fadd", erf(b, b.op("fmul", x, _c(math.sqrt(0.5)))), _c(1.0)))
 
 
 def gelu_bf16(b: Builder, x: Value) -> Value:
@@ -325,7 +334,8 @@ def tan(b: Builder, x: Value) -> Value:
 
 _OWN: dict[str, Callable[[Builder, Value], Value]] = {
     "exp": exp, "log": log, "sigmoid": sigmoid, "tanh": tanh, "erf": erf, "sin": sin, "cos": cos,
-    "tan": tan, "exp2": exp2, "exp2_bf16": exp2_bf16, "sigmoid_bf16": sigmoid_bf16, "gelu_bf16": gelu_bf16,
+    "tan": tan, "exp2": exp2, "gelu": gelu, "exp2_bf16": exp2_bf16, "sigmoid_bf16": sigmoid_bf16,
+    "gelu_bf16": gelu_bf16,
 }  # fmt: skip
 
 
