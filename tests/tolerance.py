@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from vivace.base.dtypes import DType
+from vivace.loops.digits import DigitRows
+
 U = 2.0**-24
 U_BF16 = 2.0**-8  # of rounding to 8 bits of significand, to nearest: 2**-9 of the value's power of two
 DENORMAL = 2.0**-149
@@ -30,6 +33,26 @@ def of_bf16_sum(magnitude: Array, n: int) -> Array:
 def of_bf16_result(want: Array, before: Array) -> Array:
     """Of a result that is rounded to bf16 once more, when what is rounded may be off by `before`."""
     return before + U_BF16 * (np.abs(want) + before) + NORMAL
+
+
+def of_block_product(a: Array, weights: Array, layout: DigitRows) -> Array:
+    """Of a product of rows with weights in blocks, where the rows become signed digits of 8 bits: beside the sum, what
+    elements lose that are too small to have their share of its bound (rule EVEN of `loops/digits.py`), and where A may
+    be rounded, that.
+    """
+    size, k = np.abs(a).astype(np.float64), layout.k
+    blocks = np.zeros((len(a), layout.n_blocks * layout.block))
+    blocks[:, :k] = size
+    blocks = blocks.reshape(len(a), layout.n_blocks, layout.block)
+    largest, n = blocks.max(-1, keepdims=True), layout.few
+    small = (blocks > 0) & (blocks <= largest * 2.0 ** -layout.small_bits(n))
+    digits = np.where(small.sum(-1) * 8 > (blocks > 0).sum(-1), layout.n_digits, n)[..., None]
+    many = (blocks > 0) & (blocks <= largest * 2.0 ** -layout.small_bits(layout.n_digits))
+    lost = largest / 254 if n == 1 else 1.02 * largest * 2.0 ** (1 - 8 * digits) * np.where(digits == n, small, many)
+    lost = np.broadcast_to(lost, blocks.shape).reshape(len(a), -1)[:, :k]
+    if layout.rounded in (DType.f16, DType.bf16):
+        lost = lost + size * (2.0**-8 if layout.rounded is DType.bf16 else 2.0**-10)
+    return of_sum(size @ np.abs(weights), k) + lost @ np.abs(weights)
 
 
 def of_softmax(x: Array, axis: int) -> Array:

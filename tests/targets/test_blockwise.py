@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from tests import tolerance
 from tests.targets.low_precision import UNTOUCHED, at_page_end, buffer, isas, run_code
 
 from vivace.base.dims import Dim, symbol
@@ -14,7 +15,7 @@ from vivace.base.errors import UnsupportedError
 from vivace.base.machine import Isa, isa
 from vivace.loops.blockwise import MOST_DIRECT_ROWS, BlockwiseProduct
 from vivace.loops.contraction import Axis
-from vivace.loops.digits import Digits
+from vivace.loops.digits import LONG_AT, Digits
 from vivace.loops.kernel import Binary, Buffer, Load, Read
 from vivace.lower.pack_blockwise import blockwise_lanes, pack_blockwise
 from vivace.targets.cpu.blockwise import emit_blockwise
@@ -23,17 +24,20 @@ from vivace.targets.cpu.digits import emit_digits
 each_isa = pytest.mark.parametrize("target", isas("sse", "avx2", "avx2+avx_vnni", "avx512", "avx512+avx512_vnni"))
 
 
-def run(w: BlockwiseProduct, target: Isa, arrays: dict[Buffer, np.ndarray], dims: dict[str, int]) -> None:
-    """The product, after the digits of its rows where the instruction set has their dot product."""
+def run(w: BlockwiseProduct, target: Isa, arrays: dict[Buffer, np.ndarray], dims: dict[str, int]) -> np.ndarray:
+    """The product, after the digits of its rows where the instruction set has their dot product; returns these."""
+    digits = np.empty(0, np.uint8)
     if "_vnni" in target.name and w.block % target.n_f32_lanes == 0:
         digits = np.full(w.digit_rows.n_bytes(MOST_DIRECT_ROWS), 85, np.uint8)
         made = buffer("digits", digits, True)
-        step = Digits("digits", w.m.extent, w.m.a, w.k, w.block, w.center, MOST_DIRECT_ROWS, w.a, made)
+        rounded = w.digit_rows.rounded
+        step = Digits("digits", w.m.extent, w.m.a, w.k, w.block, w.center, MOST_DIRECT_ROWS, rounded, w.a, made)
         run_code(emit_digits(step, target), target, {w.a: arrays[w.a], made: digits}, dims)
         w = replace(w, digits=buffer("digits", digits))
         assert w.digits is not None
         arrays = arrays | {w.digits: digits}
     run_code(emit_blockwise(w, target), target, arrays, dims)
+    return digits
 
 
 def check(
@@ -114,6 +118,53 @@ def test_an_outlier_does_not_hide_its_neighbours(target: Isa, outlier: float, bi
     weights = (q.astype(np.float64) - center) * np.repeat(scales.astype(np.float64), block, 0)
     error = np.abs(out - a.astype(np.float64) @ weights) / (np.abs(a) @ np.abs(weights))
     assert error.max() < 2e-6
+
+
+def test_most_blocks_have_few_digits() -> None:
+    """A block of elements of many sizes has one more, and a row that this is not enough for has none."""
+    target, k, n, block = isa("avx512+avx512_vnni"), 576, 64, 32
+    random = np.random.default_rng(0)
+    a = random.standard_normal((4, k), dtype=np.float32)
+    a[1, :16] *= 2.0**-10
+    a[2, :16] *= 2.0**-18
+    a[3] *= np.exp(random.standard_normal(k) * 3).astype(np.float32)
+    q = random.integers(0, 16, (k, n)).astype(np.uint8)
+    scales = random.uniform(0.5, 1.5, (k // block, n)).astype(np.float32)
+    weights = (q.astype(np.float64) - 8) * np.repeat(scales.astype(np.float64), block, 0)
+    packed, out = pack_blockwise(q, scales, None, 4, block, target), np.empty((4, n), np.float32)
+    arrays = {"a": a, "b": packed.b, "scales": packed.scales, "out": out}
+    buffers = {name: buffer(name, x, name == "out") for name, x in arrays.items()}
+    w = BlockwiseProduct("blocks", Axis("m", 4, k, 0, n), k, n, 4, block, 64, buffers["a"], buffers["b"],
+                         buffers["scales"], None, buffers["out"])  # fmt: skip
+    digits = run(w, target, {buffers[name]: x for name, x in arrays.items()}, {})
+    flags = digits[w.digit_rows.records_at(MOST_DIRECT_ROWS) :].view(np.int32).reshape(4, -1, 8)[..., LONG_AT // 4]
+    assert [list(row[:2]) for row in flags[:3]] == [[0, 0], [1, 0], [-1, 0]]
+    assert 0 < flags[3].mean() < 1
+    bound = tolerance.of_block_product(a, weights, w.digit_rows)
+    assert not tolerance.agree(out, a.astype(np.float64) @ weights, bound)
+
+
+@pytest.mark.parametrize("rounded", [DType.f32, DType.f16, DType.bf16, DType.i8])
+@pytest.mark.parametrize("bits, points", [(4, True), (8, False)])
+def test_rows_are_rounded_no_further_than_they_may_be(rounded: DType, bits: int, points: bool) -> None:
+    target, m, k, n, block = isa("avx512+avx512_vnni"), 3, 300, 70, 32
+    random, n_blocks = np.random.default_rng(bits), -(-300 // 32)
+    a = (random.standard_normal((m, k)) * np.exp(random.standard_normal((m, k)))).astype(np.float32)
+    q = random.integers(0, 1 << bits, (k, n)).astype(np.uint8)
+    scales = random.uniform(0.5, 1.5, (n_blocks, n)).astype(np.float32)
+    zero = random.integers(0, 1 << bits, (n_blocks, n)) if points else np.full((n_blocks, n), 1 << (bits - 1))
+    spread = [np.repeat(x.astype(np.float64), block, 0)[:k] for x in (zero, scales)]
+    weights = (q - spread[0]) * spread[1]
+    packed = pack_blockwise(q, scales, zero.astype(np.float32), bits, block, target)
+    arrays = {"a": a, "b": packed.b, "scales": packed.scales, "out": np.empty((m, n), np.float32)}
+    if packed.shifts is not None:
+        arrays["shifts"] = packed.shifts
+    buffers = {name: buffer(name, x, name == "out") for name, x in arrays.items()}
+    w = BlockwiseProduct("blocks", Axis("m", m, k, 0, n), k, n, bits, block, 64, buffers["a"], buffers["b"],
+                         buffers["scales"], buffers.get("shifts"), buffers["out"], rounded=rounded)  # fmt: skip
+    run(w, target, {buffers[name]: x for name, x in arrays.items()}, {})
+    bound = tolerance.of_block_product(a, weights, w.digit_rows)
+    assert not tolerance.agree(arrays["out"], a.astype(np.float64) @ weights, bound)
 
 
 @pytest.mark.parametrize("target", isas("avx2", "avx512"))

@@ -13,15 +13,16 @@ that hold neighbouring steps of k of one column:
 
 `parts` and `sums`, where there, hold the rows of an A of f32 once more, as a `Split` leaves them (with sums where
 `has_sums`): many rows are then multiplied on matrix units. `digits`, where there, holds few rows as `Digits` leaves
-them: they are then multiplied as integers.
+them: they are then multiplied as integers. `rounded` is what A may be rounded to: f32, f16, bf16 or i8.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vivace.base.dtypes import DType
 from vivace.loops.contraction import Axis, Contraction, Packing, contraction_dims
-from vivace.loops.digits import DigitRows, digit_rows
+from vivace.loops.digits import DigitRows
 from vivace.loops.kernel import Buffer, Expr
 
 MOST_DIRECT_ROWS = 4
@@ -49,6 +50,7 @@ class BlockwiseProduct:
     parts: Buffer | None = None
     sums: Buffer | None = None
     digits: Buffer | None = None
+    rounded: DType = DType.f32
 
     @property
     def params(self) -> tuple[Buffer, ...]:
@@ -81,7 +83,8 @@ class BlockwiseProduct:
     @property
     def digit_rows(self) -> DigitRows:
         """How `digits` lie."""
-        return digit_rows(self.a.dtype, self.k, self.block)
+        is_narrow = self.a.dtype is DType.bf16 and self.rounded is not DType.i8
+        return DigitRows(DType.bf16 if is_narrow else self.rounded, self.k, self.block)
 
     @property
     def n_panels(self) -> int:

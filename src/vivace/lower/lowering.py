@@ -21,6 +21,7 @@ from vivace.base.dtypes import DType
 from vivace.base.errors import UnknownSizeError
 from vivace.base.machine import Isa
 from vivace.graph.graph import Graph, Node, Value, substitute_dims
+from vivace.loops.digits import DigitRows
 from vivace.loops.kernel import Cast
 from vivace.lower.appended import find_appended, with_room
 from vivace.lower.byte_products import multiply_bytes_in_halves
@@ -57,7 +58,7 @@ class Lowering:
         self.copies: dict[View, View] = {}
         self.kept: dict[Value, Dim] = {}  # of an input that an output begins with: the length to copy (`appended`)
         self.splits: dict[tuple[View, int, bool], tuple[View, View]] = {}  # rows in parts (`loops.split`)
-        self.digits: dict[tuple[View, int, int], View] = {}  # rows as signed bytes (`loops.digits`)
+        self.digits: dict[tuple[View, DigitRows, int], View] = {}  # rows as signed bytes
 
     # ---- storages and views -----------------------------------------------------------------------------------------
 

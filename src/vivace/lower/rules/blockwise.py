@@ -95,6 +95,7 @@ def _emit(ctx: Lowering, g: Group, a: View, out: View, m: str, epilogue: Epilogu
         "k", axis, k, n, 4 if q.dtype is DType.u4 else 8, block, blockwise_lanes(ctx.isa), a.buffer("a"),
         b.buffer("b"), scales.buffer("scales"), None if shifts is None else shifts.buffer("shifts"),
         flat.buffer("out", writable=True), epilogue.expr if epilogue is not None else None, extra,
+        rounded=g.anchor.attrs.get("rounded", DType.f32),
     )  # fmt: skip
     views: dict[Buffer, View] = {w.a: a, w.b: b, w.scales: scales, w.out: flat}
     if _has_parts(ctx, w):
@@ -142,11 +143,12 @@ def _has_digits(ctx: Lowering, w: BlockwiseProduct) -> bool:
 
 def _digits(ctx: Lowering, g: Group, w: BlockwiseProduct, a: View) -> View:
     """The digits of A, once for all products that read them."""
-    key = a, w.block, w.center
+    layout = w.digit_rows
+    key = a, layout, w.center
     if key not in ctx.digits:
-        view = ctx.temporary("digits", DType.u8, (w.digit_rows.n_bytes(MOST_DIRECT_ROWS),))
+        view = ctx.temporary("digits", DType.u8, (layout.n_bytes(MOST_DIRECT_ROWS),))
         buffers = a.buffer("a"), view.buffer("digits", writable=True)
-        digits = Digits("k", w.m.extent, w.m.a, w.k, w.block, w.center, MOST_DIRECT_ROWS, *buffers)
+        digits = Digits("k", w.m.extent, w.m.a, w.k, w.block, w.center, MOST_DIRECT_ROWS, layout.rounded, *buffers)
         ctx.emit("digits", digits, [a, view], 1, (g.anchor,), 0)
         ctx.digits[key] = view
     return ctx.digits[key]

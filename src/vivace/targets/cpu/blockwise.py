@@ -49,6 +49,8 @@ from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.contraction_waiting import begin, finish, finishers
 from vivace.targets.cpu.isa import kernel_attributes
 
+_DIRECT_SIZES = (2, 1)  # few rows multiplied at once: as many as have their sums in registers
+
 
 def emit_blockwise(w: BlockwiseProduct, isa: Isa) -> KernelCode:
     """The kernel of a product with block-wise weights.
@@ -63,12 +65,11 @@ def emit_blockwise(w: BlockwiseProduct, isa: Isa) -> KernelCode:
     is_direct = least <= MOST_DIRECT_ROWS
     is_staged = most is None or most > MOST_DIRECT_ROWS
     tails = [tail for tail, there in ((False, w.n >= w.lanes), (True, w.n % w.lanes > 0)) if there]
-    sizes = _direct_sizes(w)
     texts = [_driver(w, p, is_direct, is_staged, tails)]
     if is_direct:
-        texts += [float_function(w, p, size, tail) for size in sizes for tail in tails]
+        texts += [float_function(w, p, size, tail) for size in _DIRECT_SIZES for tail in tails]
         if w.digits is not None:
-            texts += [dot_function(w, p, size, tail) for size in sizes for tail in tails]
+            texts += [dot_function(w, p, size, tail) for size in _DIRECT_SIZES for tail in tails]
     if is_staged and w.parts is not None:
         texts += [tiles_function(w, isa, 1), tiles_function(w, isa, GROUPS)]
         texts += [row_function(w, p, tail) for tail in tails]
@@ -92,11 +93,6 @@ def emit_blockwise(w: BlockwiseProduct, isa: Isa) -> KernelCode:
 
 def _block_rows(w: BlockwiseProduct) -> int:
     return rows_at_once(w, host().cache_bytes(2))
-
-
-def _direct_sizes(w: BlockwiseProduct) -> tuple[int, ...]:
-    """Rows multiplied at once: as many as have their sums in registers."""
-    return (1,) if w.digits is not None and w.digit_rows.n_digits > 3 else (2, 1)
 
 
 def _plan(w: BlockwiseProduct, isa: Isa) -> Plan:
@@ -211,7 +207,7 @@ def _panels(
     call: Callable[[Int, Panel, str, int, Int, bool], None],
 ) -> None:  # fmt: skip
     """Every panel with rows in twos, and the last one."""
-    most = _direct_sizes(w)[0]
+    most = _DIRECT_SIZES[0]
     pairs, left = t.divmod(n_rows, most)
     even = t.mul(pairs, most)
     with t.loop("%begin", "%end") as number:

@@ -5,6 +5,7 @@ put together in f32:
 
     sum over the block of a * q = unit * ((dot(d0, q) * 256 + dot(d1, q)) * 256 + ..)
 
+Blocks that have a digit fewer leave it out, in code of their own: whether one has is the same for every panel.
 An error of A shows only in columns where the largest elements of a block meet weights of 0. Rows that have no digits
 go the f32 way (`blockwise_floats.py`).
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 from vivace.base.machine import Isa
 from vivace.loops.blockwise import BlockwiseProduct
-from vivace.loops.digits import GOOD_AT, RECORD_BYTES, SUM_AT, TOTAL_AT, UNIT_AT, DigitRows
+from vivace.loops.digits import LONG_AT, RECORD_BYTES, SUM_AT, TOTAL_AT, UNIT_AT, DigitRows
 from vivace.targets.cpu.blockwise_store import store_rows
 from vivace.targets.cpu.blockwise_weights import Panel, Weights
 from vivace.targets.cpu.contraction_plan import Plan, load_dims
@@ -39,10 +40,13 @@ def have_digits(t: Text, rows: DigitRows, records: str, n_rows: Int) -> str:
     """An i1 that tells whether all of the first rows have digits."""
 
     def both(row: str, so_far: list[str]) -> list[str]:
-        flag = t.at(records, t.add(t.mul(row, rows.record_row_bytes), GOOD_AT))
-        return [t.op(f"and i32 {so_far[0]}, {t.op(f'load i32, ptr {flag}, align 4')}")]
+        return [t.op(f"or i32 {so_far[0]}, {_flag(t, t.at(records, t.mul(row, rows.record_row_bytes)))}")]
 
-    return t.op(f"icmp ne i32 {t.reduce_loop(n_rows, [('i32', '1')], both)[0]}, 0")
+    return t.op(f"icmp sge i32 {t.reduce_loop(n_rows, [('i32', '0')], both)[0]}, 0")
+
+
+def _flag(t: Text, record: str) -> str:
+    return t.op(f"load i32, ptr {t.at(record, LONG_AT)}, align 4")
 
 
 def dot_symbol(w: BlockwiseProduct, rows: int, tail: bool) -> str:
@@ -69,15 +73,39 @@ def dot_function(w: BlockwiseProduct, p: Plan, rows: int, tail: bool) -> tuple[s
 
 
 def _block(t: Text, w: BlockwiseProduct, isa: Isa, i: str, rows: int, vectors: int, totals: list[str]) -> list[str]:
-    """One block added to the totals."""
+    """One block added to the totals, with as many digits as its rows have."""
+    layout = w.digit_rows
+    if layout.few == layout.n_digits:
+        return _sums(t, w, isa, i, rows, vectors, layout.few, totals)
+    flag, kind = "0", vector_type(isa)
+    for r in range(rows):
+        record = t.at("%records", t.add(t.mul(i, RECORD_BYTES), r * layout.record_row_bytes))
+        flag = t.op(f"or i32 {flag}, {_flag(t, record)}")
+    few, many, done = t.label(), t.label(), t.label()
+    t.branch(t.op(f"icmp sle i32 {flag}, 0"), few, many)
+    ways = []
+    for label, n_digits in ((few, layout.few), (many, layout.n_digits)):
+        t.start(label)
+        ways.append((_sums(t, w, isa, i, rows, vectors, n_digits, list(totals)), t.block))
+        t.jump(done)
+    t.start(done)
+    (short, from_short), (long, from_long) = ways
+    return [t.op(f"phi {kind} [ {x}, %{from_short} ], [ {y}, %{from_long} ]") for x, y in zip(short, long)]
+
+
+def _sums(
+    t: Text, w: BlockwiseProduct, isa: Isa, i: str, rows: int, vectors: int, digits_each: int, totals: list[str]
+) -> list[str]:
+    """One block of rows with so many digits added to the totals."""
     kind, wide, layout = vector_type(isa), vector_type(isa, "i32"), w.digit_rows
-    digits_each = layout.n_digits
+    left_out = 256.0 ** (layout.n_digits - digits_each)
     at, weights = Panel("%b", "%scales", "%shifts").block(t, w, i), Weights(w, isa)
     records = [t.at("%records", t.add(t.mul(i, RECORD_BYTES), r * layout.record_row_bytes)) for r in range(rows)]
     digits = t.at("%digits", t.mul(i, w.block))
 
-    def number(r: int, offset: int) -> str:
-        return splat(t, isa, t.op(f"load float, ptr {t.at(records[r], offset)}, align 4"), "float")
+    def number(r: int, offset: int, factor: float = 1.0) -> str:
+        x = t.op(f"load float, ptr {t.at(records[r], offset)}, align 4")
+        return splat(t, isa, x if factor == 1.0 else t.op(f"fmul float {x}, {factor}"), "float")
 
     starts = [
         splat(t, isa, t.op(f"load i32, ptr {t.at(records[r], 4 * d)}, align 4"), "i32")
@@ -102,7 +130,7 @@ def _block(t: Text, w: BlockwiseProduct, isa: Isa, i: str, rows: int, vectors: i
         for h in range(len(halves[0])):
             for r in range(rows):
                 for d in range(digits_each):
-                    place = t.at(places, (r * digits_each + d) * layout.plane_bytes + 4 * h)
+                    place = t.at(places, (r * layout.n_digits + d) * layout.plane_bytes + 4 * h)
                     four = splat(t, isa, t.op(f"load i32, ptr {place}, align 4"), "i32")
                     for v in range(vectors):
                         k = (r * digits_each + d) * vectors + v
@@ -132,8 +160,8 @@ def _block(t: Text, w: BlockwiseProduct, isa: Isa, i: str, rows: int, vectors: i
                 total = multiply_add(t, isa, total, "splat (float 256.0)", dot)
             k = r * vectors + v
             if w.shifts is not None and not w.shifts.dtype.is_float:
-                total = multiply_add(t, isa, number(r, SUM_AT), shift, total)
-            factor = t.op(f"fmul {kind} {scale}, {number(r, UNIT_AT)}")
+                total = multiply_add(t, isa, number(r, SUM_AT, 1 / left_out), shift, total)
+            factor = t.op(f"fmul {kind} {scale}, {number(r, UNIT_AT, left_out)}")
             totals[k] = multiply_add(t, isa, total, factor, totals[k])
             if w.shifts is not None and w.shifts.dtype.is_float:
                 totals[k] = multiply_add(t, isa, number(r, TOTAL_AT), shift, totals[k])

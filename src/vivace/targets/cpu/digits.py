@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vivace.base.dtypes import DType
 from vivace.base.machine import Isa
-from vivace.loops.digits import GOOD_AT, RECORD_BYTES, SUM_AT, TOTAL_AT, UNIT_AT, Digits
+from vivace.loops.digits import LONG_AT, RECORD_BYTES, SUM_AT, TOTAL_AT, UNIT_AT, Digits
 from vivace.targets.cpu.code import KernelCode
 from vivace.targets.cpu.contraction_step import splat
 from vivace.targets.cpu.contraction_text import Int, Text
@@ -14,7 +14,8 @@ from vivace.targets.cpu.contraction_vector import vector_type
 from vivace.targets.cpu.isa import kernel_attributes
 
 _LEAST_BITS, _INFINITE = 40 << 23, 255 << 23  # as the bits of f32: 2**-87; 2**128
-_SMALL, _MOST_SMALL = 14, 8  # rule EVEN
+_MOST_SMALL = 8  # rule EVEN
+_TOP = 127  # of the first digit
 
 
 def emit_digits(s: Digits, isa: Isa) -> KernelCode:
@@ -28,7 +29,12 @@ def emit_digits(s: Digits, isa: Isa) -> KernelCode:
     with t.loop("%begin", "%end") as row:
         record = t.at(records, t.mul(row, s.layout.record_row_bytes))
         good = _row(t, s, isa, t.at(a, t.mul(row, step)), t.at(digits, t.mul(row, s.layout.row_bytes)), record)
-        t.put(f"store i32 {t.op(f'zext i1 {good} to i32')}, ptr {t.at(record, GOOD_AT)}, align 4")
+        there, absent = t.label(), t.label()
+        t.branch(good, there, absent)
+        t.start(absent)
+        t.put(f"store i32 -1, ptr {t.at(record, LONG_AT)}, align 4")
+        t.jump(there)
+        t.start(there)
     t.put("ret void")
     head = f"define void @{s.name}(ptr %args, i64 %begin, i64 %end, ptr %scratch) #0 {{"
     text = "\n".join(
@@ -54,7 +60,6 @@ def _row(t: Text, s: Digits, isa: Isa, a: str, digits: str, records: str) -> str
 
 def _block(t: Text, s: Digits, isa: Isa, a: str, digits: str, records: str, i: Int, n_steps: int) -> str:
     width, n = isa.n_f32_lanes, s.layout.n_digits
-    most_bit = 8 * n - 3  # the largest element of a block has it in v
     kind, wide, half = vector_type(isa), vector_type(isa, "i32"), f"<{2 * width} x i16>"
     source = t.at(a, t.mul(i, s.block * s.a.dtype.size_bytes))
     parts = range(0, s.block, width)
@@ -68,16 +73,22 @@ def _block(t: Text, s: Digits, isa: Isa, a: str, digits: str, records: str, i: I
     largest = _reduced(t, isa, "umax", most)
     below, above = t.op(f"icmp ult i32 {largest}, {_LEAST_BITS}"), t.op(f"icmp uge i32 {largest}, {_INFINITE}")
     is_small = t.op(f"and i1 {below}, {t.op(f'icmp ne i32 {largest}, 0')}")
-    odd = t.op(f"or i1 {t.op(f'or i1 {is_small}, {above}')}, {_is_uneven(t, isa, sizes, largest)}")
+    odd, is_long = t.op(f"or i1 {is_small}, {above}"), "false"
+    if s.layout.few < n:
+        is_long, uneven = (_is_uneven(t, isa, sizes, largest, s.layout.small_bits(x)) for x in (n - 1, n))
+        odd = t.op(f"or i1 {odd}, {uneven}")
     good = t.op(f"xor i1 {odd}, true")
-    exponent = t.op(f"select i1 {below}, i32 {127 << 23}, i32 {t.op(f'and i32 {largest}, {255 << 23}')}")
-    unit = t.op(f"sub i32 {exponent}, {most_bit << 23}")  # 2**(e - most_bit)
-    factor = t.op(f"bitcast i32 {t.op(f'sub i32 {254 << 23}, {unit}')} to float")  # 1 / unit
+    unit, factor = _unit(t, n, t.op(f"select i1 {below}, i32 {127 << 23}, i32 {largest}"))
     factors = splat(t, isa, factor, "float")
+    added, mask = (
+        splat(t, isa, t.op(f"select i1 {is_long}, i32 {x}, i32 {y}"), "i32") for x, y in ((0, 128), (-1, -256))
+    )
     pairs = ["zeroinitializer"] * 2  # sums of the even and of the odd bytes
     signs = sum(128 << 8 * i for i in range(n - 1))
     for j, x in zip(parts, values):
         v = _rounded(t, isa, t.op(f"fmul {kind} {x}, {factors}"))
+        if s.layout.few < n:  # rounded to the digits before the last
+            v = t.op(f"and {wide} {t.op(f'add {wide} {v}, {added}')}, {mask}")
         # Carried upwards, bytes of -128 to 127 are bytes of 0 to 255 less 128.
         moved = t.op(f"xor {wide} {t.op(f'add {wide} {v}, splat (i32 {signs})')}, splat (i32 {signs})")
         for d, plane in enumerate(_planes(t, isa, moved)[:n][::-1]):
@@ -94,10 +105,22 @@ def _block(t: Text, s: Digits, isa: Isa, a: str, digits: str, records: str, i: I
     terms = t.op(f"fmul <4 x float> {t.op(f'sitofp <4 x i32> {totals} to <4 x float>')}, <{powers}>")
     t.declare("llvm.vector.reduce.fadd.v4f32", "float @llvm.vector.reduce.fadd.v4f32(float, <4 x float>)")
     number = t.op(f"call reassoc float @llvm.vector.reduce.fadd.v4f32(float 0.0, <4 x float> {terms})")
-    real = t.op(f"bitcast i32 {unit} to float")
-    for offset, x in ((UNIT_AT, real), (SUM_AT, number), (TOTAL_AT, t.op(f"fmul float {number}, {real}"))):
+    for offset, x in ((UNIT_AT, unit), (SUM_AT, number), (TOTAL_AT, t.op(f"fmul float {number}, {unit}"))):
         t.put(f"store float {x}, ptr {t.at(record, offset)}, align 4")
+    t.put(f"store i32 {t.op(f'zext i1 {is_long} to i32')}, ptr {t.at(record, LONG_AT)}, align 4")
     return good
+
+
+def _unit(t: Text, n: int, largest: str) -> tuple[str, str]:
+    """The unit of a block whose largest magnitude has these bits, and one over it."""
+    if n == 1:
+        real = t.op(f"bitcast i32 {largest} to float")
+        return t.op(f"fdiv float {real}, {float(_TOP)}"), t.op(f"fdiv float {float(_TOP)}, {real}")
+    # A mantissa of 127 / 64 or more takes the next exponent, so that the first digit is at most 127.
+    up = t.op(f"add i32 {largest}, {(128 - _TOP) << 17}")
+    bits = t.op(f"sub i32 {t.op(f'and i32 {up}, {255 << 23}')}, {(8 * n - 2) << 23}")
+    over = t.op(f"sub i32 {254 << 23}, {bits}")
+    return t.op(f"bitcast i32 {bits} to float"), t.op(f"bitcast i32 {over} to float")
 
 
 def _planes(t: Text, isa: Isa, words: str) -> list[str]:
@@ -130,16 +153,16 @@ def _totals(t: Text, width: int, n: int, pairs: list[str]) -> str:
         total = t.op(f"add {kind} {halves[0]}, {halves[1]}")
     order = [(0, 2, 1, 3)[byte] for byte in reversed(range(n))]
     numbers = t.op(f"sext <4 x i16> {total} to <4 x i32>")
-    return t.op(f"shufflevector <4 x i32> {numbers}, <4 x i32> poison, {_places([*order, 3][:4])}")
+    return t.op(f"shufflevector <4 x i32> {numbers}, <4 x i32> poison, {_places([*order, 3, 3, 3][:4])}")
 
 
 def _places(indices: Sequence[int]) -> str:
     return f"<{len(indices)} x i32> <{', '.join(f'i32 {i}' for i in indices)}>"
 
 
-def _is_uneven(t: Text, isa: Isa, sizes: list[str], largest: str) -> str:
+def _is_uneven(t: Text, isa: Isa, sizes: list[str], largest: str, small_bits: int) -> str:
     """Whether too many elements, given as the bits of their magnitudes, are small (rule EVEN)."""
-    least = splat(t, isa, t.op(f"sub i32 {largest}, {_SMALL << 23}"), "i32")
+    least = splat(t, isa, t.op(f"sub i32 {largest}, {small_bits << 23}"), "i32")
     n_other = _counted(t, isa, [("ne", x, "zeroinitializer") for x in sizes])
     n_large = _counted(t, isa, [("ugt", x, least) for x in sizes])
     n_small = t.op(f"sub i32 {n_other}, {n_large}")
