@@ -200,9 +200,34 @@ def test_a_branch_runs_only_at_sizes_that_it_is_meant_for(threads: int, tmp_path
     for e in (engine, vivace.load(tmp_path / "m.vivace", threads=threads)):
         for _ in range(2):
             assert e(np.array(False), np.ones(2, np.float32), z) == [-3]
-            with pytest.raises(ShapeError, match=r"the branch that runs .* Expected N from 8 to any"):
+            with pytest.raises(ShapeError, match=r"the branch or body that runs .* Expected N from 8 to any"):
                 e(np.array(True), np.ones(7, np.float32), z)
             assert e(np.array(True), np.arange(8, dtype=np.float32), z) == [21]
+
+
+TURNING = """
+    <ir_version: 9, opset_import: ["" : 17]>
+    turn (int64 n, float[N] x, float[1] s) => (float[1] y) <int64[1] seven = {7}> {
+        y = Loop (n, , s) <body = add (int64 i, bool go, float[1] a) => (bool more, float[1] b) {
+            more = Identity(go)  g = Gather(x, seven)  b = Add(a, g)
+        }>
+    }
+"""
+
+
+def test_the_body_of_a_loop_without_turns_asks_nothing_of_sizes() -> None:
+    engine = vivace.compile(onnx.parser.parse_model(TURNING), threads=1, providers=("native",))
+    x, s = np.arange(8, dtype=np.float32), np.float32([1])
+    for _ in range(2):
+        assert engine(np.array(0), x[:3], s) == [1]
+        with pytest.raises(ShapeError, match=r"the branch or body that runs .* Expected N from 8 to any"):
+            engine(np.array(1), x[:7], s)
+        assert engine(np.array(20), x, s) == [141]
+    certain = TURNING.replace("int64 n, ", "").replace("seven = {7}", "seven = {7}, int64 n = {2}")
+    engine = vivace.compile(onnx.parser.parse_model(certain), threads=1, providers=("native",))
+    assert engine(x, s) == [15]
+    with pytest.raises(ShapeError, match="input 'x': axis 0 is 7"):
+        engine(x[:7], s)
 
 
 def test_sizes_that_only_one_branch_takes_for_equal_stay_apart() -> None:

@@ -52,8 +52,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """At the head of a branch that is meant for some sizes only: where `lacks` is not 0 the run ends with an error that
-    names the `nodes` and what is `expected`."""
+    """At the head of a branch or a loop's body that is meant for some sizes only: where `lacks` is not 0 the run ends
+    with an error that names the `nodes` and what is `expected`."""
 
     lacks: Dim
     expected: str

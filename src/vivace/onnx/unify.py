@@ -6,9 +6,11 @@ The importer starts again with every new assumption, so types never change after
 
 What a branch of an `If` needs need not hold for the other branch, nor without either: what is learnt of the sizes of
 inputs inside a branch holds only there (`local`, by the path of the branch). When it runs, its bounds are checked (rule
-NARROWER of `graph.ops.control`); an equality that only one branch needs is left to a provider.
+NARROWER of `graph.ops.control`); an equality that only one branch needs is left to a provider. The body of a loop that may
+have no turn (a path that ends with `TURN`) keeps its bounds to itself likewise.
 
-Not handled: sizes that only data determines; what is learnt of them inside a branch holds everywhere.
+Not handled: sizes that only data determines; what is learnt of them inside a branch holds everywhere. Sizes that are
+equal in a body are equal around it, also where it has no turn.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ from vivace.base.dims import (
 )
 
 _LARGEST = 1 << 31
+BODY, TURN = "/body", "/turn"
+"""How the paths of loop bodies end: of those that run at least once, and of those that may not run at all."""
 
 
 class Learnt(Exception):
@@ -61,28 +65,30 @@ class Assumptions:
 
     def learn_inside(self, a: Dim, b: Dim, paths: Sequence[str]) -> bool:
         """As `learn_equal`, for a mismatch in a nested graph; `paths` leads to it from the outermost."""
-        branches = _branches(paths)
-        if not branches:
+        regions, branches = _regions(paths), _branches(paths)
+        if not regions:
             return self.learn_equal(a, b)
         trial = Assumptions(dict(self.replaced), dict(self.bounded), self.declared)
-        for path in branches:
+        for path in regions:
             trial._add(self.local.get(path, Assumptions()))
         seen = trial.copy()
         if not trial.learn_equal(a, b):
             return False
         bounded = {name: bound for name, bound in trial.bounded.items() if seen.bounded.get(name) != bound}
         replaced = {name: d for name, d in trial.replaced.items() if name not in seen.replaced}
-        self._add(Assumptions({name: d for name, d in replaced.items() if name not in self.declared}))
-        here = Assumptions({name: d for name, d in replaced.items() if name in self.declared}, bounded)
-        if here.replaced or here.bounded:
-            self.local.setdefault(branches[-1], Assumptions())._add(here)
+        inner = {name: d for name, d in replaced.items() if name in self.declared and branches}
+        self._add(Assumptions({name: self.apply(d) for name, d in replaced.items() if name not in inner}))
+        if inner:
+            self.local.setdefault(branches[-1], Assumptions())._add(Assumptions(inner))
+        if bounded:
+            self.local.setdefault(regions[-1], Assumptions())._add(Assumptions(bounded=bounded))
         return bool(replaced or bounded)
 
     def promote(self, path: str, paths: Sequence[str]) -> bool:
         """Let what was learnt inside a branch hold in the graph around it, to which `paths` lead. False when nothing
         was.
         """
-        learnt, around = self.local.pop(path, None), _branches(paths)
+        learnt, around = self.local.pop(path, None), _regions(paths)
         if learnt is not None:
             (self.local.setdefault(around[-1], Assumptions()) if around else self)._add(learnt)
         return learnt is not None
@@ -251,9 +257,14 @@ class Assumptions:
         return True
 
 
+def _regions(paths: Sequence[str]) -> list[str]:
+    """Those of paths whose graphs may not run: they may assume bounds for themselves."""
+    return [p for p in paths if not p.endswith(BODY)]
+
+
 def _branches(paths: Sequence[str]) -> list[str]:
-    """Those of paths that are branches: the body of a loop may assume nothing for itself."""
-    return [p for p in paths if not p.endswith("/body")]
+    """Those of paths that are branches: they may assume equalities for themselves."""
+    return [p for p in paths if not p.endswith((BODY, TURN))]
 
 
 def _divisions(d: Dim) -> list[Apply]:

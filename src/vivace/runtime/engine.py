@@ -342,11 +342,11 @@ class Engine:
 
 
 def _refusal(line: LineEntry) -> Callable[[Sequence[int]], None]:
-    """What ends a run whose sizes a branch is not meant for."""
+    """What ends a run whose sizes a branch or body is not meant for."""
 
     def refuse(_: Sequence[int]) -> NoReturn:
         raise ShapeError(
-            "the branch that runs does not take inputs of these sizes", where=", ".join(line.nodes),
+            "the branch or body that runs does not take inputs of these sizes", where=", ".join(line.nodes),
             expected=line.label, hint="such sizes, or providers='onnxruntime' where the model takes others",
         )  # fmt: skip
 

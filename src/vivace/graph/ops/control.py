@@ -16,8 +16,8 @@ onnx{node: bytes, opset, domain, types, names, reason, late}(*inputs)
         `RUN_ONNX`.
 
 Rule NARROWER: a symbol may have tighter bounds inside a nested graph than outside: the graph is only meant for sizes
-within them (a branch that reads 512 samples, say). Types are compared with the outer bounds. A branch that runs at
-other sizes is an error.
+within them (a branch that reads 512 samples, say). Types are compared with the outer bounds. A branch or body that runs
+at other sizes is an error.
 """
 
 from __future__ import annotations

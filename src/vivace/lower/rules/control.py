@@ -46,7 +46,7 @@ def lower_if(ctx: Lowering, g: Group) -> None:
 
 
 def _demands(ctx: Lowering, graph: Graph, nodes: tuple[Node, ...]) -> tuple[Demand, ...]:
-    """What a branch asks of sizes that the graphs around it do not."""
+    """What a branch or body asks of sizes that the graphs around it do not."""
     outer: dict[str, Symbol] = {}
     around: Lowering | None = ctx
     while around is not None:
@@ -114,6 +114,7 @@ def _unrolled(ctx: Lowering, node: Node, n_turns: int) -> None:
     captures = [ctx.view(v) for v in inputs[n_state:]]
     results = [ctx.target(v) for v in node.outputs]
     go = ctx.constant(np.asarray(True), "true", ("true",))
+    ctx.body += _demands(ctx, body, (node,)) if n_turns else ()
     for turn in range(n_turns):
         last = turn == n_turns - 1
         following = (
@@ -155,7 +156,7 @@ def _counted(ctx: Lowering, g: Group) -> None:
     following = [ctx.temporary(f"{v.name}_next", v.dtype, v.shape) for v in node.outputs[:n_state]]
     slices = [ctx.temporary(f"{v.name}_slice", v.dtype, v.shape[1:]) for v in node.outputs[n_state:]]
     turn = dense(counter, ())
-    outer, ctx.body = ctx.body, []
+    outer, ctx.body = ctx.body, [*_demands(ctx, body, g.nodes)]
     ctx.body += lower_body(ctx, body, [turn, go, *state, *captures], [next_go, *following, *slices])
     ctx.copy(next_go, go, (node,))
     for source, out in zip(following, state, strict=True):

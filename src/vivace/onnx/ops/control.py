@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 from onnx import GraphProto
 
-from vivace.base.dims import Dim, maximum
+from vivace.base.dims import Dim, bounds, maximum
 from vivace.base.dtypes import DType
 from vivace.base.errors import BranchError, ModelError
-from vivace.graph.graph import Graph, Type, Value
+from vivace.graph.graph import Graph, Type, Value, substitute_type
 from vivace.graph.ops.shapes import DimMismatch
 from vivace.onnx.call import Call, Result, onnx_op
-from vivace.onnx.scope import Fallback, Scope
-from vivace.onnx.unify import Learnt
+from vivace.onnx.scope import Fallback, Scope, at_least_zero
+from vivace.onnx.unify import BODY, TURN, Learnt
 
 
 def _known_condition(c: Call, cond: Value | None) -> bool | None:
@@ -105,17 +105,44 @@ def loop(c: Call, trip: Value | None, cond: Value | None = None, *state: Value) 
     types = (Type(DType.i64, ()), Type(DType.bool, ()), *(v.type for v in state))
     if len(body.input) != 2 + n:
         raise c.error(f"its body has {len(body.input)} inputs", f"{2 + n}")
-    inner, outputs = import_subgraph(c.scope, body, types, c.site, f"{c.site}/body")
+    inner, outputs = import_subgraph(c.scope, body, types, c.site, _body(c, _has_turns(c, trip, cond)))
     carried = outputs[1 : 1 + n]
     _check_state(c, state, carried)
     captures = list(inner.captures)
     graph = _close(c.scope, inner, body, [_as_scalar(inner, outputs[0]), *outputs[1:]], captures)
     n_scan = len(outputs) - 1 - n
+    _check_slices(c, outputs[1 + n :])
     length = _length(c, trip, cond, body, outputs[0], has_scans=n_scan > 0)
     first = None if cond is None or _known_condition(c, cond) is True else c.reshaped(cond, ())
     limit = None if trip is None else c.reshaped(trip, ())
     result = c.loop(limit, first, *state, *captures, body=graph, n_state=n, n_scan=n_scan, length=length)
     return result if isinstance(result, tuple) else (result,)
+
+
+def _has_turns(c: Call, trip: Value | None, cond: Value | None) -> bool:
+    """Whether a loop runs its body at least once, whatever the inputs are."""
+    limit = None if trip is None else c.known(trip)
+    if _known_condition(c, cond) is not True or (trip is not None and limit is None):
+        return False
+    return limit is None or (limit.size == 1 and _is_positive(limit.reshape(-1)[0]))
+
+
+def _is_positive(d: Dim) -> bool:
+    low, _ = bounds(d)
+    return low is not None and low > 0
+
+
+def _body(c: Call, has_turns: bool) -> str:
+    """The path of a loop's body, by which `unify` knows whether it may assume sizes for itself."""
+    return c.site + (BODY if has_turns else TURN)
+
+
+def _check_slices(c: Call, slices: Sequence[Value]) -> None:
+    """Results of a loop without turns have the sizes of its slices too. Raises: DimMismatch, from which the importer
+    learns.
+    """
+    for d in (d for v in slices for d in v.shape):
+        at_least_zero(c.scope.session.assume.apply(d), "Loop")
 
 
 def _as_scalar(scope: Scope, cond: Value) -> Value:
@@ -162,10 +189,13 @@ def scan(c: Call, *inputs: Value) -> Result:
     for x, a in zip(sequences, axes):
         if x.shape[a] != length:
             raise DimMismatch(length, x.shape[a], "Scan")
-    wrapper = Scope(c.scope.session, c.scope, f"{c.site}/body")
+    wrapper = Scope(c.scope.session, c.scope, _body(c, _is_positive(length)))
     i = wrapper.builder.input(f"{c.node.name or 'scan'}_i", Type(DType.i64, ()))
     go = wrapper.builder.input(f"{c.node.name or 'scan'}_go", Type(DType.bool, ()))
-    carried = [wrapper.builder.input(f"{v.name}_in", s.type) for v, s in zip(body.input, states)]
+    carried = [
+        wrapper.builder.input(f"{v.name}_in", substitute_type(s.type, wrapper.refined))
+        for v, s in zip(body.input, states)
+    ]
     step = Call(wrapper, c.node, c.opset, c.site)
     slices = []
     for x, a, back in zip(sequences, axes, backwards):
@@ -174,6 +204,7 @@ def scan(c: Call, *inputs: Value) -> Result:
     wrapper.names |= {v.name: x for v, x in zip(body.input, [*carried, *slices])}
     outputs = _import_body(wrapper, body)
     _check_state(c, states, outputs[:n_state])
+    _check_slices(c, outputs[n_state:])
     captures = list(wrapper.captures)
     for v in captures:
         wrapper.builder.inputs.append(wrapper.captures[v])
