@@ -135,8 +135,11 @@ def test_it_has_the_face_of_an_engine() -> None:
     want = reference("nonzero", fed)
     z = np.zeros_like(fed["x"])
     assert engine.dims_of(fed) == {"N": 6}
-    with pytest.raises(InputError, match="only shows when"):
-        engine.memory({"x": fed["x"].shape})
+    memory = engine.memory({"x": fed["x"].shape})  # of `exp`, whose sizes the inputs tell
+    assert memory["arena_bytes"] >= memory["arena_lower_bound_bytes"]
+    assert memory["n_late_parts"] == 1
+    with pytest.raises(InputError, match=r"engine\.memory: shapes are given for \['q'\]"):
+        engine.memory({"q": (3,)})
     lines = [len(r.image.lines) if isinstance(r, Engine) else 1 for r in engine._runners]
     for chunks in engine.traces(fed, 2):
         assert {c.step for c in chunks} <= set(range(sum(lines)))

@@ -27,6 +27,16 @@ def refuse_inputs(inputs: object, specs: Sequence[TensorSpec]) -> NoReturn:
     raise InputError(" and ".join(what), where="engine.run", expected=wanted)
 
 
+def shapes_of(shapes: Mapping[str, Sequence[int]], specs: Sequence[TensorSpec]) -> list[tuple[int, ...]]:
+    """Shapes by name in the order of the inputs. Raises: InputError for missing or unknown names."""
+    if not isinstance(shapes, Mapping) or shapes.keys() != {s.name for s in specs}:
+        raise InputError(
+            f"shapes are given for {sorted(shapes) if isinstance(shapes, Mapping) else type(shapes).__name__}",
+            where="engine.memory", expected=f"a dict of shapes by name, for {', '.join(map(str, specs))}",
+        )  # fmt: skip
+    return [tuple(shapes[s.name]) for s in specs]
+
+
 def check_outputs(outputs: object, specs: Sequence[TensorSpec]) -> None:
     """Raises: InputError for an array that belongs to no output."""
     if not isinstance(outputs, Mapping) or not outputs.keys() <= {s.name for s in specs}:

@@ -27,7 +27,7 @@ from vivace.base.machine import isa
 from vivace.base.mapped import forget
 from vivace.base.specs import TensorSpec
 from vivace.lower.image import ForeignEntry, Image, LineEntry, Part
-from vivace.runtime.arguments import refuse_inputs
+from vivace.runtime.arguments import refuse_inputs, shapes_of
 from vivace.runtime.binding import MemoryPlanner
 from vivace.runtime.buffer import Buffer
 from vivace.runtime.calls import SAME, Calls, Last
@@ -205,8 +205,9 @@ class Engine:
         return {**facts, **self.image.facts}
 
     def memory(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """Arena size and its lower bound, in bytes, for inputs of these shapes: of a slice where there are several."""
-        call = self._calls.solved([tuple(shapes[n]) for n in self._names])
+        """Arena size and its lower bound, in bytes, for inputs of these shapes: of a slice where there are several.
+        Raises: InputError for shapes that do not fit."""
+        call = self._calls.solved(shapes_of(shapes, self.inputs))
         _, plan = self._planner.plan(call.slices[0].dims.values if call.slices else call.dims)
         return {"arena_bytes": plan.arena_bytes, "arena_lower_bound_bytes": plan.lower_bound_bytes}
 

@@ -28,7 +28,7 @@ from vivace.base.errors import InputError, ShapeError
 from vivace.base.events import Event, warn
 from vivace.lower.image import Part
 from vivace.providers.provider import LoadOptions, Session, find
-from vivace.runtime.arguments import apart, check_outputs, checked, fitting, refuse_inputs, refuse_overlaps
+from vivace.runtime.arguments import apart, check_outputs, checked, fitting, refuse_inputs, refuse_overlaps, shapes_of
 from vivace.runtime.binding import ShapeSolver
 from vivace.runtime.buffer import Buffer
 from vivace.runtime.engine import NOT_PICKLED, Arrays, Engine, Placement, describe
@@ -160,17 +160,19 @@ class PartitionedEngine:
         return {}
 
     def memory(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """Arena sizes of the native parts together, as `Engine.memory`. Raises: InputError where a part's sizes only
-        show when the model runs."""
-        dims = self._solver.solve([tuple(shapes[s.name]) for s in self.inputs])
+        """Arena sizes of the native parts together, as `Engine.memory`; `n_late_parts` are left out of them, as their
+        sizes only show when the model runs. Raises: InputError for shapes that do not fit."""
+        dims = self._solver.solve(shapes_of(shapes, self.inputs))
         total = {"arena_bytes": 0, "arena_lower_bound_bytes": 0}
+        n_late = 0
         for part, runner in zip(self.parts, self._runners, strict=True):
             if isinstance(runner, Engine):
-                if late := {x.name for s in part.inputs for d in s.shape for x in symbols(d)} - dims.keys():
-                    raise InputError(f"{', '.join(sorted(late))} only shows when the model runs", where="engine.memory")
+                if {x.name for s in part.inputs for d in s.shape for x in symbols(d)} - dims.keys():
+                    n_late += 1
+                    continue
                 known = runner.memory({s.name: [evaluate(d, dims) for d in s.shape] for s in part.inputs})
                 total = {name: n + known[name] for name, n in total.items()}
-        return total
+        return {**total, "n_late_parts": n_late}
 
     def dims_of(self, inputs: Mapping[str, np.ndarray]) -> dict[str, int]:
         """The value of each symbolic dim of the inputs in a call; see `Engine.dims_of`."""
