@@ -172,6 +172,7 @@ def test_a_root_that_cannot_be_made_is_a_warning(tmp_path: Path) -> None:
 def test_the_default_cache_follows_the_knobs(tmp_path: Path) -> None:
     with knobs.scope(cache_dir=tmp_path, cache_bytes="1KiB"):
         cache = default_cache()
+        assert default_cache() is cache  # it warns once, and counts all that is written
     assert (cache.root, cache.limit_bytes) == (tmp_path, 1024)
 
 

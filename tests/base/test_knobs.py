@@ -17,6 +17,10 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     assert knobs.cache_dir == Path("/somewhere/vivace")
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     assert knobs.cache_dir == Path("~/.cache/vivace").expanduser()
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", dict[int, object]().__getitem__)  # a user whom the system does not know
+    assert knobs.cache_dir == Path("/.cache/vivace")
     assert knobs.threads is None
     assert knobs.check is False
     assert knobs.explain == ()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import hashlib
 import os
 import secrets
@@ -186,8 +187,13 @@ class Cache:
 
 
 def default_cache() -> Cache:
-    """The cache that the knobs `cache_dir` and `cache_bytes` describe."""
-    return Cache(knobs.cache_dir, knobs.cache_bytes)
+    """The cache that the knobs `cache_dir` and `cache_bytes` describe: one for each, so that a process warns once and
+    counts all that it writes (BOUNDED).
+    """
+    return _cache(knobs.cache_dir, knobs.cache_bytes)
+
+
+_cache = functools.cache(Cache)
 
 
 def _header(key: str, data: Chunk) -> bytes:

@@ -115,7 +115,10 @@ def _read_path(text: str) -> Path:
 def _default_cache_dir() -> Path:
     # Source: the XDG Base Directory Specification; a relative XDG_CACHE_HOME is to be ignored.
     base = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "vivace"
+    try:
+        return (base if base.is_absolute() else Path("~/.cache").expanduser()) / "vivace"
+    except RuntimeError:  # a container's user without a home: not a folder that others may fill with code
+        return Path("/.cache/vivace")
 
 
 class Knobs:
