@@ -8,7 +8,8 @@ import pytest
 from onnx import TensorProto, helper
 from tests.onnx.making import BOOL, F32, I64, graph, model, node, value
 
-from vivace.base.dims import bounds, parse
+from vivace.base.dim_notation import parse
+from vivace.base.dims import bounds
 from vivace.base.errors import InputError, ModelError, UnsupportedError
 from vivace.graph.graph import Graph
 from vivace.graph.reference import evaluate

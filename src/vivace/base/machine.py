@@ -6,7 +6,6 @@ conservative value, never an error.
 
 Rules that the code cites:
     QUOTA     a container's CPU quota of 1.5 cores gives work to 2 threads: round up, never below 1.
-    CLIMB     a control group is limited by each of its ancestors: take the least.
     FLAGS     the CPU's name can be older than its features (virtual machines): only flags are trusted.
     IDENTITY  a fingerprint holds what generated code and its tuning depend on, not how many cores or how much memory
               this process was given.
@@ -21,12 +20,13 @@ import hashlib
 import math
 import os
 import platform
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal, cast
 
+from vivace.base.control_groups import cpu_quota, memory_limit, number_in, text_of
 from vivace.base.errors import InputError, UnsupportedError
 
 CacheKind = Literal["data", "instruction", "unified"]
@@ -252,7 +252,7 @@ def read_machine(root: Path = Path("/"), affinity: Collection[int] | None = None
     allowed = tuple(sorted(affinity if affinity is not None else _own_affinity()))
     first = cpus[0] if cpus else {}
     total_bytes = _memory_bytes(root)
-    limit_bytes = _least_limit(root, "memory", _memory_limit)
+    limit_bytes = memory_limit(root)
     return Machine(
         arch=platform.machine() or "unknown",
         vendor=first.get("vendor_id", first.get("CPU implementer", "unknown")),
@@ -261,10 +261,10 @@ def read_machine(root: Path = Path("/"), affinity: Collection[int] | None = None
         caches=_caches(root, allowed[0] if allowed else 0),
         affinity=allowed,
         n_physical_cores=_n_physical_cores(cpus, allowed),
-        quota_cores=_least_limit(root, "cpu", _cpu_quota),
+        quota_cores=cpu_quota(root),
         memory_bytes=total_bytes,
         # Version 1 writes "no limit" as a number near 2**63.
-        memory_limit_bytes=None if limit_bytes is None or limit_bytes >= total_bytes else int(limit_bytes),
+        memory_limit_bytes=None if limit_bytes is None or limit_bytes >= total_bytes else limit_bytes,
     )
 
 
@@ -276,7 +276,7 @@ def _own_affinity() -> Collection[int]:
 
 def _cpu_records(root: Path) -> Iterator[dict[str, str]]:
     """The paragraphs of `/proc/cpuinfo`, one per logical core."""
-    for paragraph in _text(root / "proc/cpuinfo").split("\n\n"):
+    for paragraph in text_of(root / "proc/cpuinfo").split("\n\n"):
         pairs = (line.partition(":") for line in paragraph.splitlines() if ":" in line)
         record = {key.strip(): value.strip() for key, _, value in pairs}
         if record:
@@ -293,7 +293,7 @@ def _n_physical_cores(cpus: list[dict[str, str]], allowed: tuple[int, ...]) -> i
 
 
 def _memory_bytes(root: Path) -> int:
-    for line in _text(root / "proc/meminfo").splitlines():
+    for line in text_of(root / "proc/meminfo").splitlines():
         if line.startswith("MemTotal:"):
             return int(line.split()[1]) << 10
     try:
@@ -305,17 +305,17 @@ def _memory_bytes(root: Path) -> int:
 def _caches(root: Path, cpu: int) -> tuple[CacheLevel, ...]:
     found = []
     for folder in sorted((root / f"sys/devices/system/cpu/cpu{cpu}/cache").glob("index*")):
-        level, kind = _number(folder / "level"), _text(folder / "type").strip().lower()
+        level, kind = number_in(folder / "level"), text_of(folder / "type").strip().lower()
         if level is None or kind not in ("data", "instruction", "unified"):
             continue
         found.append(
             CacheLevel(
                 level=level,
                 kind=cast(CacheKind, kind),
-                size_bytes=_size(_text(folder / "size").strip()),
-                n_ways=_number(folder / "ways_of_associativity") or 0,
-                line_bytes=_number(folder / "coherency_line_size") or 0,
-                n_sharing_cores=_count_list(_text(folder / "shared_cpu_list").strip()),
+                size_bytes=_size(text_of(folder / "size").strip()),
+                n_ways=number_in(folder / "ways_of_associativity") or 0,
+                line_bytes=number_in(folder / "coherency_line_size") or 0,
+                n_sharing_cores=_count_list(text_of(folder / "shared_cpu_list").strip()),
             )
         )
     return tuple(sorted(found, key=lambda c: (c.level, c.kind)))
@@ -335,74 +335,3 @@ def _count_list(text: str) -> int:
         first, _, last = part.partition("-")
         n += int(last or first) - int(first) + 1
     return max(1, n)
-
-
-def _least_limit(root: Path, controller: str, read: Callable[[Path], float | None]) -> float | None:
-    """The least limit of the process's control group and its ancestors (CLIMB)."""
-    limits = [limit for folder in _group_folders(root, controller) if (limit := read(folder)) is not None]
-    return min(limits, default=None)
-
-
-def _group_folders(root: Path, controller: str) -> Iterator[Path]:
-    """Folders of the process's control group, from its own up to the mount, for both versions."""
-    paths = _group_paths(root, controller)
-    for mount, mount_root, is_unified in _group_mounts(root, controller):
-        path = paths.get("" if is_unified else controller, "/")
-        # In a container the path is often the host's, and is not seen below the mount: then the mount is the group.
-        inside = path[len(mount_root.rstrip("/")) :] if path.startswith(mount_root) else path
-        top = root / mount.lstrip("/")
-        folder = top / inside.strip("/")
-        yield folder
-        for parent in folder.parents:
-            if not parent.is_relative_to(top):
-                break
-            yield parent
-
-
-def _group_paths(root: Path, controller: str) -> dict[str, str]:
-    """The process's group by controller; the key of the unified hierarchy is empty."""
-    paths = {}
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if not controllers or controller in controllers.split(","):
-            paths[controller if controllers else ""] = path
-    return paths
-
-
-def _group_mounts(root: Path, controller: str) -> Iterator[tuple[str, str, bool]]:
-    """Mount point, root within the hierarchy, and whether it is the unified one."""
-    for line in _text(root / "proc/self/mountinfo").splitlines():
-        left, _, right = line.partition(" - ")
-        mount, source = left.split(), right.split()
-        if source[:1] == ["cgroup2"]:
-            yield mount[4], mount[3], True
-        elif source[:1] == ["cgroup"] and controller in source[-1].split(","):
-            yield mount[4], mount[3], False
-
-
-def _cpu_quota(group: Path) -> float | None:
-    """Cores that the group may use on average, or None where it is not limited."""
-    unified = _text(group / "cpu.max").split()
-    if len(unified) == 2 and unified[0].isdigit():
-        return int(unified[0]) / int(unified[1])
-    quota_us, period_us = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
-    if quota_us is not None and quota_us > 0 and period_us:
-        return quota_us / period_us
-    return None
-
-
-def _memory_limit(group: Path) -> float | None:
-    unified = _number(group / "memory.max")
-    return unified if unified is not None else _number(group / "memory.limit_in_bytes")
-
-
-def _number(path: Path) -> int | None:
-    text = _text(path).strip()
-    return int(text) if text.lstrip("-").isdigit() else None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

@@ -12,7 +12,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from vivace.base.dims import Dim, parse, substitute, symbol
+from vivace.base.dim_notation import parse
+from vivace.base.dims import Dim, substitute, symbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import ModelError
 from vivace.graph.graph import Graph, Node, Type, Value, freeze
@@ -72,7 +73,7 @@ class _Parser:
         return self.next()[1]
 
     def dim(self) -> Dim:
-        """Collects the tokens of one dim expression and hands them to `dims.parse`."""
+        """Collects the tokens of one dim expression and hands them to `dim_notation.parse`."""
         parts, depth, at = [], 0, self.here[2]
         while (self.here[0] in ("word", "int", "end") or self.here[1] in ("(", ")", *_DIM_MARKS)) or (
             depth and self.here[1] == ","

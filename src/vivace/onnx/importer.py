@@ -19,7 +19,8 @@ from typing import Any
 
 from onnx import GraphProto, ModelProto, NodeProto, ValueInfoProto
 
-from vivace.base.dims import Dim, Expr, Symbol, as_symbol, parse, symbols
+from vivace.base.dim_notation import parse
+from vivace.base.dims import Dim, Expr, Symbol, as_symbol, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import BranchError, GraphError, ModelError, UnsupportedError, VivaceError
 from vivace.graph.build import constant

@@ -6,8 +6,8 @@ The importer starts again with every new assumption, so types never change after
 
 What a branch of an `If` needs need not hold for the other branch, nor without either: what is learnt of the sizes of
 inputs inside a branch holds only there (`local`, by the path of the branch). When it runs, its bounds are checked (rule
-NARROWER of `graph.ops.control`); an equality that only one branch needs is left to a provider. The body of a loop that may
-have no turn (a path that ends with `TURN`) keeps its bounds to itself likewise.
+NARROWER of `graph.ops.control`); an equality that only one branch needs is left to a provider. The body of a loop that
+may have no turn (a path that ends with `TURN`) keeps its bounds to itself likewise.
 
 Not handled: sizes that only data determines; what is learnt of them inside a branch holds everywhere. Sizes that are
 equal in a body are equal around it, also where it has no turn.

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from vivace.base.dims import Dim, parse, symbol
+from vivace.base.dim_notation import parse
+from vivace.base.dims import Dim, symbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import ModelError, ProviderError, UnsupportedError
 from vivace.base.specs import TensorSpec

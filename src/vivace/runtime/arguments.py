@@ -27,7 +27,7 @@ def refuse_inputs(inputs: object, specs: Sequence[TensorSpec]) -> NoReturn:
     raise InputError(" and ".join(what), where="engine.run", expected=wanted)
 
 
-def shapes_of(shapes: Mapping[str, Sequence[int]], specs: Sequence[TensorSpec]) -> list[tuple[int, ...]]:
+def shapes_of(shapes: object, specs: Sequence[TensorSpec]) -> list[tuple[int, ...]]:
     """Shapes by name in the order of the inputs. Raises: InputError for missing or unknown names."""
     if not isinstance(shapes, Mapping) or shapes.keys() != {s.name for s in specs}:
         raise InputError(

@@ -29,7 +29,8 @@ from typing import Any
 import numpy as np
 
 from vivace.base.cache import write_atomic
-from vivace.base.dims import Dim, from_data, to_data
+from vivace.base.dim_notation import from_data, to_data
+from vivace.base.dims import Dim
 from vivace.base.dtypes import DType
 from vivace.base.errors import EngineError, ModelError
 from vivace.base.machine import isa

@@ -15,7 +15,7 @@ iterations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from vivace.base.dims import Dim, bounds, ceildiv, minimum, prod
@@ -37,7 +37,6 @@ from vivace.loops.kernel import (
     Reduce,
     Stmt,
     Store,
-    Unary,
     dims_of,
     dtype_of,
     walk,
@@ -50,9 +49,10 @@ from vivace.targets.cpu.expr import emit, emit_stored
 from vivace.targets.cpu.interleaved import store_interleaved
 from vivace.targets.cpu.isa import has_masks
 from vivace.targets.cpu.lanes import tail_mask
-from vivace.targets.cpu.memory import fetch, flat_index, memory_type, store
+from vivace.targets.cpu.loop_costs import is_small, n_together, scatters_cheaply, work
+from vivace.targets.cpu.memory import fetch, memory_type, store
 from vivace.targets.cpu.reduce import reduce_stored, reduce_together
-from vivace.targets.cpu.tiles import Tiles, linear_in, transposed_loads
+from vivace.targets.cpu.tiles import Tiles, transposed_loads
 
 _CHUNK = 4096  # iterations of a lone vector loop that make a unit: about a microsecond of streaming
 _UNIT_WORK = 16384  # operations that are worth handing to a thread: a few microseconds
@@ -87,7 +87,7 @@ class _Generator:
         grain = 1
         if axes:
             units = prod([n for _, n in axes]) * _anything([n for _, n in axes], kernel)
-            grain = max(1, _UNIT_WORK // max(1, _work(body)))
+            grain = max(1, _UNIT_WORK // max(1, work(body)))
             b.loop(begin, end, 1, lambda u, _: self._unit(env, axes, body, u))
         elif len(body) == 1 and isinstance(body[0], For) and body[0].kind == "vector":
             units = ceildiv(body[0].extent, _CHUNK)
@@ -257,11 +257,11 @@ class _Generator:
         lanes = max(1, self.isa.vector_bits // max(widest_bits(loop.body, {loop.var}), 8))
         static = isinstance(start.const, int) and isinstance(stop.const, int)
         hi = bounds(loop.extent)[1]
-        if _scatters_cheaply(loop):
+        if scatters_cheaply(loop):
             lanes = 1
         while hi is not None and lanes > 1 and lanes // 2 >= hi:
             lanes //= 2
-        unroll = _unroll(loop, lanes, hi)
+        unroll = n_together(loop, lanes, hi)
         widths = [lanes * unroll] if unroll > 1 else []
         done = start
         if lanes == 1:
@@ -270,7 +270,7 @@ class _Generator:
         if has_masks(self.isa):
             if widths:
                 done = self._vectors(env, loop, done, stop, widths[0])
-            if static or _is_small(loop):
+            if static or is_small(loop):
                 done = self._vectors(env, loop, done, stop, lanes)
                 self._masked(env, loop, done, stop, lanes)
             else:  # a body of its own for full vectors would cost compile time and gain little
@@ -369,89 +369,3 @@ def _parallel_axes(body: tuple[Stmt, ...]) -> tuple[list[tuple[str, Dim]], tuple
         axes.append((body[0].var, body[0].extent))
         body = body[0].body
     return axes, body
-
-
-def _scatters_cheaply(loop: For) -> bool:
-    """Whether the body stores far apart and computes little: a scatter would cost more than scalar code."""
-    stores = [s for s in loop.body if isinstance(s, Store)]
-    apart = any(linear_in(flat_index(s.buffer, s.index), loop.var) not in (1, -1) for s in stores)
-    return len(stores) == len(loop.body) and apart and _cost(loop.body) <= 8
-
-
-def _is_small(loop: For) -> bool:
-    """Whether the body is worth writing twice."""
-    return _cost(loop.body) <= 60
-
-
-def _unroll(loop: For, lanes: int, hi: int | None) -> int:
-    """How many vectors to compute side by side: several where the body waits for its own results, which reductions
-    do."""
-    n = 1
-    if any(isinstance(s, Reduce) and varies(s, {loop.var}) for s in _nodes(loop.body)):
-        n = 4
-    elif _cost(loop.body) <= 8:
-        n = 2
-    while n > 1 and hi is not None and lanes * n > hi:
-        n //= 2
-    return n
-
-
-def _nodes(body: tuple[Stmt, ...]) -> Iterator[Stmt | Expr]:
-    for s in body:
-        yield from walk(s)
-
-
-def _cost(body: tuple[Stmt, ...]) -> int:
-    """About how many instructions one vector of the body takes."""
-    cost = 0
-    for node in _nodes(body):
-        cost += 25 if isinstance(node, Unary) and node.fn in _FUNCTIONS else 1
-    return cost
-
-
-_FUNCTIONS = frozenset(
-    [
-        "exp",
-        "log",
-        "erf",
-        "gelu",
-        "sin",
-        "cos",
-        "tanh",
-        "sigmoid",
-        "tan",
-        "asin",
-        "acos",
-        "atan",
-        "sinh",
-        "cosh",
-        "asinh",
-        "acosh",
-        "atanh",
-        "log1p",
-        "expm1",
-        "pow",
-    ]
-)
-
-
-def _work(body: tuple[Stmt, ...]) -> int:
-    """About how many operations one unit takes, where symbolic extents count as their lower bound or 64."""
-    total = 0
-    for s in body:
-        match s:
-            case For(extent=n, body=inner):
-                total += _trips(n) * _work(inner)
-            case Guard(body=inner):
-                total += _work(inner)
-            case Let(expr=e) | Store(value=e):
-                total += 1
-                for node in walk(e):
-                    total += _trips(node.extent) if isinstance(node, Reduce) else 1
-    return max(total, 1)
-
-
-def _trips(n: Dim) -> int:
-    if isinstance(n, int):
-        return n
-    return max(64, bounds(n)[0] or 0)
