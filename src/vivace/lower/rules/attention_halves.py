@@ -33,7 +33,6 @@ from vivace.loops.kernel import (
     Cast,
     Const,
     For,
-    Index,
     Kernel,
     Let,
     Load,
@@ -54,6 +53,7 @@ from vivace.lower.rules.attention_stages import (
     Attention,
     Blocks,
     exp_below,
+    is_first,
     number,
     scratch,
 )
@@ -235,7 +235,7 @@ class _Rows:
         so_far = Binary("add", ACC, mul(Load(state.sums, (s, n)), Load(state.rescale, (s,))))
         values = replace(
             values, rows=(Axis("s", here, state.w.strides[0], 0, state.sums.strides[0]),), out=state.sums,
-            epilogue=Select(_is_first(), ACC, so_far), extra=(state.sums, state.rescale),
+            epilogue=Select(is_first(), ACC, so_far), extra=(state.sums, state.rescale),
         )  # fmt: skip
         panels = (v.out, chunk.start * (v.n_panels * v.lanes))
         return [
@@ -264,10 +264,6 @@ class _Rows:
         if a.mask is not None:
             offsets.append(a.mask.moved(self.first * a.mask.row + start * a.mask.column))
         return Stage(scores, tuple(offsets))
-
-
-def _is_first() -> Binary:
-    return Binary("eq", Index(symbol(STEP, 0)), Const(0, DType.i64))
 
 
 def _tops(state: _State, queries: Dim, chunk: _Chunk) -> For:
@@ -306,12 +302,12 @@ def _online_softmax(state: _State, queries: Dim, chunk: _Chunk, factor: float) -
     rescale = exp_below(Read("old", F32), Read("new", F32), factor * LOG2E)
     before = mul(Load(state.total, (s,)), Load(state.rescale, (s,)))
     steps = (
-        Let("old", Select(_is_first(), number(LOWEST), Load(state.largest, (s,)))),
+        Let("old", Select(is_first(), number(LOWEST), Load(state.largest, (s,)))),
         Let("new", largest),
         Store(state.largest, (s,), Read("new", F32)),
         Store(state.top, (s,), Read("new", F32)),
         Store(state.rescale, (s,), rescale),
-        Store(state.total, (s,), Select(_is_first(), number(0), before)),
+        Store(state.total, (s,), Select(is_first(), number(0), before)),
     )
     so_far = Binary("add", Load(state.total, (s,)), Read("chunk_total", F32))
     body = (

@@ -306,7 +306,7 @@ class _Queries:
         so_far = add(ACC, mul(Load(state.sums, (s, n)), Load(state.rescale, (s,))))
         values = replace(
             values, rows=(Axis("s", self.here, 1, 0, state.sums.strides[0]),), out=state.sums,
-            epilogue=Select(_is_first(), ACC, so_far), extra=(state.sums, state.rescale),
+            epilogue=Select(is_first(), ACC, so_far), extra=(state.sums, state.rescale),
         )  # fmt: skip
         return Stage(values, (v_offset,))
 
@@ -316,7 +316,8 @@ class _Queries:
         return Stage(a.divided(state.sums, state.total, self.here), (a.out.moved(self.first * a.out.row),))
 
 
-def _is_first() -> Binary:
+def is_first() -> Binary:
+    """Whether a stage meets the first chunk of keys."""
     return Binary("eq", Index(symbol(STEP, 0)), Const(0, DType.i64))
 
 
@@ -337,7 +338,7 @@ def _online_softmax(state: _State, keys: Dim, queries: Dim, late: float) -> Kern
     with."""
     p, s, t = state.p, symbol("s", 0), symbol("t", 0)
     body = (
-        Let("old", Select(_is_first(), number(LOWEST), Load(state.top, (s,)))),
+        Let("old", Select(is_first(), number(LOWEST), Load(state.top, (s,)))),
         Let("chunk_top", Reduce("maxnum", "u", keys, Load(p, (symbol("u", 0), s)))),
         Let("top", Binary("max", Read("old", F32), Read("chunk_top", F32))),
         Let("rescale", exp_below(Read("old", F32), Read("top", F32), late)),
@@ -345,7 +346,7 @@ def _online_softmax(state: _State, keys: Dim, queries: Dim, late: float) -> Kern
         Store(state.rescale, (s,), Read("rescale", F32)),
         For("t", keys, (Store(p, (t, s), exp_below(Load(p, (t, s)), Read("top", F32), late)),)),
         Let("chunk_total", Reduce("add", "t", keys, Load(p, (t, s)))),
-        Let("before", Select(_is_first(), number(0), mul(Load(state.total, (s,)), Read("rescale", F32)))),
+        Let("before", Select(is_first(), number(0), mul(Load(state.total, (s,)), Read("rescale", F32)))),
         Store(state.total, (s,), add(Read("before", F32), Read("chunk_total", F32))),
     )
     return Kernel("k", (p, state.top, state.total, state.rescale), (For("s", queries, body, "vector"),))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -74,71 +74,110 @@ def lower_matmul(ctx: Lowering, g: Group) -> None:
     half = is_pair or is_half_product(ctx, a_value, b_value)
     a = ctx.operand(a_value) if half else ctx.view(a_value)
     b = ctx.operand(b_value) if is_pair else ctx.view(b_value)
-    a = _two_d(a, column=False)
-    b = _two_d(b, column=True)
+    target = ctx.target(g.output)
+    p = _arranged(ctx, g, _two_d(a, column=False), _two_d(b, column=True), target)
+    if is_pair:
+        c, places = pair_contraction(ctx, g, p.wide, p.batch, p.rows, p.n, p.a, p.out, p.epilogue)
+    elif half and not p.batch:
+        c, places = half_contraction(
+            ctx, b_value, "matmul", lambda: np.asarray(_matrix(p.b, b_value))[None],
+            (), p.rows, (Axis("k", p.k, 1),), p.n, p.a, p.out, p.epilogue
+        )  # fmt: skip
+    else:
+        c, places = _float_contraction(ctx, b_value, p)
+    emit_contraction(ctx, "matmul", c, places, g, tail_flops(g))
+    if p.out.storage is not target.storage:
+        ctx.copy(_required(p.out.reshape(target.shape)), target)
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """A matmul as rows against panels. `wide` is `b` with all the batch axes of the result; of the axes before `n`,
+    those along which `b` differs are `batch`, the others `rows`. `out` lies dense along `n`.
+
+    Shapes: a [lead.., m, k], wide [lead.., k, n], out [lead.., m, n].
+    """
+
+    a: View
+    b: View
+    wide: View
+    out: View
+    batch: tuple[Axis, ...]
+    rows: tuple[Axis, ...]
+    epilogue: Epilogue
+
+    @property
+    def k(self) -> Dim:
+        return self.a.shape[-1]
+
+    @property
+    def n(self) -> Dim:
+        return self.b.shape[-1]
+
+
+def _arranged(ctx: Lowering, g: Group, a: View, b: View, target: View) -> _Product:
+    """The axes of the product of two operands that have a row and a column axis."""
+    a_value, b_value = g.anchor.inputs[0], g.anchor.inputs[1]
+    assert a_value is not None and b_value is not None
+    y = g.anchor.outputs[0]
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     lead = y.shape[: len(y.shape) - (a_value.rank > 1) - (b_value.rank > 1)]
     full = (*lead, m, n)
     if a.strides[-1] != 1 and k != 1:
         a = ctx.contiguous(a, f"{a_value.name}_rows")
     a = a.expand((*lead, m, k))
-    target = ctx.target(g.output)
     out = _required(target.reshape(full)) if target.shape != full else target
     if out.strides[-1] != 1 and n != 1:
         out = ctx.temporary(f"{y.name}_dense", g.output.dtype, full)
-    b_full = b.expand((*lead, k, n))
-    batched = [not (s == 0 or d == 1) for d, s in zip(lead, b_full.strides, strict=False)]
+    wide = b.expand((*lead, k, n))
     names = [f"m{i}" for i in range(len(lead) + 1)]
+    is_batch = [not (s == 0 or d == 1) for d, s in zip(lead, wide.strides, strict=False)] + [False]
     axes = [
-        Axis(names[i], full[i], a.strides[i], b_full.strides[i] if i < len(lead) else 0, out.strides[i])
+        Axis(names[i], full[i], a.strides[i], wide.strides[i] if i < len(lead) else 0, out.strides[i])
         for i in range(len(lead) + 1)
     ]
-    batch = tuple(x for x, is_b in zip(axes, [*batched, False], strict=True) if is_b)
-    rows = tuple(x for x, is_b in zip(axes, [*batched, False], strict=True) if not is_b)
     index = [symbol(x, 0) for x in names] + [symbol("n", 0)]
-    epilogue = Epilogue(ctx, g, None, _index_for(y.shape, full, index))
-    if is_pair or (half and not batch):
-        if is_pair:
-            c, places = pair_contraction(ctx, g, b_full, batch, rows, n, a, out, epilogue)
-        else:
-            c, places = half_contraction(
-                ctx, b_value, "matmul", lambda: np.asarray(_matrix(b, b_value))[None],
-                (), rows, (Axis("k", k, 1),), n, a, out, epilogue
-            )  # fmt: skip
-        emit_contraction(ctx, "matmul", c, places, g, tail_flops(g))
-        if out.storage is not target.storage:
-            ctx.copy(_required(out.reshape(target.shape)), target)
-        return
-    a_buf, out_buf = a.buffer("a"), out.buffer("out", writable=True)
+    return _Product(
+        a, b, wide, out,
+        tuple(x for x, apart in zip(axes, is_batch, strict=True) if apart),
+        tuple(x for x, apart in zip(axes, is_batch, strict=True) if not apart),
+        Epilogue(ctx, g, None, _index_for(y.shape, full, index)),
+    )  # fmt: skip
+
+
+def _float_contraction(ctx: Lowering, b_value: Value, p: _Product) -> tuple[Contraction, dict[Buffer, View]]:
+    """The product in f32, and what lies in its buffers: a constant `b` in panels, another one as it lies."""
+    a_buf, out_buf = p.a.buffer("a"), p.out.buffer("out", writable=True)
+    stride = p.a.strides[-1] if p.k != 1 else 1
+    epilogue, batch = p.epilogue, p.batch
     if b_value.data is not None and not batch:
-        tap = Axis("k", k, a.strides[-1] if k != 1 else 1)
+        tap = Axis("k", p.k, stride)
         wanted = unpacked(
-            Contraction("k", (), rows, (tap,), n, a_buf, a_buf, out_buf, Packing(""), epilogue.expr, epilogue.extra)
+            Contraction("k", (), p.rows, (tap,), p.n, a_buf, a_buf, out_buf, Packing(""), epilogue.expr, epilogue.extra)
         )
         lanes = product_lanes(wanted, ctx.isa, ctx.choices.of(wanted).lanes)
-        b_view = packed_panels(ctx, b_value, lanes, "matmul", lambda: np.asarray(_matrix(b, b_value))[None])
+        b = packed_panels(ctx, b_value, lanes, "matmul", lambda: np.asarray(_matrix(p.b, b_value))[None])
         packing = Packing("panels", lanes)
-    elif b_full.strides[-1] == 1 or n == 1:
-        b_view, packing = b_full, Packing("plain")
-    elif b_full.strides[-2] == 1:
-        b_view, packing = b_full, Packing("transposed", n_stride=b_full.strides[-1])
     else:
-        b_view, packing = ctx.contiguous(b, f"{b_value.name}_dense").expand((*lead, k, n)), Packing("plain")
-    b_strides = b_view.strides
-    if packing.kind != "panels":
-        axes_b = {names[i]: b_strides[i] for i in range(len(lead))}
-        batch = tuple(replace(x, b=axes_b[x.name]) for x in batch)
-    tap = Axis("k", k, a.strides[-1] if k != 1 else 1, b_strides[-2] if packing.kind != "panels" else 0)
-    if packing.kind == "transposed":
-        b_view = replace(
-            b_view, shape=(*b_view.shape[:-2], n, k), strides=(*b_strides[:-2], b_strides[-1], b_strides[-2])
-        )
-    b_buf = b_view.buffer("b")
-    c = Contraction("k", batch, rows, (tap,), n, a_buf, b_buf, out_buf, packing, epilogue.expr, epilogue.extra)
-    views = {a_buf: a, b_buf: b_view, out_buf: out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
-    emit_contraction(ctx, "matmul", c, views, g, tail_flops(g))
-    if out.storage is not target.storage:
-        ctx.copy(_required(out.reshape(target.shape)), target)
+        b, packing = _as_it_lies(ctx, b_value, p)
+        strides = dict(zip((f"m{i}" for i in range(len(b.shape) - 2)), b.strides))
+        batch = tuple(replace(x, b=strides[x.name]) for x in batch)
+        tap = Axis("k", p.k, stride, b.strides[-2])
+        if packing.kind == "transposed":
+            lead, (across, along) = b.strides[:-2], b.strides[-2:]
+            b = replace(b, shape=(*b.shape[:-2], p.n, p.k), strides=(*lead, along, across))
+    b_buf = b.buffer("b")
+    c = Contraction("k", batch, p.rows, (tap,), p.n, a_buf, b_buf, out_buf, packing, epilogue.expr, epilogue.extra)
+    return c, {a_buf: p.a, b_buf: b, out_buf: p.out, **dict(zip(epilogue.extra, epilogue.views, strict=True))}
+
+
+def _as_it_lies(ctx: Lowering, b_value: Value, p: _Product) -> tuple[View, Packing]:
+    """The right operand where kernels can read it: along its rows, along its columns, or copied."""
+    if p.wide.strides[-1] == 1 or p.n == 1:
+        return p.wide, Packing("plain")
+    if p.wide.strides[-2] == 1:
+        return p.wide, Packing("transposed", n_stride=p.wide.strides[-1])
+    return ctx.contiguous(p.b, f"{b_value.name}_dense").expand(p.wide.shape), Packing("plain")
 
 
 def _two_d(v: View, column: bool) -> View:
