@@ -32,6 +32,9 @@ Rules:
   last gave, and makes longer ones. Calls of the other engines repeat one shape.
 * STEPS: where the time of a token goes, by kind of step (`decode_steps`), is measured after the turns, for engines with
   their caches in place.
+* LEVELS: level 4 of onnxruntime and of ours is the same model with `accuracy_level` 4 on each product: its rows may
+  be rounded to bytes with a scale for each block. llama.cpp always does. Without, ours have the error of f32 (or of
+  bf16), as have level 0 and OpenVINO.
 * BITS: a row holds engines whose weights have the same bits. bf16: vivace and OpenVINO round values too.
 * KEPT: what was measured replaces the same phase of its format and number of threads in
   `benchmarks/results/decode.json`, and `decode.md` is written from all of them, so that a long measurement can be done
@@ -146,14 +149,14 @@ def timed(run: Callable[[Any], object], given: Mapping[str, Any]) -> Call:
     return call
 
 
-def vivace_engines(form: str, precision: str, threads: int, given: dict[str, Inputs]) -> list[Engine]:
-    """One engine, called as the others are, and with its caches in place."""
+def vivace_engines(form: str, precision: str, threads: int, given: dict[str, Inputs], level: int = 0) -> list[Engine]:
+    """One engine, called as the others are, and with its caches in place; `level`: rule LEVELS."""
     import vivace
 
-    path = materialise_blockwise(form) if form in ("int4", "int8") else materialise(BASE)
+    path = materialise_blockwise(form, level) if form in ("int4", "int8") else materialise(BASE)
     engine = vivace.compile(path, precision=precision, threads=threads)
     weight_bytes = sum(c.nbytes for c in engine.image.constants) - _table_bytes(engine)  # type: ignore[union-attr]
-    name = f"vivace {precision}"
+    name = f"vivace {precision}" + (f" level {level}" if level else "")
     loops = {phase: text_loop(engine, given[phase], n) for phase, n in CONTEXTS.items()}
 
     def steps(phase: str, bare: Call, n_bytes: int) -> list[dict[str, Any]]:
@@ -272,6 +275,7 @@ def engines(form: str, threads: int, given: dict[str, Inputs], llama_python: str
     made: list[Callable[[], Engine | list[Engine]]]
     made = [lambda p=p: vivace_engines(form, p, threads, given) for p in ours]  # type: ignore[misc]
     if is_packed:
+        made.append(lambda: vivace_engines(form, "f32", threads, given, 4))
         other = "int4-whole" if form == "int4" else "int8"
         for level in (0, 4):
             made.append(lambda n=level: onnxruntime_engine(

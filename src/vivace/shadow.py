@@ -29,6 +29,7 @@ from vivace.base.dims import evaluate
 from vivace.base.dtypes import DType
 from vivace.base.errors import InternalError
 from vivace.graph.graph import Node, Value, substitute_attrs
+from vivace.graph.ops.quantized import rounded_to
 from vivace.lower.group import Group, group
 from vivace.lower.halves import is_widening
 from vivace.lower.image import Image
@@ -42,6 +43,7 @@ Array = np.ndarray
 LEAST = 1e-5  # what f32 code of any op may be off by: a few roundings more than the reference
 ORDERS = 4.0  # sums in another order, and products by Winograd, exceed an op's own tolerance by up to this
 _HALF_STEP = {DType.f16: 2.0**-10, DType.bf16: 2.0**-7}
+_ROUNDED_STEP = _HALF_STEP | {DType.i8: 2.0**-7}  # of the largest of a block; those of a sum add up like noise
 
 
 class ShadowedEngine(Engine):
@@ -162,12 +164,18 @@ def allowed(g: Group, values: Mapping[Value, Array], dims: Mapping[str, int], pr
     if g.anchor.op.name == "attention":  # what multiplies halves rounds its weights to them
         read = [producer[v] for v in g.anchor.inputs if v is not None and v in producer]
         halves += [_HALF_STEP[n.inputs[0].dtype] for n in read if is_widening(n)][:1]  # type: ignore[union-attr]
+    halves += [_ROUNDED_STEP[rounded_to(n.attrs)] * _depth(n, dims) ** 0.5 for n in g.nodes if _is_rounded(n)]
     if not inexact and not (halves and len(g.nodes) > 1):
         return between
     relative = max(LEAST, ORDERS * sum(n.op.tolerance * _depth(n, dims) for n in inexact), sum(halves))
     inside = {v for n in g.nodes for v in (*n.inputs, *n.outputs) if v is not None}
     sizes = [_largest(values.get(v, v.data)) for v in inside if v in values or v.data is not None]
     return relative * max(sizes, default=1.0) + between
+
+
+def _is_rounded(n: Node) -> bool:
+    """Whether the kernel may round what it reads."""
+    return n.op.name == "matmul_blocks" and rounded_to(n.attrs) is not DType.f32
 
 
 def _between(g: Group, values: Mapping[Value, Array]) -> float:

@@ -18,12 +18,15 @@ from vivace.base.machine import isa
 from vivace.graph import reference
 from vivace.graph.build import Builder, constant
 from vivace.graph.graph import Graph, Type, Value
+from vivace.graph.ops.quantized import rounded_to
+from vivace.graph.text import print_graph
 from vivace.loops.digits import Digits
 from vivace.lower.lowering import lower
 from vivace.lower.plan import steps_of
 from vivace.onnx.exporter import export
 from vivace.onnx.importer import import_model
 from vivace.optimize.pipeline import optimize
+from vivace.targets.cpu.amx import host_isa
 
 Array = np.ndarray
 TOLERANCE = 3e-5  # sums of 32 to 300 products of numbers around 1
@@ -117,7 +120,9 @@ def model(nodes: list[Any], constants: dict[str, Array], k: int, n: int, opset: 
     return helper.make_model(g, opset_imports=imports, ir_version=10)
 
 
-def n_bits(k: int, n: int, bits: int, block: int, zeros: str, bias: bool = False, seed: int = 0) -> ModelProto:
+def n_bits(
+    k: int, n: int, bits: int, block: int, zeros: str, bias: bool = False, seed: int = 0, level: int = 0
+) -> ModelProto:
     random, blocks = np.random.default_rng(seed), -(-k // block)
     constants: dict[str, Array] = {
         "b": random.integers(0, 256, (n, blocks, block * bits // 8)).astype(np.uint8),
@@ -133,6 +138,8 @@ def n_bits(k: int, n: int, bits: int, block: int, zeros: str, bias: bool = False
     while not ins[-1]:
         ins.pop()
     node = helper.make_node("MatMulNBits", ins, ["y"], domain="com.microsoft", K=k, N=n, bits=bits, block_size=block)
+    if level:
+        node.attribute.append(helper.make_attribute("accuracy_level", level))
     return model([node], constants, k, n)
 
 
@@ -160,6 +167,28 @@ def test_matmul_n_bits(bits: int, block: int, zeros: str) -> None:
         else:
             want = in_onnxruntime(m, x)
         np.testing.assert_allclose(engine.run({"x": x})["y"], want, rtol=1e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("level, rounded", [(1, "f32"), (2, "f16"), (3, "bf16"), (4, "i8")])
+def test_rows_may_be_rounded_to_what_the_model_says(level: int, rounded: str) -> None:
+    graph = optimize(import_model(n_bits(96, 70, 4, 32, "packed", level=level)))
+    assert rounded_to(graph.nodes[0].attrs) is DType(rounded)
+    assert (f"rounded=@{rounded}" in print_graph(graph)) == (level > 1)
+    plan = lower(graph, isa("avx512+avx512_vnni"))
+    (digits,) = (s.spec for s in steps_of(plan.body) if isinstance(s.spec, Digits))
+    assert digits.layout.few == {"f32": 3, "i8": 1}.get(rounded, 2)
+
+
+@pytest.mark.skipif(not host_isa().has("avx512_vnni"), reason="few rows are multiplied in f32 here")
+def test_rows_of_bytes_are_as_near_as_those_of_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIVACE_CHECK", "1")
+    x = np.random.default_rng(0).standard_normal((1, 320), np.float32)
+    exact, rounded = (n_bits(320, 70, 4, 32, "packed", level=level) for level in (0, 4))
+    want = in_onnxruntime(exact, x)
+    theirs = ort.InferenceSession(rounded.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})
+    ours = vivace.compile(rounded, providers=("native",), cache=False).run({"x": x})["y"]
+    off, their_off = (float(np.sqrt(np.mean((y - want) ** 2))) for y in (ours, theirs[0]))
+    assert 1e-4 < off <= 1.25 * their_off
 
 
 def test_reordered_blocks_go_to_onnxruntime_and_say_so() -> None:

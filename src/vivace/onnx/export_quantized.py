@@ -117,7 +117,9 @@ def write_matmul_integer(w: Writer, n: Node, outs: list[str]) -> None:
 
 
 def write_matmul_blocks(w: Writer, n: Node, outs: list[str]) -> None:
-    """Blocks of DequantizeLinear where they can say it; else the weights in their parts."""
+    """Blocks of DequantizeLinear where they can say it; else the weights in their parts. What rows may be rounded to
+    has no standard form: the exported model asks for f32.
+    """
     a, q, scale, zero = n.inputs
     assert q is not None and scale is not None and zero is not None
     if q.data is None or scale.data is None or zero.data is None:

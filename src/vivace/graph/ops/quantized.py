@@ -11,8 +11,9 @@ pixels(x, scale, zero)          quantize(x, scale, zero) of f32[N,C,H,W], C up t
 conv_integer{as conv}(x, w, zero, bias?)    the convolution of x - zero with w, in i32; padding is x = zero
 matmul_integer(a, b, zero, bias?)           (a - zero) @ b, in i32; bias is one per column
         x, a: u8 or i8; w, b: i8, constant; zero: a scalar of x's dtype; bias: i32
-matmul_blocks{block}(a, q, scale, zero)     a @ ((q - zero) * scale), where `block` steps of k share scale and zero
+matmul_blocks{block, rounded?}(a, q, scale, zero)   a @ ((q - zero) * scale); `block` steps of k share scale and zero
         a: f32[..,k]; q: u4 or u8 [k,n]; scale, zero: f32[ceil(k/block),n]; sums in f32
+        rounded: what kernels may round a to, f16, bf16, or i8: 127ths of the largest of a block; f32 where absent
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ RANGES = {
 BYTES = (DType.u8, DType.i8)
 PIXEL_BYTES = 4
 LEVELS = (DType.u4, DType.u8)
+ROUNDED = (DType.f32, DType.f16, DType.bf16, DType.i8)
 _PRODUCTS = {op.name: op for op in _CONTRACTIONS}
 
 
@@ -171,11 +173,18 @@ def _matmul_blocks(types: Sequence[Type | None], attrs: Attrs) -> tuple[Type, ..
         )
     if not a.rank or q.rank != 2 or not isinstance(block, int) or block < 1:
         raise GraphError(f"operands are {a} and {q} in blocks of {block}", where="matmul_blocks", expected="matrices")
+    if rounded_to(attrs) not in ROUNDED:
+        raise GraphError(f"rows rounded to {rounded_to(attrs)}", where="matmul_blocks", expected="f32, f16, bf16 or i8")
     same(a.shape[-1], q.shape[0], "matmul_blocks")
     for v in (scale, zero):
         if v.shape != (ceildiv(q.shape[0], block), q.shape[1]):
             raise GraphError(f"{v} for blocks of {block} of {q}", where="matmul_blocks", expected="one per block")
     return (Type(DType.f32, (*a.shape[:-1], q.shape[1])),)
+
+
+def rounded_to(attrs: Attrs) -> DType:
+    """What the rows of matmul_blocks may be rounded to."""
+    return attrs.get("rounded", DType.f32)
 
 
 def dequantized_blocks(q: Array, scale: Array, zero: Array, block: int) -> Array:

@@ -15,6 +15,7 @@ from vivace.base.dims import Dim, bounds, prod, symbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import UnsupportedError
 from vivace.base.mapped import forget
+from vivace.graph.ops.quantized import rounded_to
 from vivace.loops.blockwise import MOST_DIRECT_ROWS, BlockwiseProduct
 from vivace.loops.contraction import Axis, Contraction, Packing, merge_axes
 from vivace.loops.digits import LARGEST_BLOCK, Digits
@@ -95,7 +96,7 @@ def _emit(ctx: Lowering, g: Group, a: View, out: View, m: str, epilogue: Epilogu
         "k", axis, k, n, 4 if q.dtype is DType.u4 else 8, block, blockwise_lanes(ctx.isa), a.buffer("a"),
         b.buffer("b"), scales.buffer("scales"), None if shifts is None else shifts.buffer("shifts"),
         flat.buffer("out", writable=True), epilogue.expr if epilogue is not None else None, extra,
-        rounded=g.anchor.attrs.get("rounded", DType.f32),
+        rounded=rounded_to(g.anchor.attrs),
     )  # fmt: skip
     views: dict[Buffer, View] = {w.a: a, w.b: b, w.scales: scales, w.out: flat}
     if _has_parts(ctx, w):

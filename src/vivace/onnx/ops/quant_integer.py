@@ -123,6 +123,9 @@ def unpack_bits(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     return wide.reshape(*packed.shape[:-1], -1)[..., :count]
 
 
+_ROUNDED = {2: DType.f16, 3: DType.bf16, 4: DType.i8}  # by `accuracy_level`
+
+
 @onnx_op("MatMulNBits", domain="com.microsoft")
 def matmul_n_bits(
     c: Call,
@@ -133,7 +136,9 @@ def matmul_n_bits(
     groups: Value | None = None,
     bias: Value | None = None,
 ) -> Value:
-    """B is packed [N, blocks, bytes]. Weights of 2 bits become weights of 4."""
+    """B is packed [N, blocks, bytes]. Weights of 2 bits become weights of 4. `accuracy_level` is what A may be rounded
+    to: nothing (0, 1), f16, bf16, or bytes.
+    """
     bits, depth, width, block = c.attr("bits", 4), c.attr("K"), c.attr("N"), c.attr("block_size")
     if groups is not None or bits not in (2, 4, 8):
         raise Fallback("its blocks are reordered" if groups is not None else f"its weights have {bits} bits")
@@ -152,5 +157,7 @@ def matmul_n_bits(
         c.const(np.ascontiguousarray(scale.T)),
         c.const(np.ascontiguousarray(zero.astype(np.float32).T)),
     ]
-    y = c.cast_to(c.matmul_blocks(c.cast_to(a, DType.f32), *named, block=block), a.dtype)
+    may_round = _ROUNDED.get(c.attr("accuracy_level", 0))
+    attrs = {"block": block} | ({"rounded": may_round} if may_round is not None else {})
+    y = c.cast_to(c.matmul_blocks(c.cast_to(a, DType.f32), *named, **attrs), a.dtype)
     return y if bias is None else c.add(y, bias)
