@@ -27,9 +27,11 @@ from typing import Any
 
 import numpy as np
 from benchmarks.gemm import Layer, OpenVino, Ours, _float_problem, _int8_problem, _spec
+from benchmarks.models import inputs
+from benchmarks.models.quantized import materialise_quantized
 from benchmarks.peak import Peak
 from benchmarks.records import RESULTS, versions
-from benchmarks.tile_work import HEAD, cells, least_ns, measure_model, work_of
+from benchmarks.tile_work import HEAD, OPERATIONS, cells, least_ns, measure_model, work_of
 
 from vivace.base.dtypes import DType
 from vivace.base.machine import host
@@ -69,8 +71,6 @@ tile registers into vector registers 60; there are none. The 3 x 3 convolutions 
 that are larger than the first-level cache, and come near to what the second gives.
 """
 
-OPERATIONS = {"int8": 2 * 16 * 16 * 64, "bf16": 2 * 16 * 16 * 32}  # of a product of full tiles
-
 Record = dict[str, Any]
 
 
@@ -86,8 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             records.append(measure(Layer(m, k, n, 0), dtype, options.seconds))
             print(*_row(records[-1]), flush=True)
     if options.batch:
-        isa = host_isa()
-        model = measure_model("resnet50", options.batch, isa, Peak("int8"), 3 * options.seconds)
+        images = {key: np.concatenate([x] * options.batch) for key, x in inputs("resnet50").items()}
+        path = materialise_quantized("resnet50", "qdq")
+        model = measure_model(path, images, "int8", Peak("int8"), 3 * options.seconds)
         print(_about_model(model))
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "gemm.json").write_text(json.dumps({"products": records, "model": model}, indent=1) + "\n")

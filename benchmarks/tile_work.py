@@ -15,29 +15,32 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from benchmarks.models import inputs
-from benchmarks.models.quantized import materialise_quantized
 
 import vivace
 from vivace.base.dims import evaluate, prod
 from vivace.base.machine import Isa
-from vivace.building import make_plan, optimize_for_native
+from vivace.building import apply_precision, make_plan, optimize_for_native
+from vivace.compilation import load_graph
 from vivace.loops.contraction import Contraction, contraction_dims, contraction_params, merge_axes
 from vivace.lower.arithmetic import arithmetic_of, chunk_bytes
-from vivace.lower.plan import Step, steps_of
+from vivace.lower.plan import Spec, Step, steps_of
 from vivace.lower.tile import choose_tile
 from vivace.measure.roofline import layers
-from vivace.onnx.importer import import_model
+from vivace.optimize.pipeline import optimize
 from vivace.targets.cpu import jit
+from vivace.targets.cpu.amx import host_isa
 from vivace.targets.cpu.codegen import emit
 from vivace.targets.cpu.contraction_plan import Plan, symbol_of, variants
 
 QUANTILE = 10  # rule LOW of `large`
+OPERATIONS = {"int8": 2 * 16 * 16 * 64, "bf16": 2 * 16 * 16 * 32, "f32": 2}  # of a product of full tiles, or one of f32
+PRODUCTS = ("conv", "matmul", "attention", "conv_integer", "matmul_integer")
 Record = dict[str, Any]
 
 
@@ -92,9 +95,7 @@ def _function(lines: Sequence[str], name: str) -> list[str]:
 
 def _of_function(lines: Sequence[str], n_chunks: int, n_rows: int) -> Work:
     """Rule BLOCKS, for one micro-kernel."""
-    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.L\w+):", line))}
-    jumps = [(labels[m[1]], i) for i, line in enumerate(lines) if (m := re.match(r"\tj\w+\t(\.L\w+)", line))]
-    loops = sorted((j for j in jumps if j[0] <= j[1]), key=lambda j: j[1] - j[0])
+    loops = _loops(lines)
     multiply = [j for j in loops if any("\ttdp" in line for line in lines[j[0] : j[1]])]
     total = Work()
     for i, line in enumerate(lines):
@@ -106,6 +107,13 @@ def _of_function(lines: Sequence[str], n_chunks: int, n_rows: int) -> Work:
     return total
 
 
+def _loops(lines: Sequence[str]) -> list[tuple[int, int]]:
+    """First and last lines of the loops, inner ones before those around them."""
+    labels = {m[1]: i for i, line in enumerate(lines) if (m := re.match(r"(\.L\w+):", line))}
+    jumps = [(labels[m[1]], i) for i, line in enumerate(lines) if (m := re.match(r"\tj\w+\t(\.L\w+)", line))]
+    return sorted((j for j in jumps if j[0] <= j[1]), key=lambda j: j[1] - j[0])
+
+
 _KINDS = (
     ("tdp", "products"), ("tileload", "loads"), ("tilestore", "stores"), ("prefetch", "fetches"), ("v", "vector")
 )  # fmt: skip
@@ -115,16 +123,20 @@ def _one(instruction: str) -> Work:
     return Work(**{next((kind for start, kind in _KINDS if instruction.startswith(start)), "scalar"): 1})
 
 
-def measure_model(name: str, batch: int, isa: Isa, time_peak: Callable[[], float], seconds: float) -> Record:
-    """Times and work of the kernels of a quantized model, per call of the engine. `time_peak` gives the speed of a loop
-    of nothing but products, in operations a ns, each time that it is called."""
-    path, one = materialise_quantized(name, "qdq"), inputs(name)
-    arrays = {key: np.concatenate([x] * batch) for key, x in one.items()}
-    engine = vivace.compile(path, threads=1, shapes={key: x.shape for key, x in arrays.items()})
-    lines = engine.image.lines  # type: ignore[union-attr]
-    each = engine.image.batch.each or batch if engine.image.batch else batch  # type: ignore[union-attr]
+def measure_model(
+    path: Path, arrays: Mapping[str, np.ndarray], precision: str, time_peak: Callable[[], float], seconds: float
+) -> Record:
+    """Times and work of the kernels of a model on one thread, per call of the engine; `int8` are quantized models.
+    `time_peak` gives the speed of a loop of nothing but products, in operations a ns, each time that it is called."""
+    isa, batch = host_isa(), len(next(iter(arrays.values())))
+    arithmetic = "f32" if precision == "int8" else precision
+    shapes = {key: x.shape for key, x in arrays.items()}
+    engine = vivace.compile(path, threads=1, shapes=shapes, precision=arithmetic)
+    assert isinstance(engine, vivace.Engine)
+    lines = engine.image.lines
+    each = engine.image.batch.each or batch if engine.image.batch else batch
     few = {key: (each, *x.shape[1:]) for key, x in arrays.items()}
-    graph = optimize_for_native(import_model(path, overrides=few))
+    graph, _ = apply_precision(optimize_for_native(load_graph(path, few)), arithmetic, isa)
     steps = steps_of(make_plan(graph, isa, ("native",)).body)
     assert [s.label for s in steps] == [line.label for line in lines]
     times: list[list[float]] = [[] for _ in lines]
@@ -142,13 +154,13 @@ def measure_model(name: str, batch: int, isa: Isa, time_peak: Callable[[], float
         for of_line, ns in zip(times, taken, strict=True):
             of_line.append(ns)
     rows: dict[int, Record] = {}
-    calls = batch // each
+    calls = -(-batch // each)
     for line, step, found in zip(lines, steps, times, strict=True):
         if line.kernel not in rows:
             tiles = work_of(step.spec, isa) if isinstance(step.spec, Contraction) else None
             rows[line.kernel] = {
                 "kernel": _name(step), "calls": 0, "ns": 0.0, "flops": 0, "bytes": 0, "written": 0,
-                "work": tiles and asdict(tiles),
+                "work": tiles and asdict(tiles), "turn": None if tiles else turn_of(step.spec, isa),
             }  # fmt: skip
         row = rows[line.kernel]
         row["calls"] += calls
@@ -156,13 +168,27 @@ def measure_model(name: str, batch: int, isa: Isa, time_peak: Callable[[], float
         row["flops"] += calls * _operations(step)
         row["bytes"] += calls * evaluate(step.bytes, {})
         row["written"] += calls * _written(step)
-    work = layers(import_model(path, overrides={key: x.shape for key, x in arrays.items()}), {})
+    work = layers(optimize(load_graph(path, shapes)), {}, arithmetic)
     return {
-        "model": name, "batch": batch, "each": each, "isa": isa.name, "rows": list(rows.values()),
-        "flops": sum(x.flops for x in work if x.op in ("conv", "matmul")),
+        "batch": batch, "each": each, "isa": isa.name, "rows": list(rows.values()),
+        "flops": sum(x.flops for x in work if x.op in PRODUCTS),
         "peak": float(np.percentile(peaks, 100 - QUANTILE)), "ns": float(np.percentile(whole, QUANTILE)),
         "median_peak": float(np.median(peaks)), "median_ns": float(np.median(whole)),
     }  # fmt: skip
+
+
+def turn_of(spec: Spec, isa: Isa) -> list[int] | None:
+    """Multiply-adds of vectors in one turn of the innermost loop that has most of them, and all instructions there;
+    None where a kernel has none."""
+    code = emit(spec, isa)
+    lines = jit.assembly(code.llvm_text, isa, code.optimize).split("\n")
+    found: list[list[int]] = []
+    for first, last in _loops(lines):
+        here = [line.split()[0] for line in lines[first : last + 1] if re.match(r"\t[a-z]", line)]
+        is_inner = not any(first <= a and b <= last and (a, b) != (first, last) for a, b in _loops(lines))
+        if is_inner and (n := sum(x.startswith("vfm") for x in here)):
+            found.append([n, len(here)])
+    return max(found, default=None)
 
 
 def _name(step: Step) -> str:
@@ -182,7 +208,7 @@ def _operations(step: Step) -> int:
 
 def _written(step: Step) -> int:
     if not isinstance(step.spec, Contraction):
-        return sum(evaluate(s.bytes, {}) for s in step.writes)
+        return min(evaluate(step.bytes, {}), sum(evaluate(s.bytes, {}) for s in step.writes))
     return _results(step.spec) * step.spec.out.dtype.size_bytes
 
 
