@@ -68,7 +68,7 @@ class Compilation:
         started = time.perf_counter()
         tell = options.progress or (lambda stage, done, total: None)
         tell("import", 0, 1)
-        graph = load_graph(self.source, self.shapes)
+        graph, note = read_graph(self.source, self.shapes)
         if "onnxruntime" in options.providers and (late_nodes(graph) or textual_nodes(graph)):
             try:
                 whole = self.portable_graph(graph)
@@ -80,6 +80,7 @@ class Compilation:
         graph, batch = self._slice(graph)
         plan, image, graph = build(graph, options, batch)
         image.facts["compile_seconds"] = time.perf_counter() - started
+        image.facts.update({"shapes_note": note} if note else {})
         engine = make_engine(plan, image, options, placements(image, graph, float_islands(graph)), self.portable)
         trim()
         return engine
@@ -209,19 +210,24 @@ def _specs(values: Sequence[Value]) -> tuple[TensorSpec, ...]:
 
 
 def load_graph(source: object, shapes: Mapping[str, Sequence[int]] | None) -> Graph:
+    """Import a model, or take a graph as it is."""
+    return read_graph(source, shapes)[0]
+
+
+def read_graph(source: object, shapes: Mapping[str, Sequence[int]] | None) -> tuple[Graph, str]:
     """Import a model, or take a graph as it is.
 
-    A branch that never runs at the given shapes may contradict them; then the sizes stay symbolic, with a notice, and
-    the shapes are only checked to fit.
+    A branch that never runs at the given shapes may contradict them; then the sizes stay symbolic, and the shapes are
+    only checked to fit. The text says so, and is empty elsewhere.
     """
     from vivace.graph.graph import Graph
 
     if isinstance(source, Graph):
-        return source
+        return source, ""
     from vivace.onnx.importer import import_model
 
     try:
-        return import_model(source, overrides=shapes)  # type: ignore[arg-type]
+        return import_model(source, overrides=shapes), ""  # type: ignore[arg-type]
     except BranchError as refusal:
         if not shapes:
             raise
@@ -232,8 +238,7 @@ def load_graph(source: object, shapes: Mapping[str, Sequence[int]] | None) -> Gr
             check_shapes([TensorSpec(v.name, v.dtype, v.shape) for v in graph.inputs], shapes)
         except VivaceError:
             raise refusal from None
-        warn("compile", f"a branch of the model cannot run at the given shapes, so that sizes stay open: {refusal}")
-        return graph
+        return graph, f"a branch of the model cannot run at the given shapes, so that sizes stay open: {refusal}"
 
 
 def portable_model(source: object, shapes: Mapping[str, Sequence[int]] | None) -> bytes:

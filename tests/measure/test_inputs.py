@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vivace.base.dims import symbol
+from vivace.base.dims import maximum, symbol
 from vivace.base.dtypes import DType
 from vivace.base.errors import InputError, UnsupportedError
 from vivace.base.specs import TensorSpec
@@ -43,6 +43,16 @@ def test_usual_sizes() -> None:
     assert choose_shapes(PICTURE, {})[0] == {"x": (1, 3, 224, 224)}
     shapes, _ = choose_shapes(DECODER, {})
     assert shapes == {"input_ids": (1, 128), "attention_mask": (1, 128), "past.0.key": (1, 3, 0, 64)}
+
+
+def test_usual_sizes_keep_to_bounds_and_to_what_branches_take() -> None:
+    specs = (TensorSpec("x", DType.f32, (1, symbol("T", 1, 99))), TensorSpec("y", DType.f32, (N, symbol("S"))))
+    assert choose_shapes(specs, {})[0] == {"x": (1, 99), "y": (1, 128)}
+    s = symbol("S")
+    one, other, far = (maximum(low - s, 0) + maximum(s - high, 0) for low, high in ((192, 703), (96, 351), (4, 9)))
+    assert choose_shapes(specs, {}, (one, other, far))[0]["y"] == (1, 192)
+    assert choose_shapes(specs, {}, (far, one))[0]["y"] == (1, 9)
+    assert choose_shapes(specs, {"y": (2, 5)}, (one,))[0]["y"] == (2, 5)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,13 @@ import pytest
 from onnx import TensorProto, helper
 from tests.onnx.making import BOOL, F32, I64, graph, model, node, value
 
+from vivace.base import dims
 from vivace.base.dim_notation import parse
-from vivace.base.dims import bounds
+from vivace.base.dims import bounds, symbols
 from vivace.base.errors import InputError, ModelError, UnsupportedError
 from vivace.graph.graph import Graph
 from vivace.graph.reference import evaluate
+from vivace.graph.sizes import branch_demands
 from vivace.graph.verify import verify
 from vivace.onnx.importer import import_model
 
@@ -338,6 +340,11 @@ class TestControlFlow:
         assert [bounds(b.inputs[0].shape[0]) for b in (g.nodes[0].attrs["then"], g.nodes[0].attrs["else"])] == [
             (4, 7),
             (16, 31),
+        ]
+        (s,) = symbols(g.inputs[0].shape[0])
+        assert [[dims.evaluate(d, {s.name: n}) for n in (3, 5, 35)] for d in branch_demands(g)] == [
+            [1, 0, 28],
+            [13, 11, 4],
         ]
         assert evaluate(g, [np.ones(5, np.float32), np.array(True)])[0] == 1
         with pytest.raises(InputError):

@@ -167,9 +167,11 @@ def gather_inputs(job: Job, inputs: Sequence[str], seed: int) -> tuple[dict[str,
     """Arrays for the inputs of a model or a saved engine, and the job with all shapes fixed to theirs."""
     from dataclasses import replace
 
-    from vivace.cli.contestants import input_specs
+    from vivace.cli.contestants import demands_of, input_specs, learnt_inputs, open_engine
 
-    arrays, sizes = options.gather(input_specs(job), job.shapes, inputs, seed)
+    specs = input_specs(job)
+    learnt = (specs, demands_of(open_engine("native", job))) if options.is_saved(job.model) else learnt_inputs(job)
+    arrays, sizes = options.gather(specs, job.shapes, inputs, seed, learnt)
     return arrays, replace(job, shapes={name: tuple(a.shape) for name, a in arrays.items()}, sizes=sizes)
 
 
@@ -264,10 +266,9 @@ def _engine_dict(engine: EngineTimes, report: Report) -> dict[str, Any]:
 
 def print_report(report: Report) -> None:
     """The table for people."""
-    from vivace.cli.console import amount, duration, print_table, size
+    from vivace.cli.console import amount, duration, print_table, shapes_text, size
 
-    shapes = ", ".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in report.shapes.items())
-    shapes = shapes if len(shapes) <= 100 else shapes[:97] + "..."
+    shapes = shapes_text(report.shapes)
     precision = "" if options.is_saved(report.job.model) else f", {report.job.precision}"
     title = f"{report.job.model.name}  {shapes}  {report.job.threads} thread(s){precision}"
     columns = [

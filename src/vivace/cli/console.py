@@ -14,7 +14,7 @@ import logging
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -96,6 +96,12 @@ def plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return plain(value.tolist())
     return str(value)
+
+
+def shapes_text(shapes: Mapping[str, Sequence[int]]) -> str:
+    """The shapes of arrays on part of a line, as `--shapes` takes them."""
+    text = ", ".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in shapes.items())
+    return text if len(text) <= 100 else text[:97] + "..."
 
 
 class _Told(logging.Handler):

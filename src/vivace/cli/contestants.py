@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +11,7 @@ from vivace.base.errors import InputError, ProviderError
 from vivace.cli.options import check_model, is_native, is_saved
 
 if TYPE_CHECKING:
+    from vivace.base.dims import Dim
     from vivace.base.specs import TensorSpec
     from vivace.measure.bench import Contestant, Runner
     from vivace.providers.provider import Session
@@ -90,6 +91,29 @@ def input_specs(job: Job) -> tuple[TensorSpec, ...]:
 
         read(job.model)
         raise
+
+
+def learnt_inputs(job: Job) -> tuple[Sequence[TensorSpec], Iterable[Dim]] | None:
+    """The inputs of a model as our importer understands them, and what its branches ask of their sizes; None where it
+    cannot read the model."""
+    from vivace.base.errors import VivaceError
+    from vivace.base.specs import TensorSpec
+    from vivace.graph.sizes import branch_demands
+    from vivace.onnx.importer import import_model
+
+    if is_saved(job.model):
+        return None
+    try:
+        graph = import_model(job.model)
+    except VivaceError:
+        return None
+    return tuple(TensorSpec(v.name, v.dtype, v.shape) for v in graph.inputs), tuple(branch_demands(graph))
+
+
+def demands_of(engine: object) -> tuple[Dim, ...]:
+    """What the branches of a compiled model ask of the sizes of its inputs."""
+    image = getattr(engine, "image", None)
+    return tuple(line.lacks for line in image.lines if line.kind == "demand") if image is not None else ()
 
 
 def _open_saved(provider: str, job: Job) -> Session:

@@ -104,6 +104,7 @@ class Inspection:
 def examine(path: Path, given: Mapping[str, Sequence[int]], level: int) -> tuple[Inspection, Graph, Graph]:
     """The facts, and the graph before and after the optimizer."""
     from vivace.base.specs import TensorSpec
+    from vivace.graph.sizes import branch_demands
     from vivace.measure.inputs import choose_shapes
     from vivace.measure.roofline import layers
     from vivace.onnx.importer import import_model
@@ -114,7 +115,7 @@ def examine(path: Path, given: Mapping[str, Sequence[int]], level: int) -> tuple
     imported = import_model(path)
     graph = optimize(imported, level=level)
     specs = [TensorSpec(v.name, v.dtype, v.shape) for v in imported.inputs]
-    chosen, sizes = choose_shapes(specs, given)
+    chosen, sizes = choose_shapes(specs, given, tuple(branch_demands(imported)))
     work = layers(graph, sizes)
     constants = _constants(graph)
     found = Inspection(
@@ -200,15 +201,14 @@ _N_SHOWN = 12
 
 
 def _print(found: Inspection, show_all: bool) -> None:
-    from vivace.cli.console import amount, print_table, size
+    from vivace.cli.console import amount, print_table, shapes_text, size
 
     opsets = ", ".join(f"{domain or 'ai.onnx'} {version}" for domain, version in found.opsets.items())
     print(f"{found.model}  {size(found.file_bytes)}, {found.producer or 'unknown producer'}, opset {opsets}")
     for name, specs in (("inputs", found.inputs), ("outputs", found.outputs)):
         for i, spec in enumerate(specs):
             print(f"{name if i == 0 else '':10} {spec}")
-    shapes = ", ".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in found.shapes.items())
-    print(f"{'at':10} {shapes}")
+    print(f"{'at':10} {shapes_text(found.shapes)}")
     print(f"{'parameters':10} {amount(found.n_parameters)} in {size(found.parameter_bytes)}")
     moved = f"{size(found.weight_bytes)} of weights and {size(found.activation_bytes)} of activations"
     n_layers = sum(not x.is_fused for x in found.layers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, BinaryIO
@@ -17,6 +17,7 @@ from vivace.base.version import ENGINE_MAGIC
 if TYPE_CHECKING:
     import numpy as np
 
+    from vivace.base.dims import Dim
     from vivace.base.specs import TensorSpec
 
 Model = Annotated[Path, typer.Argument(help="The ONNX file.", show_default=False)]
@@ -239,9 +240,11 @@ def _opened(path: Path, what: str, expected: str) -> Iterator[BinaryIO]:
 
 
 def gather(
-    specs: Sequence[TensorSpec], shapes: Mapping[str, Sequence[int]], inputs: Sequence[str], seed: int
-) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """Arrays for all inputs (given or generated), checked, and the sizes of all symbols."""
+    specs: Sequence[TensorSpec], shapes: Mapping[str, Sequence[int]], inputs: Sequence[str], seed: int,
+    learnt: tuple[Sequence[TensorSpec], Iterable[Dim]] | None = None,
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:  # fmt: skip
+    """Arrays for all inputs (given or generated), checked, and the sizes of all symbols. `learnt` are the inputs and
+    the demands of branches as our importer understands them, which says more of the sizes that make sense."""
     from vivace.measure.inputs import bind, check_arrays, choose_shapes, generate
 
     given = read_arrays(inputs)
@@ -249,7 +252,10 @@ def gather(
     if unknown:
         names = ", ".join(spec.name for spec in specs)
         raise InputError(f"the model has no input {unknown[0]!r}", where="--input", expected=f"one of {names}")
-    chosen, sizes = choose_shapes(specs, {**shapes, **{name: array.shape for name, array in given.items()}})
+    known: Mapping[str, Sequence[int]] = {**shapes, **{name: array.shape for name, array in given.items()}}
+    if learnt is not None and known.keys() < {spec.name for spec in specs}:
+        known = choose_shapes(learnt[0], known, learnt[1])[0]
+    chosen, sizes = choose_shapes(specs, known)
     for spec in specs:
         if spec.name not in given and math.prod(chosen[spec.name]) * spec.dtype.size_bytes > _MOST_BYTES:
             text = "x".join(map(str, chosen[spec.name]))

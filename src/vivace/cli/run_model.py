@@ -44,8 +44,8 @@ def run_model(
 
     Example: vivace run model.onnx --input x=picture.npy --against onnxruntime
     """
-    from vivace.cli.console import duration, plain, print_json, print_table, progress
-    from vivace.cli.contestants import Job, open_engine
+    from vivace.cli.console import duration, plain, print_json, print_table, progress, shapes_text
+    from vivace.cli.contestants import Job, demands_of, open_engine
 
     _check_archive(save)
     if against and options.is_saved(model):
@@ -56,7 +56,7 @@ def run_model(
               tune=tune, tune_budget=tune_budget, timing_cache=str(timing_cache or ""))  # fmt: skip
     with progress() as show:
         engine = open_engine(provider, job, show)
-    arrays, _ = options.gather(engine.inputs, given, inputs, seed)
+    arrays, _ = options.gather(engine.inputs, given, inputs, seed, (engine.inputs, demands_of(engine)))
     start = time.perf_counter()
     outputs = engine.run(arrays)
     seconds = time.perf_counter() - start
@@ -73,6 +73,7 @@ def run_model(
             }
         )
     else:
+        print(f"inputs   {shapes_text({name: a.shape for name, a in arrays.items()})}")
         rows = [
             [name, str(a.dtype), "x".join(map(str, a.shape)) or "scalar", *_summary(a)] for name, a in outputs.items()
         ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vivace.base.dims import Expr, Symbol, symbols
+from vivace.base.dims import Dim, Expr, Symbol, symbols
 from vivace.graph.graph import Graph, Node, Type, Value, subgraphs
+from vivace.graph.ops.control import lacking, narrower
 
 
 def attr_symbols(v: Any) -> Iterator[Symbol]:
@@ -29,6 +30,13 @@ def graph_symbols(graph: Graph) -> Iterator[Symbol]:
     for n in graph.nodes:
         for a in n.attrs.values():
             yield from attr_symbols(a)
+
+
+def shape_symbols(graph: Graph) -> dict[str, Symbol]:
+    """The symbols in the shapes of a graph's values, by name; not those of the graphs inside it, which may bound them
+    otherwise."""
+    values = (*graph.inputs, *(v for n in graph.nodes for v in n.outputs))
+    return {s.name: s for v in values for d in v.shape for s in symbols(d)}
 
 
 def value_sizes(v: Value) -> set[str]:
@@ -59,3 +67,14 @@ def late_nodes(graph: Graph) -> dict[Node, set[str]]:
             found[n] = brought
         known |= brought
     return found
+
+
+def branch_demands(graph: Graph, outer: Mapping[str, Symbol] | None = None) -> Iterator[Dim]:
+    """By how much sizes are outside of what each branch of an `if` is meant for, where it asks more of them than the
+    graphs around it (rule NARROWER of `graph.ops.control`)."""
+    here = {**(outer or {}), **shape_symbols(graph)}
+    for n in graph.nodes:
+        for inner in subgraphs(n):
+            if n.op.name == "if" and (bounds := narrower(inner, here)):
+                yield lacking(bounds, here)
+            yield from branch_demands(inner, here)

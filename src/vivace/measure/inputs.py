@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from vivace.base.dims import Dim, Expr, as_symbol, evaluate, linear, substitute, symbols
+from vivace.base.dims import Dim, Expr, Symbol, as_symbol, evaluate, linear, substitute, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import InputError, UnsupportedError
 from vivace.base.specs import TensorSpec
@@ -100,10 +100,14 @@ def _solve(dim: Dim, size: int, spec: TensorSpec, sizes: dict[str, int]) -> None
         raise InputError(f"a dim of {size} is impossible", where=spec.name, expected=str(spec))
 
 
-def choose_shapes(specs: Sequence[TensorSpec], given: Mapping[str, Sequence[int]]) -> tuple[Shapes, dict[str, int]]:
-    """A shape for every input, and the sizes of all symbols: as given, and a usual size for what is not.
+def choose_shapes(
+    specs: Sequence[TensorSpec], given: Mapping[str, Sequence[int]], demands: Iterable[Dim] = ()
+) -> tuple[Shapes, dict[str, int]]:
+    """A shape for every input, and the sizes of all symbols: as given, and a usual size for what is not, or the one
+    next to it that the bounds of its symbol allow.
 
     A first dim is a batch of 1; the third and fourth dim of a picture are 224; others are 128, or 0 for what is past.
+    Demands are 0 for the sizes that a branch of the model takes: they are met as long as none before is broken.
     """
     sizes = bind(specs, given)
     for spec in specs:
@@ -111,7 +115,7 @@ def choose_shapes(specs: Sequence[TensorSpec], given: Mapping[str, Sequence[int]
             left = substitute(dim, sizes)
             found = as_symbol(left) if isinstance(left, Expr) else None
             if found is not None:
-                sizes[found.name] = _usual_size(spec, axis, found.name)
+                sizes[found.name] = _nearest(_usual_size(spec, axis, found.name), found, sizes, demands)
     shapes = {}
     for spec in specs:
         dims = [substitute(dim, sizes) for dim in spec.shape]
@@ -128,6 +132,22 @@ def _usual_size(spec: TensorSpec, axis: int, name: str) -> int:
     if "past" in name.lower() or "past" in spec.name.lower():
         return 0
     return _SIDE if len(spec.shape) == 4 and spec.dtype.is_float and axis >= 1 else _LENGTH
+
+
+def _nearest(size: int, s: Symbol, sizes: Mapping[str, int], demands: Iterable[Dim]) -> int:
+    """The size next to a usual one that a symbol may have, once the sizes of others are known."""
+    size = max(size, s.lo or 0) if s.hi is None else min(max(size, s.lo or 0), s.hi)
+    met: list[Dim] = []
+    for demand in demands:
+        alone = substitute(demand, sizes)
+        if {t.name for t in symbols(alone)} != {s.name}:
+            continue
+        by = evaluate(alone, {s.name: size})
+        for other in (size - by, size + by):
+            if other >= 0 and not any(evaluate(d, {s.name: other}) for d in (*met, alone)):
+                size, met = other, [*met, alone]
+                break
+    return size
 
 
 def generate(specs: Iterable[TensorSpec], shapes: Mapping[str, Sequence[int]], seed: int = 0) -> dict[str, np.ndarray]:

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from vivace.base.dims import Dim, Expr, Symbol, symbols
+from vivace.base.dims import Dim, Expr, Symbol, maximum, symbol, symbols
 from vivace.base.dtypes import DType
 from vivace.base.errors import GraphError, UnsupportedError
 from vivace.graph.graph import Attrs, Graph, Op, Type, substitute_type
@@ -55,6 +55,15 @@ def narrower(graph: Graph, outer: Mapping[str, Symbol]) -> dict[str, Symbol]:
         if (low, high) != (known.lo, known.hi):
             found[s.name] = Symbol(s.name, low, high)
     return found
+
+
+def lacking(bounds: Mapping[str, Symbol], outer: Mapping[str, Symbol]) -> Dim:
+    """By how much sizes are outside of tighter bounds, in all: 0 where they fit."""
+    total: Dim = 0
+    for name, s in sorted(bounds.items()):
+        size = symbol(name, outer[name].lo, outer[name].hi)
+        total += maximum(0 if s.lo is None else s.lo - size, 0) + maximum(0 if s.hi is None else size - s.hi, 0)
+    return total
 
 
 def _match(got: Type, want: Type, where: str) -> None:
