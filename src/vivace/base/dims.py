@@ -362,6 +362,19 @@ def evaluate(d: Dim, env: Mapping[str, int]) -> int:
     return v
 
 
+TYPICAL = 64
+"""What a size that only a run will tell is taken for, where sizes are compared: a middling number of channels, rows,
+columns or tokens."""
+
+
+def typical(d: Dim) -> int:
+    """A dim as a number, at least 1 where only a run will tell: its symbols at `TYPICAL`, within their bounds."""
+    if isinstance(d, int):
+        return d
+    within = {s.name: max(s.lo or 0, TYPICAL if s.hi is None else min(TYPICAL, s.hi)) for s in symbols(d)}
+    return max(evaluate(d, within), 1)
+
+
 FUNCTIONS = {"//": floordiv, "%": mod, "min": minimum, "max": maximum}
 
 

@@ -7,7 +7,7 @@
     caches       bytes that pass each level with blocks as the tile cuts them, at the measured bandwidths
     imbalance    threads that wait while the last units are computed
 
-The model orders; measuring decides (`lower/tune.py`). Symbolic sizes are guessed.
+The model orders; measuring decides (`lower/tune.py`). Sizes that only a run will tell are typical ones.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from vivace.base.dims import prod
+from vivace.base.dims import prod, typical
 from vivace.base.machine import Isa, Machine, host
 from vivace.loops.contraction import Contraction, Depthwise, merge_axes
 from vivace.lower.arithmetic import arithmetic_of
 from vivace.lower.choices import BLOCKS, DIRECT, FLOATS, Choice, Site
 from vivace.lower.rules import winograd
-from vivace.lower.rules.winograd import guessed
 from vivace.lower.tile import MOST_VECTORS, Tile, choose_tile, max_rows, pieces
 
 HOPELESS = 1.6  # times the best prediction; the model is right within that
@@ -63,8 +62,8 @@ def predict(site: Site, choice: Choice, isa: Isa, machine: Machine, rates: Rates
         return 0.0  # all alike to the model: bound by the caches
     c = merge_axes(c)
     if way == FLOATS:
-        batch, rows, k = (guessed(prod([x.extent for x in axes])) for axes in (c.batch, c.rows, c.taps))
-        return 2.0 * batch * rows * k * guessed(c.n) / rates.operations["f32"]
+        batch, rows, k = (typical(prod([x.extent for x in axes])) for axes in (c.batch, c.rows, c.taps))
+        return 2.0 * batch * rows * k * typical(c.n) / rates.operations["f32"]
     kind = "f32" if c.a.dtype.is_float and c.a.dtype.size_bytes > 2 else "bf16" if c.a.dtype.is_float else "i8"
     peak = rates.operations.get(kind, rates.operations["f32"])
     if way != DIRECT:
@@ -75,10 +74,10 @@ def predict(site: Site, choice: Choice, isa: Isa, machine: Machine, rates: Rates
 
 def _tile_ns(c: Contraction, tile: Tile, isa: Isa, machine: Machine, rates: Rates, peak: float) -> float:
     ar = arithmetic_of(c, isa)
-    rows, k, n = (guessed(d) for d in (prod([r.extent for r in c.rows]), prod([t.extent for t in c.taps]), c.n))
-    n_batch = guessed(prod([b.extent for b in c.batch]))
+    rows, k, n = (typical(d) for d in (prod([r.extent for r in c.rows]), prod([t.extent for t in c.taps]), c.n))
+    n_batch = typical(prod([b.extent for b in c.batch]))
     height = max(s for _, s in tile.outer) * max(s for _, s in tile.inner)
-    n_tiles = max(1, guessed(prod([r.extent for r in c.rows[:-2]]) * pieces(tile.outer) * pieces(tile.inner)))
+    n_tiles = max(1, typical(prod([r.extent for r in c.rows[:-2]]) * pieces(tile.outer) * pieces(tile.inner)))
     n_panels = max(1, -(-n // tile.lanes))
     columns = -(-n // isa.n_f32_lanes) * isa.n_f32_lanes
     slow = 1.0
@@ -103,11 +102,11 @@ def _tile_ns(c: Contraction, tile: Tile, isa: Isa, machine: Machine, rates: Rate
 def _winograd_flops(c: Contraction, way: str, isa: Isa) -> float:
     m = winograd.size_of(way)
     assert m is not None
-    channels = guessed(c.taps[-1].extent)
-    images, *size = (guessed(r.extent) for r in c.rows)
+    channels = winograd.guessed(c.taps[-1].extent)
+    images, *size = (winograd.guessed(r.extent) for r in c.rows)
     height, width = (1, *size)[-2:]
     tiles = images * -(-height // m[0]) * -(-width // m[1])
-    return winograd.counted_flops(m, tiles, channels, guessed(c.n), isa)
+    return winograd.counted_flops(m, tiles, channels, winograd.guessed(c.n), isa)
 
 
 def _packed(c: Contraction, choice: Choice, isa: Isa) -> Contraction:
@@ -152,7 +151,7 @@ def _changed(site: Site, now: Choice, isa: Isa, machine: Machine) -> Iterator[Ch
     width = isa.n_f32_lanes
     if not ar.is_tile:
         lanes = [v * width for v in range(1, MOST_VECTORS + 1)] if c.packing.kind == "panels" else [tile.lanes]
-        n = guessed(c.n)
+        n = typical(c.n)
         for columns in lanes:
             if columns == width or columns - width < n:
                 most = max_rows(columns // width, isa, ar.n_spare)
@@ -160,7 +159,7 @@ def _changed(site: Site, now: Choice, isa: Isa, machine: Machine) -> Iterator[Ch
                     if rows >= 1:
                         yield replace(now, lanes=columns if c.packing.kind == "panels" else None, rows=rows,
                                       tiles=None, panels=None)  # fmt: skip
-    n_panels = max(1, -(-guessed(c.n) // tile.lanes))
+    n_panels = max(1, -(-typical(c.n) // tile.lanes))
     tiles, panels = tile.tiles_per_unit, tile.panels_per_unit
     yield replace(now, rows_outer=not tile.rows_outer)
     yield replace(now, rows_outer=not tile.rows_outer, tiles=tiles, panels=panels)
@@ -191,7 +190,7 @@ def _changed_winograd(c: Contraction, now: Choice) -> Iterator[Choice]:
 
 
 def _changed_blocks(c: Contraction, now: Choice) -> Iterator[Choice]:
-    queries, keys = guessed(c.rows[0].extent), guessed(c.n)
+    queries, keys = typical(c.rows[0].extent), typical(c.n)
     for rows in (32, 64, 96, 128):
         if rows - 32 < queries:
             yield replace(now, rows=rows)
@@ -201,7 +200,7 @@ def _changed_blocks(c: Contraction, now: Choice) -> Iterator[Choice]:
 
 
 def _changed_depthwise(d: Depthwise, now: Choice) -> Iterator[Choice]:
-    height, width = (guessed(r.extent) for r in (d.rows[-2:] if len(d.rows) > 1 else (d.rows[-1], d.rows[-1])))
+    height, width = (typical(r.extent) for r in (d.rows[-2:] if len(d.rows) > 1 else (d.rows[-1], d.rows[-1])))
     for rows in (4, 5, 6, 7, 8, 10, 12, 14):
         if rows <= max(4, width):
             yield replace(now, rows=rows)

@@ -72,16 +72,16 @@ _DIRECT_BINARY = frozenset(
 )
 
 
-def _const(value: float, like: Expr) -> Const:
-    t = dtype_of(like)
-    return Const(value if t.is_float else int(value), t)
+def const(value: float, like: Expr) -> Const:
+    """A constant of the type of another expression."""
+    return literal(value, dtype_of(like))
 
 
 def _clip(x: Expr, lo: float | None, hi: float | None) -> Expr:
     if lo is not None:
-        x = Binary("max", x, _const(lo, x))
+        x = Binary("max", x, const(lo, x))
     if hi is not None:
-        x = Binary("min", x, _const(hi, x))
+        x = Binary("min", x, const(hi, x))
     return x
 
 
@@ -89,16 +89,16 @@ _BY_TANH: Attrs = {"approximate": "tanh"}
 
 
 def _gelu(x: Expr, attrs: Attrs) -> Expr:
-    half_x = Binary("mul", x, _const(0.5, x))
+    half_x = Binary("mul", x, const(0.5, x))
     if attrs.get("approximate", "none") == "tanh":
         # x + 0.044715 x^3 = x (1 + 0.044715 x^2)
-        inner = Binary("mul", x, Binary("add", _const(1.0, x), Binary("mul", _const(0.044715, x), Binary("mul", x, x))))
-        gate: Expr = Unary("tanh", Binary("mul", inner, _const(math.sqrt(2 / math.pi), x)))
+        inner = Binary("mul", x, Binary("add", const(1.0, x), Binary("mul", const(0.044715, x), Binary("mul", x, x))))
+        gate: Expr = Unary("tanh", Binary("mul", inner, const(math.sqrt(2 / math.pi), x)))
     elif dtype_of(x) is DType.f32:
         return Unary("gelu", x)
     else:
-        gate = Unary("erf", Binary("mul", x, _const(1 / math.sqrt(2), x)))
-    return Binary("mul", half_x, Binary("add", gate, _const(1.0, x)))
+        gate = Unary("erf", Binary("mul", x, const(1 / math.sqrt(2), x)))
+    return Binary("mul", half_x, Binary("add", gate, const(1.0, x)))
 
 
 def _for_8_bits(e: Expr) -> Expr:
@@ -111,22 +111,22 @@ def _for_8_bits(e: Expr) -> Expr:
         case Binary(fn="mul" | "div" as fn, a=a, b=b):
             return Binary(fn, _for_8_bits(a), _for_8_bits(b))
         case Unary(fn="exp", x=x):
-            return Unary("exp2_bf16", Binary("mul", x, _const(math.log2(math.e), x)))
+            return Unary("exp2_bf16", Binary("mul", x, const(math.log2(math.e), x)))
         case Unary(fn="sigmoid", x=x):
             return Unary("sigmoid_bf16", x)
     return e
 
 
 _COMPOSED: dict[str, Callable[[Expr, Attrs], Expr]] = {
-    "relu": lambda x, a: Binary("max", x, _const(0, x)),
+    "relu": lambda x, a: Binary("max", x, const(0, x)),
     "silu": lambda x, a: Binary("mul", x, Unary("sigmoid", x)),
     "gelu": _gelu,
-    "leaky_relu": lambda x, a: Select(Binary("lt", x, _const(0, x)), Binary("mul", x, _const(a["alpha"], x)), x),
+    "leaky_relu": lambda x, a: Select(Binary("lt", x, const(0, x)), Binary("mul", x, const(a["alpha"], x)), x),
     "hard_sigmoid": lambda x, a: _clip(
-        Binary("add", Binary("mul", x, _const(a["alpha"], x)), _const(a["beta"], x)), 0.0, 1.0
+        Binary("add", Binary("mul", x, const(a["alpha"], x)), const(a["beta"], x)), 0.0, 1.0
     ),
     "hard_swish": lambda x, a: Binary(
-        "mul", x, _clip(Binary("add", Binary("mul", x, _const(1 / 6, x)), _const(0.5, x)), 0.0, 1.0)
+        "mul", x, _clip(Binary("add", Binary("mul", x, const(1 / 6, x)), const(0.5, x)), 0.0, 1.0)
     ),
     "clip": lambda x, a: _clip(x, a.get("min"), a.get("max")),
     "cast": lambda x, a: Cast(a["to"], _for_8_bits(x) if (dtype_of(x), a["to"]) == (DType.f32, DType.bf16) else x),
@@ -139,7 +139,7 @@ def _quantize(args: list[Expr], to: DType) -> Expr:
     scaled = x if isinstance(scale, Const) and scale.value == 1 else Binary("div", x, scale)
     if dtype_of(x) is DType.f32 and to in BYTES and (brief := _for_8_bits(x)) != x:
         # No more exact than its function: a division would take as long as that.
-        inverse = _const(1 / scale.value, x) if isinstance(scale, Const) else Binary("div", _const(1, x), scale)
+        inverse = const(1 / scale.value, x) if isinstance(scale, Const) else Binary("div", const(1, x), scale)
         scaled = Binary("mul", brief, inverse)
     if isinstance(zero, Const):
         return quantize(scaled, int(zero.value), to)

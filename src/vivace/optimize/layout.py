@@ -31,25 +31,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from vivace.base.dims import Dim, substitute, symbols
+from vivace.base.dims import typical
 from vivace.graph.graph import Graph, Node, Type, Value, freeze
 from vivace.graph.ops import OPS
 from vivace.graph.rewrite import Log, map_subgraphs
 from vivace.optimize.mincut import FOREVER, Cut
 from vivace.optimize.permute import CONVS, POOLS, Flexible, Perm, channels_last, flexible, inverse, lifted, permuted
 from vivace.optimize.rules.transposes import is_reshape
-
-TYPICAL = 64
-"""What a symbolic dim counts for when bytes are compared."""
-
-
-def typical(d: Dim) -> int:
-    """A dim as a number, symbols taken as `TYPICAL` within their bounds."""
-    if isinstance(d, int):
-        return d
-    env: dict[str, Dim] = {s.name: min(max(TYPICAL, s.lo or 0), s.hi or TYPICAL) for s in symbols(d)}
-    found = substitute(d, env)
-    return found if isinstance(found, int) else TYPICAL
 
 
 def price(type: Type, perm: Perm) -> int:

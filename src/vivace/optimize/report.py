@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+from vivace.base.dims import typical
 from vivace.graph.graph import Graph, Node
 from vivace.graph.passes import Stage
-from vivace.optimize.layout import typical
 
 VIEWS = frozenset({"reshape", "slice", "expand"})
 """Ops that a good runtime does not copy for: they count as no traffic."""

@@ -25,6 +25,7 @@ from vivace.lower.choices import Site
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
 from vivace.lower.pack import contiguous_run, pack_groups
+from vivace.lower.rules.channels_last import dense_channels, dense_results, own_index, to_last
 from vivace.lower.rules.contraction import emit_contraction
 from vivace.lower.rules.elementwise import Params
 from vivace.lower.rules.epilogue import Epilogue, tail_flops
@@ -141,17 +142,10 @@ def lower_conv_integer(ctx: Lowering, g: Group) -> None:
     x_value, w_value = _operand(g, 0), _operand(g, 1)
     assert x_value is not None and w_value is not None and w_value.data is not None
     attrs, y, rank = node.attrs, node.outputs[0], x_value.rank
-    last = attrs["layout"] == "NHWC"
-    to_last = tuple(range(rank)) if last else (0, *range(2, rank), 1)
-    x = ctx.view(x_value).transpose(to_last)
-    if x.strides[-1] != 1 and x.shape[-1] != 1:
-        x = ctx.contiguous(x, f"{x_value.name}_nhwc")
-    elif x.strides[-1] != 1:
-        x = replace(x, strides=(*x.strides[:-1], 1))
-    target = ctx.target(g.output).transpose(to_last)
-    out = target
-    if out.strides[-1] != 1 and out.shape[-1] != 1:
-        out = ctx.temporary(f"{y.name}_nhwc", g.output.dtype, out.shape)
+    order = to_last(node)
+    x = dense_channels(ctx, ctx.view(x_value).transpose(order), x_value.name)
+    target = ctx.target(g.output).transpose(order)
+    out = dense_results(ctx, g, target)
     weights, groups = w_value.data, attrs["group"]
     oc, cg = weights.shape[:2]
     strides, kernel = (1, *attrs["strides"]), weights.shape[2:]
@@ -164,29 +158,28 @@ def lower_conv_integer(ctx: Lowering, g: Group) -> None:
     lane = symbol("c" if depthwise else "n", 0)
     n = oc // groups
     channel: Dim = lane if groups == 1 or depthwise else symbol("g", 0) * n + lane
-    by_last = (*(symbol(s, 0) for s in names), channel)
-    index = by_last if last else (by_last[0], by_last[-1], *by_last[1:-1])
+    index = own_index(node, [*(symbol(s, 0) for s in names), channel])
     a_buf, out_buf = x.buffer("a"), out.buffer("out", writable=True)
     batch: tuple[Axis, ...] = () if groups == 1 else (Axis("g", groups, cg, 0, n),)
     c = Contraction("k", batch, rows, (*taps, Axis("kc", cg, 1)), n, a_buf, _WEIGHTS, out_buf, Packing("panels"),
                     acc_dtype=DType.i32)  # fmt: skip
     c = replace(c, a_offset=depthwise_offset(x.dtype, ctx.isa) if depthwise else activation_offset(c, ctx.isa))
     start = _Start(ctx, g, w_value, _sums(w_value, tuple(range(1, rank))), c.a_offset)
-    axis = rank - 1 if last else 1
-    epilogue = Epilogue(ctx, g, lambda p: start.expr(p, y.shape, index, axis), index)
+    axis = order[-1]
+    epilogue = Epilogue(ctx, g, lambda p: start.expr(p, y.shape, tuple(index), axis), index)
     if depthwise:
         data = np.ascontiguousarray(np.moveaxis(weights[:, 0], 0, -1))
         w = ctx.made_of((weights,), ("depthwise",), f"{w_value.name}_taps", lambda: data)
         with_b = tuple(replace(t, b=s) for t, s in zip(taps, w.strides[:-1], strict=True))
         d = Depthwise("k", rows, with_b, oc, a_buf, w.buffer("b"), out_buf, epilogue.expr, epilogue.extra, c.a_offset)
         site = byte_site(ctx, g, d)
-        if lower_in_floats(ctx, g, site, x, to_last):
+        if lower_in_floats(ctx, g, site, x, order):
             return
         _emit(ctx, "depthwise_integer", d, x, w, out, epilogue, g, site)
     else:
         c = replace(c, epilogue=epilogue.expr, extra=epilogue.extra)
         site = byte_site(ctx, g, c)
-        if lower_in_floats(ctx, g, site, x, to_last):
+        if lower_in_floats(ctx, g, site, x, order):
             return
         w, packing = _packed(ctx, w_value, c, _matrices(weights, groups))
         batch = tuple(replace(b, b=prod(w.shape[1:])) for b in batch)

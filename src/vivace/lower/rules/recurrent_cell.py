@@ -25,6 +25,7 @@ from vivace.loops.kernel import (
     dtype_of,
 )  # fmt: skip
 from vivace.lower.rules.elementwise import Params
+from vivace.lower.scalar import const
 from vivace.lower.views import View
 
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
@@ -200,34 +201,30 @@ class Cell:
         return [Store(self.layer.h, (self.q, u), self.functions[0](self._clip(self._gate(t, 0, u))))]
 
 
-def _const(value: float, like: Expr) -> Const:
-    return Const(value, dtype_of(like))
-
-
 def _bounded(x: Expr) -> Expr:
     """0.2 x + 0.5 within [0, 1]."""
-    line = add(mul(x, _const(0.2, x)), _const(0.5, x))
-    return Binary("min", Binary("max", line, _const(0.0, x)), _const(1.0, x))
+    line = add(mul(x, const(0.2, x)), const(0.5, x))
+    return Binary("min", Binary("max", line, const(0.0, x)), const(1.0, x))
 
 
 def _elu(x: Expr) -> Expr:
-    return Select(Binary("lt", x, _const(0.0, x)), Unary("expm1", Binary("min", x, _const(0.0, x))), x)
+    return Select(Binary("lt", x, const(0.0, x)), Unary("expm1", Binary("min", x, const(0.0, x))), x)
 
 
 def _softplus(x: Expr) -> Expr:
     """log(1 + e^x) = max(x, 0) + log1p(e^-|x|), which does not overflow."""
-    return add(Binary("max", x, _const(0.0, x)), Unary("log1p", Unary("exp", Unary("neg", Unary("abs", x)))))
+    return add(Binary("max", x, const(0.0, x)), Unary("log1p", Unary("exp", Unary("neg", Unary("abs", x)))))
 
 
 # The parameters are those of `graph.ops.recurrent`.
 ACTIVATIONS: dict[str, Callable[[Expr], Expr]] = {
     "Sigmoid": lambda x: Unary("sigmoid", x),
     "Tanh": lambda x: Unary("tanh", x),
-    "Relu": lambda x: Binary("max", x, _const(0.0, x)),
-    "LeakyRelu": lambda x: Select(Binary("lt", x, _const(0.0, x)), mul(x, _const(0.01, x)), x),
-    "ThresholdedRelu": lambda x: Select(Binary("gt", x, _const(1.0, x)), x, _const(0.0, x)),
+    "Relu": lambda x: Binary("max", x, const(0.0, x)),
+    "LeakyRelu": lambda x: Select(Binary("lt", x, const(0.0, x)), mul(x, const(0.01, x)), x),
+    "ThresholdedRelu": lambda x: Select(Binary("gt", x, const(1.0, x)), x, const(0.0, x)),
     "HardSigmoid": _bounded,
     "Elu": _elu,
-    "Softsign": lambda x: div(x, add(_const(1.0, x), Unary("abs", x))),
+    "Softsign": lambda x: div(x, add(const(1.0, x), Unary("abs", x))),
     "Softplus": _softplus,
 }

@@ -30,7 +30,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from vivace.base.dims import Dim, ceildiv, minimum, symbol
+from vivace.base.dims import TYPICAL, Dim, ceildiv, minimum, symbol
 from vivace.base.dtypes import DType
 from vivace.base.machine import Isa, Machine, host
 from vivace.base.mapped import forget
@@ -64,7 +64,6 @@ _TRANSFORM_FLOPS = 11  # per position and channel, for C and for K
 _WEIGHT_FLOPS = 20  # per element of U or of the weights
 _LEAST_GAIN = 1.25  # below it the direct way is as good where caches are cold (112x112, 3 to 64 channels)
 _TILE_SPEED = 5  # of bf16 in tile registers over f32: 880 to 1420 GFLOP/s in layers of ResNet-50, against 164
-_GUESS = 64  # for symbolic dims: a middling number of channels, rows or columns
 _MOST_TILES = 256  # of a block that was chosen for a symbolic size
 _LEAST_TILES = 6  # rows of a micro-kernel that hide the latency of its sums
 
@@ -150,8 +149,9 @@ def _taps(w: Value) -> tuple[int, int]:
 
 
 def guessed(d: Dim) -> int:
-    """A size, or what is taken for one that only a run will tell."""
-    return d if isinstance(d, int) else _GUESS
+    """The extent of an axis; whatever the expression, `TYPICAL` where only a run will tell: the images of deep layers
+    are no thirty-second part of it high."""
+    return d if isinstance(d, int) else TYPICAL
 
 
 def _n_positions(m: Size) -> int:
