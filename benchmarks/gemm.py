@@ -1,7 +1,7 @@
 """Convolutions and matrix products of real models, one layer at a time: our kernels against ONNX Runtime's and
 OpenVINO's.
 
-    python benchmarks/gemm.py [resnet50|mobilenetv2|bert|vit|llm ...] [--dtype f32|bf16|int8] [--seconds 0.3]
+    python -m benchmarks.gemm [resnet50|mobilenetv2|bert|vit|llm ...] [--dtype f32|bf16|int8] [--seconds 0.3]
 
 Each layer is a model of one node with constant weights, bias and ReLU. In bf16, OpenVINO is told to compute in bf16 and
 ONNX Runtime, which has no such kernels, computes in f32. In int8, the model is quantized as quantize-dequantize pairs,

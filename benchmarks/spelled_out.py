@@ -1,12 +1,13 @@
 """Small models for `benchmarks/ablations.py`.
 
 Functions that one kernel of ours computes, written out in other operators of ONNX: the model with the one operator, the
-model without, and inputs for both; and a head as no model of the catalogue has it.
+model without, and inputs for both; and parts of models alone: a head, embeddings, attention within a window.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,42 +17,60 @@ Pair = tuple[onnx.ModelProto, onnx.ModelProto, dict[str, np.ndarray]]
 STEPS, WIDTH, HIDDEN = 64, 128, 128  # of the recurrent layer
 COLUMNS, N_CLASSES = 40, 6625  # of the head, as in PP-OCR's recogniser
 N_TREES, DEPTH, FEATURES, ROWS = 100, 6, 32, 32  # of the forest
+EMBEDDED = 128, 384, 30522  # tokens, columns and rows of the table of words, as in MiniLM
+WINDOWED = 12, 512, 64, 128  # heads, tokens, columns of a head, tokens that one sees
 
 
 def spelled_lstm() -> Pair:
     """An LSTM, and a Scan over its cell, whose input's half is one product for all steps."""
+    return _spelled_recurrent("LSTM", 4, "hc", [
+        _node("MatMul", "h rt", "hr"), _node("Add", "xw hr", "gates"),
+        _node("Split", "gates", "i o f g", axis=-1, num_outputs=4),
+        *(_node("Sigmoid", k, f"s{k}") for k in "iof"), _node("Tanh", "g", "tg"),
+        _node("Mul", "sf c", "kept"), _node("Mul", "si tg", "added"), _node("Add", "kept added", "c_next"),
+        _node("Tanh", "c_next", "tc"), _node("Mul", "so tc", "h_next"),
+    ])  # fmt: skip
+
+
+def spelled_gru() -> Pair:
+    """A GRU as PyTorch has it, and a Scan over its cell."""
+    return _spelled_recurrent("GRU", 3, "h", [
+        _node("MatMul", "h rt", "hr"), _node("Split", "hr", "hz hq hn", axis=-1, num_outputs=3),
+        _node("Split", "xw", "xz xq xn", axis=-1, num_outputs=3),
+        _node("Add", "xz hz", "z0"), _node("Sigmoid", "z0", "z"), _node("Add", "xq hq", "q0"),
+        _node("Sigmoid", "q0", "q"), _node("Mul", "q hn", "n0"), _node("Add", "xn n0", "n1"), _node("Tanh", "n1", "n"),
+        _node("Sub", "h n", "far"), _node("Mul", "z far", "back"), _node("Add", "n back", "h_next"),
+    ], linear_before_reset=1)  # fmt: skip
+
+
+def spelled_rnn() -> Pair:
+    """A plain recurrent layer, and a Scan over its cell."""
+    cell = [_node("MatMul", "h rt", "hr"), _node("Add", "xw hr", "sum"), _node("Tanh", "sum", "h_next")]
+    return _spelled_recurrent("RNN", 1, "h", cell)
+
+
+def _spelled_recurrent(op: str, n_gates: int, states: str, cell: Sequence[onnx.NodeProto], **attributes: int) -> Pair:
+    """One operator, and a Scan over its cell: from `xw`, the input's half, and states to `h_next`, ..."""
     rng = np.random.default_rng(0)
-    w, r = (rng.standard_normal((4 * HIDDEN, k)).astype(np.float32) / k**0.5 for k in (WIDTH, HIDDEN))
+    n = n_gates * HIDDEN
+    w, r = (rng.standard_normal((n, k)).astype(np.float32) / k**0.5 for k in (WIDTH, HIDDEN))
     x = rng.standard_normal((STEPS, 1, WIDTH)).astype(np.float32)
-    bias = np.concatenate([rng.standard_normal(4 * HIDDEN) / 9, np.zeros(4 * HIDDEN)]).astype(np.float32)
+    bias = np.concatenate([rng.standard_normal(n) / 9, np.zeros(n)]).astype(np.float32)
+    ends = ("x", x.shape), ("y", (STEPS, 1, HIDDEN))
     one = _model(
-        [helper.make_node("LSTM", ["x", "w", "r", "bias"], ["states"], hidden_size=HIDDEN),
-         helper.make_node("Squeeze", ["states", "axis"], ["y"])],
-        {"w": w[None], "r": r[None], "bias": bias[None], "axis": np.array([1])},
-        ("x", x.shape), ("y", (STEPS, 1, HIDDEN)),
+        [_node(op, "x w r bias", "states", hidden_size=HIDDEN, **attributes), _node("Squeeze", "states axis", "y")],
+        {"w": w[None], "r": r[None], "bias": bias[None], "axis": np.array([1])}, *ends,
     )  # fmt: skip
-    cell = helper.make_graph(
-        [
-            helper.make_node("MatMul", ["h", "rt"], ["hr"]),
-            helper.make_node("Add", ["xw", "hr"], ["gates"]),
-            helper.make_node("Split", ["gates"], ["i", "o", "f", "g"], axis=-1, num_outputs=4),
-            *(helper.make_node("Sigmoid", [k], [f"s{k}"]) for k in "iof"),
-            helper.make_node("Tanh", ["g"], ["tg"]),
-            helper.make_node("Mul", ["sf", "c"], ["kept"]),
-            helper.make_node("Mul", ["si", "tg"], ["added"]),
-            helper.make_node("Add", ["kept", "added"], ["c_next"]),
-            helper.make_node("Tanh", ["c_next"], ["tc"]),
-            helper.make_node("Mul", ["so", "tc"], ["h_next"]),
-            helper.make_node("Identity", ["h_next"], ["h_out"]),
-        ],
-        "cell", [_info("h", (1, HIDDEN)), _info("c", (1, HIDDEN)), _info("xw", (1, 4 * HIDDEN))],
-        [_info(name, (1, HIDDEN)) for name in ("h_next", "c_next", "h_out")],
+    body = helper.make_graph(
+        [*cell, _node("Identity", "h_next", "h_out")], "cell",
+        [*(_info(s, (1, HIDDEN)) for s in states), _info("xw", (1, n))],
+        [*(_info(f"{s}_next", (1, HIDDEN)) for s in states), _info("h_out", (1, HIDDEN))],
     )  # fmt: skip
+    last = " ".join(f"last_{s}" for s in states)
+    scan = _node("Scan", "zeros " * len(states) + "xwb", f"{last} y", body=body, num_scan_inputs=1)
     spelled = _model(
-        [helper.make_node("MatMul", ["x", "wt"], ["xw"]), helper.make_node("Add", ["xw", "bias"], ["xwb"]),
-         helper.make_node("Scan", ["zeros", "zeros", "xwb"], ["last_h", "last_c", "y"], body=cell, num_scan_inputs=1)],
-        {"wt": w.T, "rt": r.T, "bias": bias[: 4 * HIDDEN], "zeros": np.zeros((1, HIDDEN), np.float32)},
-        ("x", x.shape), ("y", (STEPS, 1, HIDDEN)),
+        [_node("MatMul", "x wt", "xw"), _node("Add", "xw bias", "xwb"), scan],
+        {"wt": w.T, "rt": r.T, "bias": bias[:n], "zeros": np.zeros((1, HIDDEN), np.float32)}, *ends,
     )  # fmt: skip
     return one, spelled, {"x": x}
 
@@ -112,6 +131,43 @@ def text_head() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
              helper.make_node("Cast", ["best"], ["y"], to=TensorProto.FLOAT)]  # fmt: skip
     model = _model(nodes, {"w": w}, ("x", (1, COLUMNS, WIDTH)), ("y", (1, COLUMNS)))
     return model, {"x": rng.standard_normal((1, COLUMNS, WIDTH)).astype(np.float32)}
+
+
+def embeddings() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """How an encoder such as MiniLM begins: the rows of three tables added and normalized, for 128 tokens."""
+    rng = np.random.default_rng(0)
+    n, width, words = EMBEDDED
+    tables = {"word": words, "place": n, "kind": 2}
+    data = {f"{name}s": rng.standard_normal((rows, width)).astype(np.float32) for name, rows in tables.items()}
+    data |= {"one": np.ones(width, np.float32), "axis": np.array([0])}
+    nodes = [_node("Cast", "x", "all", to=TensorProto.INT64),
+             _node("Split", "all", "word_at place_at kind_at", axis=0, num_outputs=3),
+             *(_node("Gather", f"{name}s {name}_at", name) for name in tables),
+             _node("Add", "word place", "placed"), _node("Add", "placed kind", "sum"),
+             _node("LayerNormalization", "sum one", "y")]  # fmt: skip
+    model = _model(nodes, data, ("x", (3, n)), ("y", (1, n, width)))
+    return model, {"x": np.stack([rng.integers(0, rows, n) for rows in tables.values()]).astype(np.float32)}
+
+
+def windowed_attention() -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """Attention of 12 heads over 512 tokens, each of which sees the 128 before it: the mask is data."""
+    rng = np.random.default_rng(0)
+    heads, n, width, window = WINDOWED
+    back = np.arange(n)[:, None] - np.arange(n)
+    mask = np.where((back >= 0) & (back < window), 0, -1e9).astype(np.float32)
+    data = {"mask": mask, "scale": np.array(width**-0.5, np.float32)}
+    data |= {"axis": np.array([0]), **{f"at{i}": np.array([i]) for i in range(4)}}
+    nodes = [_node("Slice", f"x at{i} at{i + 1} axis", name) for i, name in enumerate("qkv")]
+    nodes += [_node("Transpose", "k", "kt", perm=(0, 1, 3, 2)), _node("MatMul", "q kt", "scores"),
+              _node("Mul", "scores scale", "scaled"), _node("Add", "scaled mask", "masked"),
+              _node("Softmax", "masked", "weights", axis=-1), _node("MatMul", "weights v", "y")]  # fmt: skip
+    shape = (heads, n, width)
+    model = _model(nodes, data, ("x", (3, *shape)), ("y", (1, *shape)))
+    return model, {"x": rng.standard_normal((3, *shape)).astype(np.float32)}
+
+
+def _node(op: str, inputs: str, outputs: str, **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(op, inputs.split(), outputs.split(), **attributes)
 
 
 def _info(name: str, shape: tuple[int, ...]) -> onnx.ValueInfoProto:

@@ -1,6 +1,6 @@
 """Convolutions of 3 taps an axis: the direct way against tiles of every size, in time and in error, and what is chosen.
 
-    python benchmarks/winograd.py [56x56x64 14x14x256x512 3000x384 ..] [--threads 1] [--rounds 60]
+    python -m benchmarks.winograd [56x56x64 14x14x256x512 3000x384 ..] [--threads 1] [--rounds 60]
 
 A layer is `height x width x channels [x output channels]`, or `length x channels`; its input is padded already, and it
 has a bias and a ReLU. The ways take turns; the best of the rounds counts. `cold`: the median after a sweep through

@@ -94,6 +94,11 @@ def test_low_images(name: str, precision: str) -> None:
     np.testing.assert_allclose(got, want, atol=1e-5 if precision == "f32" else 2e-2)
 
 
+def test_bands_may_be_left_out() -> None:
+    plan = lower(LOW["strided"][0].graph(), ISAS[BEST], frozenset({"bands"}))
+    assert parts(plan) == [(2, 5)]
+
+
 @pytest.mark.parametrize("name", OTHER)
 def test_other_images_are_padded(name: str) -> None:
     plan = lower(OTHER[name].graph(), ISAS[BEST])

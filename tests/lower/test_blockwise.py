@@ -320,6 +320,8 @@ def test_rows_are_split_once_for_the_products_that_share_them() -> None:
 
     assert labels("avx512+amx_bf16+amx_tile") == ["matmul_blocks", "split", "matmul_blocks", "matmul_blocks"]
     assert "split" not in labels("avx512")
+    apart = lower(graph, isa("avx512+amx_bf16+amx_tile"), frozenset({"shared_rows"}))
+    assert [s.label for s in steps_of(apart.body)].count("split") == 2
 
 
 def test_digits_are_made_once_for_the_products_that_share_rows() -> None:
@@ -328,9 +330,11 @@ def test_digits_are_made_once_for_the_products_that_share_rows() -> None:
     made = [weights(96, n, 4, 32, zeros) for n, zeros in ((40, "real"), (70, "real"), (40, "none"))]
     graph = b.finish([b.matmul_blocks(x, *w, block=32) for w in made])
 
-    def digits(target: str) -> list[Digits]:
-        return [s.spec for s in steps_of(lower(graph, isa(target)).body) if isinstance(s.spec, Digits)]
+    def digits(target: str, *without: str) -> list[Digits]:
+        steps = steps_of(lower(graph, isa(target), frozenset(without)).body)
+        return [s.spec for s in steps if isinstance(s.spec, Digits)]
 
     assert [d.center for d in digits("avx512+avx512_vnni")] == [0, 8]  # what sums start from differs
+    assert len(digits("avx512+avx512_vnni", "shared_rows")) == 3
     assert not digits("avx512")
     assert [evaluate(digits("avx512+avx512_vnni")[0].units, {"S": n}) for n in (0, 1, 4, 5, 40)] == [0, 1, 4, 0, 0]

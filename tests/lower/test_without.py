@@ -50,6 +50,10 @@ def test_every_option_has_a_test() -> None:
         "row_blocks",
         "in_place",
         "slices",
-    }  # `test_strips.py`, `test_row_blocks.py`, `test_in_place.py` and `test_slices.py` have the last four
+        "bands",
+        "gathered_rows",
+        "shared_rows",
+    }  # `test_strips.py`, `test_row_blocks.py`, `test_in_place.py`, `test_slices.py`, `test_bands.py`,
+    # `test_precision.py` and `test_blockwise.py` have the others
     labels = [s.label for s in steps_of(lower(a_bit_of_everything(), ISAS[BEST], frozenset({"winograd"})).body)]
     assert not any("winograd" in label for label in labels)

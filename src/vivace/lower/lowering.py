@@ -295,6 +295,9 @@ OPTIONS = {
     "row_blocks": "products and those that read their rows, a block of rows at a time (`row_blocks`)",
     "slices": "large batches a few rows at a time, whose values stay in near caches (`lower.image.Batch`)",
     "in_place": "results over residuals that nobody reads any more (`in_place`)",
+    "bands": "depthwise convolutions over low images band by band, without rows of padding (`bands`)",
+    "gathered_rows": "rows that fill few tile registers copied next to each other before a product",
+    "shared_rows": "rows as digits or parts once for all block-wise products that read them",
 }
 
 
@@ -307,7 +310,7 @@ def lower(
     identity, so that only what is prepared already (`prepare`) is packed once."""
     from vivace.lower.prepare import prepare
 
-    graph = prepare(multiply_bytes_in_halves(_without_loop_names(graph), isa))
+    graph = prepare(multiply_bytes_in_halves(_without_loop_names(graph), isa), without)
     state = Lowering(graph, isa, without=without, choices=choices or NO_CHOICES, packed=packed)
     for i, v in enumerate(graph.inputs):
         s = Storage(v.name, v.dtype, v.type.size, "input", None, i)

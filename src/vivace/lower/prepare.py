@@ -25,9 +25,9 @@ _HALF = (DType.f16, DType.bf16)
 _IN_F32 = frozenset({"matmul", "conv", "conv_transpose", "attention", "softmax", "log_softmax", "lstm", "gru", "rnn"})
 
 
-def prepare(graph: Graph) -> Graph:
-    """All of them."""
-    return remove_dead(split_pads(widen_pixels(spread_dequantize(widen_halves(graph)))))
+def prepare(graph: Graph, without: frozenset[str] = frozenset()) -> Graph:
+    """All of them; `without` may name "bands"."""
+    return remove_dead(split_pads(widen_pixels(spread_dequantize(widen_halves(graph))), "bands" not in without))
 
 
 def widen_halves(graph: Graph) -> Graph:
@@ -116,12 +116,12 @@ def _with_even_channels(n: Node) -> Value | None:
     return constant(np.pad(w.data, ((0, 0), (0, 1), *((0, 0),) * (w.rank - 2))), w.name)
 
 
-def split_pads(graph: Graph) -> Graph:
+def split_pads(graph: Graph, has_bands: bool = True) -> Graph:
     """Split the pads off convolutions and max pools, so that the producer can write into a padded buffer.
 
     Before: conv{before=(1,1), after=(1,1)}(x)    After: conv{before=(0,0), after=(0,0)}(pad(x))
     Average pools keep theirs: the divisor depends on them. So do depthwise convolutions their rows of it, over low
-    images: `bands`.
+    images, if it `has_bands`: `bands`.
     """
     nodes: list[Node] = []
     padded: dict[object, Value] = {}
@@ -136,7 +136,7 @@ def split_pads(graph: Graph) -> Graph:
             after: list[Dim] = [0] * x.rank
             none: tuple[Dim, ...] = (0,) * len(pads[0])
             before[spatial], after[spatial], kept = *pads, (none, none)
-            if is_low(n):
+            if has_bands and is_low(n):
                 kept = ((pads[0][0], *none[1:]), (pads[1][0], *none[1:]))
                 before[spatial], after[spatial] = (0, *pads[0][1:]), (0, *pads[1][1:])
             fill = _fill(n, x)

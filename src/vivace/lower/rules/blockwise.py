@@ -125,7 +125,7 @@ def _has_parts(ctx: Lowering, w: BlockwiseProduct) -> bool:
 def _parts(ctx: Lowering, g: Group, w: BlockwiseProduct, a: View) -> tuple[View, View]:
     """A in parts of bf16 and its sums, once for all products that read them."""
     filled = w.n_blocks * w.block
-    if (a, filled, w.has_sums) not in ctx.splits:
+    if (a, filled, w.has_sums) not in ctx.splits or "shared_rows" in ctx.without:
         n_parts, n_sums = split_sizes(w.m.extent, filled, w.has_sums)
         views = ctx.temporary("parts", DType.bf16, (n_parts,)), ctx.temporary("sums", DType.f32, (n_sums,))
         buffers = a.buffer("a"), views[0].buffer("parts", writable=True), views[1].buffer("sums", writable=True)
@@ -146,7 +146,7 @@ def _digits(ctx: Lowering, g: Group, w: BlockwiseProduct, a: View) -> View:
     """The digits of A, once for all products that read them."""
     layout = w.digit_rows
     key = a, layout, w.center
-    if key not in ctx.digits:
+    if key not in ctx.digits or "shared_rows" in ctx.without:
         view = ctx.temporary("digits", DType.u8, (layout.n_bytes(MOST_DIRECT_ROWS),))
         buffers = a.buffer("a"), view.buffer("digits", writable=True)
         digits = Digits("k", w.m.extent, w.m.a, w.k, w.block, w.center, MOST_DIRECT_ROWS, layout.rounded, *buffers)

@@ -35,7 +35,7 @@ def emit_contraction(
     ways: tuple[str, ...] = (),
 ) -> None:  # fmt: skip
     """Append the step, its operands in the order of the kernel's params. `ways` are what else could compute it."""
-    if pays_to_gather(c, ctx.isa):
+    if "gathered_rows" not in ctx.without and pays_to_gather(c, ctx.isa):
         c, views = _gathered(ctx, c, views, g)
     params = contraction_params(c)
     ordered = [views[p] for p in params]

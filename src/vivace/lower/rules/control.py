@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vivace.base.dims import Dim, Symbol, maximum, symbol, symbols
+from vivace.base.dims import Dim, Symbol, symbol
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Graph, Node, Value
-from vivace.graph.ops.control import narrower
+from vivace.graph.ops.control import lacking, narrower
+from vivace.graph.sizes import shape_symbols
 from vivace.loops.kernel import Const, For, Kernel, Let, Stmt, Store
 from vivace.lower.group import Group
 from vivace.lower.lowering import Lowering
@@ -50,21 +51,16 @@ def _demands(ctx: Lowering, graph: Graph, nodes: tuple[Node, ...]) -> tuple[Dema
     outer: dict[str, Symbol] = {}
     around: Lowering | None = ctx
     while around is not None:
-        values = (*around.graph.inputs, *(v for n in around.graph.nodes for v in n.outputs))
-        outer = {s.name: s for v in values for d in v.shape for s in symbols(d)} | outer
+        outer = shape_symbols(around.graph) | outer
         around = around.parent
-    lacks: Dim = 0
-    told = []
-    for name, s in sorted(narrower(graph, outer).items()):
-        size = symbol(name, outer[name].lo, outer[name].hi)
-        lacks += maximum(0 if s.lo is None else s.lo - size, 0) + maximum(0 if s.hi is None else size - s.hi, 0)
-        told.append(f"{name} from {s.lo or 0} to {'any' if s.hi is None else s.hi}")
-    return (Demand(lacks, ", ".join(told), nodes),) if told else ()
+    bounds = narrower(graph, outer)
+    told = [f"{name} from {s.lo or 0} to {'any' if s.hi is None else s.hi}" for name, s in sorted(bounds.items())]
+    return (Demand(lacking(bounds, outer), ", ".join(told), nodes),) if told else ()
 
 
 def lower_body(ctx: Lowering, graph: Graph, inputs: Sequence[View], outputs: Sequence[View]) -> tuple[Instruction, ...]:
     """The instructions of a nested graph whose inputs lie at `inputs` and whose outputs are to lie at `outputs`."""
-    graph = prepare(graph)
+    graph = prepare(graph, ctx.without)
     inner = Lowering(graph, ctx.isa, parent=ctx)
     inner.views.update(zip(graph.inputs, inputs, strict=True))
     return inner.run(list(zip(graph.outputs, outputs, strict=True)))
