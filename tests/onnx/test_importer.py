@@ -14,7 +14,7 @@ from vivace.base.dims import bounds, symbols
 from vivace.base.errors import InputError, ModelError, UnsupportedError
 from vivace.graph.graph import Graph
 from vivace.graph.reference import evaluate
-from vivace.graph.sizes import branch_demands
+from vivace.graph.sizes import inner_demands
 from vivace.graph.verify import verify
 from vivace.onnx.importer import import_model
 
@@ -342,7 +342,7 @@ class TestControlFlow:
             (16, 31),
         ]
         (s,) = symbols(g.inputs[0].shape[0])
-        assert [[dims.evaluate(d, {s.name: n}) for n in (3, 5, 35)] for d in branch_demands(g)] == [
+        assert [[dims.evaluate(d, {s.name: n}) for n in (3, 5, 35)] for d in inner_demands(g)] == [
             [1, 0, 28],
             [13, 11, 4],
         ]

@@ -98,7 +98,7 @@ def learnt_inputs(job: Job) -> tuple[Sequence[TensorSpec], Iterable[Dim]] | None
     cannot read the model."""
     from vivace.base.errors import VivaceError
     from vivace.base.specs import TensorSpec
-    from vivace.graph.sizes import branch_demands
+    from vivace.graph.sizes import inner_demands
     from vivace.onnx.importer import import_model
 
     if is_saved(job.model):
@@ -107,7 +107,7 @@ def learnt_inputs(job: Job) -> tuple[Sequence[TensorSpec], Iterable[Dim]] | None
         graph = import_model(job.model)
     except VivaceError:
         return None
-    return tuple(TensorSpec(v.name, v.dtype, v.shape) for v in graph.inputs), tuple(branch_demands(graph))
+    return tuple(TensorSpec(v.name, v.dtype, v.shape) for v in graph.inputs), tuple(inner_demands(graph))
 
 
 def demands_of(engine: object) -> tuple[Dim, ...]:

@@ -104,7 +104,7 @@ class Inspection:
 def examine(path: Path, given: Mapping[str, Sequence[int]], level: int) -> tuple[Inspection, Graph, Graph]:
     """The facts, and the graph before and after the optimizer."""
     from vivace.base.specs import TensorSpec
-    from vivace.graph.sizes import branch_demands
+    from vivace.graph.sizes import inner_demands
     from vivace.measure.inputs import choose_shapes
     from vivace.measure.roofline import layers
     from vivace.onnx.importer import import_model
@@ -115,7 +115,7 @@ def examine(path: Path, given: Mapping[str, Sequence[int]], level: int) -> tuple
     imported = import_model(path)
     graph = optimize(imported, level=level)
     specs = [TensorSpec(v.name, v.dtype, v.shape) for v in imported.inputs]
-    chosen, sizes = choose_shapes(specs, given, tuple(branch_demands(imported)))
+    chosen, sizes = choose_shapes(specs, given, tuple(inner_demands(imported)))
     work = layers(graph, sizes)
     constants = _constants(graph)
     found = Inspection(

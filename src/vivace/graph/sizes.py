@@ -69,12 +69,12 @@ def late_nodes(graph: Graph) -> dict[Node, set[str]]:
     return found
 
 
-def branch_demands(graph: Graph, outer: Mapping[str, Symbol] | None = None) -> Iterator[Dim]:
-    """By how much sizes are outside of what each branch of an `if` is meant for, where it asks more of them than the
+def inner_demands(graph: Graph, outer: Mapping[str, Symbol] | None = None) -> Iterator[Dim]:
+    """By how much sizes are outside of what each branch or body is meant for, where it asks more of them than the
     graphs around it (rule NARROWER of `graph.ops.control`)."""
     here = {**(outer or {}), **shape_symbols(graph)}
     for n in graph.nodes:
         for inner in subgraphs(n):
-            if n.op.name == "if" and (bounds := narrower(inner, here)):
+            if bounds := narrower(inner, here):
                 yield lacking(bounds, here)
-            yield from branch_demands(inner, here)
+            yield from inner_demands(inner, here)
