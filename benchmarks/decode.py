@@ -57,6 +57,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from benchmarks import block_products
+from benchmarks.block_products import BLOCK, COLUMNS
 from benchmarks.decode_steps import kinds_of_steps, table
 from benchmarks.models import inputs, materialise, passages
 from benchmarks.models.blockwise import BASE, gguf_file, materialise_blockwise
@@ -420,7 +422,12 @@ def markdown(found: dict[str, Any]) -> str:
     lines += ["", "## Where the time of a token goes", "",
               "Steps with caches in place, by kernel and the bytes that one touches, in turns with the bare loop. "
               "Other: kinds of little time. Between steps: Python, and handing work over.", ""]  # fmt: skip
-    return "\n".join([*lines, *table(rows, CONTEXTS), ""])
+    lines += [*table(rows, CONTEXTS), "", "## What the instructions allow", "",
+              f"Products of one row and weights in blocks: instructions for {BLOCK} steps and {COLUMNS} columns, "
+              "counted in their code (`block_products`). Digits: bytes that stand for an element of the row. At most "
+              "two that compute vectors begin in a cycle of a core: so many bytes they let it read.", "",
+              *block_products.table()]  # fmt: skip
+    return "\n".join([*lines, ""])
 
 
 def _is_ours(row: dict[str, Any]) -> bool:

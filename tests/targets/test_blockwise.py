@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from benchmarks import block_products
 from tests import tolerance
 from tests.targets.low_precision import UNTOUCHED, at_page_end, buffer, isas, run_code
 
@@ -176,6 +177,13 @@ def test_half_scales(target: Isa) -> None:
 def test_odd_formats_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="3 bits"):
         pack_blockwise(np.zeros((32, 4), np.uint8), np.zeros((1, 4), np.float32), None, 3, 32, isa("sse"))
+
+
+@pytest.mark.parametrize("a, rounded, few", [("f32", "f32", 3), ("bf16", "f32", 2), ("f32", "i8", 1)])
+def test_a_block_takes_one_dot_product_for_each_digit_of_four_steps(a: str, rounded: str, few: int) -> None:
+    w = block_products.product(4, True, DType(a), DType(rounded))
+    code = block_products.block_code(w, isa("avx512+avx512_vnni"))
+    assert sum("vpdpbusd" in line for line in code) == few * 4 * 32 // 4  # four vectors of columns, 32 steps
 
 
 def test_weights_are_asked_for_row_by_row() -> None:

@@ -27,7 +27,7 @@ from vivace.targets.cpu.contraction_vector import mask_text, vector_type
 # bits and 1.05 with 4, at 1 thread (Emerald Rapids).
 _FETCH_AHEAD = 8192
 _LINE = 64
-_MOST_UNROLLED = 4
+_MOST_UNROLLED = 8
 
 
 def fetch(t: Text, weights: str) -> None:
