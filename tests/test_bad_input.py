@@ -32,8 +32,10 @@ from vivace.base.events import collecting
 from vivace.graph.build import Builder
 from vivace.graph.graph import Graph, Type
 from vivace.graph.reference import evaluate
+from vivace.onnx.importer import import_model
 from vivace.options import choose_isa
 from vivace.runtime.engine import Engine
+from vivace.tuning import sizes_text
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of POSIX")
 
@@ -195,7 +197,9 @@ BRANCHING = """
 def test_a_branch_runs_only_at_sizes_that_it_is_meant_for(threads: int, tmp_path: Path) -> None:
     """What it learnt of sizes is checked when it runs, and nowhere else; a later run is none the worse."""
     text = BRANCHING.replace("THEN", "g = Gather(x, seven)  p = Mul(g, z)").replace("OTHER", "q = Neg(z)")
-    engine = vivace.compile(onnx.parser.parse_model(text), threads=threads, providers=("native",))
+    model = onnx.parser.parse_model(text)
+    assert sizes_text(import_model(model))[1] == "M=1,N=8"  # what is measured runs at sizes that all branches take
+    engine = vivace.compile(model, threads=threads, providers=("native",))
     engine.save(tmp_path / "m.vivace")
     z = np.float32([3])
     for e in (engine, vivace.load(tmp_path / "m.vivace", threads=threads)):

@@ -32,6 +32,7 @@ from vivace.base.machine import host
 from vivace.base.specs import TensorSpec
 from vivace.graph.cut import graphs_of, with_own_names
 from vivace.graph.graph import Graph, Node
+from vivace.graph.sizes import inner_demands
 from vivace.graph.text import constants_of, print_graph
 from vivace.measure.bench import Contestant, Runner, Settings, bench
 from vivace.measure.compare import Tolerance
@@ -164,7 +165,8 @@ def _engine(job: EngineMaker, graph: Graph, choice: Partition) -> Compiled:
 def choose(job: EngineMaker, graph: Graph, shapes: Mapping[str, Sequence[int]] | None) -> Partition:
     """Measure."""
     specs = [TensorSpec(v.name, v.dtype, v.shape) for v in graph.inputs]
-    concrete, sizes = choose_shapes(specs, {k: tuple(v) for k, v in (shapes or {}).items()})
+    given = {k: tuple(v) for k, v in (shapes or {}).items()}
+    concrete, sizes = choose_shapes(specs, given, tuple(inner_demands(graph)))
     inputs = generate(specs, concrete)
     others = [name for name in KNOWN if availability(name).is_available]
     ours = job.native()

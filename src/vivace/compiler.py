@@ -131,7 +131,7 @@ def _automatic(
     """The engine whose layers have the formats that measuring chose; see `vivace.formats`."""
     from vivace.base.dtypes import DType
     from vivace.formats import METRICS, MOST_LAYERS, Engines, Region, decide, regions
-    from vivace.graph.sizes import late_nodes
+    from vivace.graph.sizes import inner_demands, late_nodes
     from vivace.lower.choices import FLOATS, Choice, Choices
     from vivace.lower.precision import narrow, products
     from vivace.lower.rules.half_products import is_fast_half
@@ -183,7 +183,8 @@ def _automatic(
         return make_engine(plan, image, options, placements(image, graph), job.portable)
 
     def given(engine: Engine) -> Sequence[Mapping[str, np.ndarray]]:
-        shapes, _ = choose_shapes(engine.inputs, {k: tuple(v) for k, v in (job.shapes or {}).items()})
+        known = {k: tuple(v) for k, v in (job.shapes or {}).items()}
+        shapes, _ = choose_shapes(engine.inputs, known, tuple(inner_demands(loaded)))
         return samples or [generate(engine.inputs, shapes, seed) for seed in range(3)]
 
     layer_of = {name: x for x, names in layers.items() for name in names}

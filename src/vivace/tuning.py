@@ -115,9 +115,11 @@ def timing_cache(wanted: Tune, isa: Isa, threads: int) -> TimingCache:
 
 def sizes_text(graph: Graph) -> tuple[dict[str, tuple[int, ...]], str]:
     """Shapes of the inputs to tune for, and the symbolic sizes among them in words."""
+    from vivace.graph.sizes import inner_demands
     from vivace.measure.inputs import choose_shapes
 
-    shapes, sizes = choose_shapes([TensorSpec(v.name, v.dtype, v.shape) for v in graph.inputs], {})
+    specs = [TensorSpec(v.name, v.dtype, v.shape) for v in graph.inputs]
+    shapes, sizes = choose_shapes(specs, {}, tuple(inner_demands(graph)))
     return shapes, ",".join(f"{k}={v}" for k, v in sorted(sizes.items()))
 
 
