@@ -39,6 +39,10 @@ from vivace.lower.views import View, collapse
 
 F32 = DType.f32
 FEW = 4  # contiguous elements per result, up to which results share a vector
+# Rows of a normalization in one turn of its loop: what waits for the sums of one fills the processor's scheduler, and
+# the next row is not begun meanwhile. 128 rows of 384 take 0.8 of the time, 512 rows 0.85; four gain no more (1 thread,
+# Emerald Rapids).
+TOGETHER = 2
 LANES = 64  # channels that one unit of a column reduction computes: four 512-bit vectors hide the latency of an add
 
 
@@ -117,10 +121,23 @@ class Rows:
                 return b
         return self.params.buffer(self.out, writable=True)
 
-    def emit(self, ctx: Lowering, label: str, body: Sequence[Stmt]) -> None:
+    @property
+    def together(self) -> int:
+        """Rows that one turn of the loop computes, where their number is known to be a multiple."""
+        n = self.row_shape[-1] if self.row_shape else 1
+        return TOGETHER if isinstance(n, int) and n % TOGETHER == 0 else 1
+
+    def move_to(self, k: int) -> None:
+        """To the kth of the rows that are computed together."""
+        if self.together > 1:
+            self.index = (*self.index[:-1], symbol(f"i{len(self.index) - 1}", 0) * self.together + k)
+            self.at = (*self.index, *self.cols)
+
+    def emit(self, ctx: Lowering, label: str, body: Sequence[Stmt], together: int = 1) -> None:
         loops: tuple[Stmt, ...] = tuple(body)
         for i in reversed(range(len(self.row_shape))):
-            loops = (For(f"i{i}", self.row_shape[i], loops, "parallel"),)
+            n = self.row_shape[i] // together if i == len(self.row_shape) - 1 else self.row_shape[i]
+            loops = (For(f"i{i}", n, loops, "parallel"),)
         if not self.row_shape:
             loops = (For("i_only", 1, loops, "parallel"),)
         params = self.params
@@ -190,7 +207,8 @@ def _on_last_axis(ctx: Lowering, g: Group, axis: int) -> None:
 
 
 def lower_norm(ctx: Lowering, g: Group) -> None:
-    """layer_norm and rms_norm over the trailing axes: two passes for the statistics (the mean first), one to write.
+    """layer_norm and rms_norm over the trailing axes: two passes for the statistics (the mean first), one to write;
+    each for a few rows.
 
     Source: two-pass variance, so no cancellation between E[x^2] and E[x]^2.
     """
@@ -205,27 +223,24 @@ def lower_norm(ctx: Lowering, g: Group) -> None:
     rows = Rows(ctx, g, first, [ctx.view(v).expand(y.shape) for v in affine])
     at = dict(zip(affine, rows.extra, strict=True))
     t = DType.f64 if x_value.dtype is DType.f64 else F32
-    x = _as(rows.load_x(), t)
     inverse = div(number(1, t), Cast(t, Index(rows.length, DType.i64)))
     eps = number(node.attrs["epsilon"], t)
-    body: list[Stmt] = []
-    centered: Expr = x
-    if node.op.name == "layer_norm":
-        body.append(Let("mean", mul(rows.reduce("add", x), inverse)))
-        centered = sub(x, Read("mean", t))
-    body.append(
-        Let(
-            "scale",
-            div(number(1, t), Unary("sqrt", add(mul(rows.reduce("add", mul(centered, centered)), inverse), eps))),
-        )
-    )
-    value: Expr = mul(centered, Read("scale", t))
-    if scale is not None:
-        value = mul(value, _as(rows.load(at[scale]), t))
-    if bias is not None:
-        value = add(value, _as(rows.load(at[bias]), t))
-    body.append(rows.each(rows.store(_as(value, y.dtype))))
-    rows.emit(ctx, node.op.name, body)
+    means, deviations, results = list[Stmt](), list[Stmt](), list[Stmt]()
+    for k in range(rows.together):
+        rows.move_to(k)
+        centered = x = _as(rows.load_x(), t)
+        if node.op.name == "layer_norm":
+            means.append(Let(f"mean{k}", mul(rows.reduce("add", x), inverse)))
+            centered = sub(x, Read(f"mean{k}", t))
+        square = mul(rows.reduce("add", mul(centered, centered)), inverse)
+        deviations.append(Let(f"scale{k}", div(number(1, t), Unary("sqrt", add(square, eps)))))
+        value: Expr = mul(centered, Read(f"scale{k}", t))
+        if scale is not None:
+            value = mul(value, _as(rows.load(at[scale]), t))
+        if bias is not None:
+            value = add(value, _as(rows.load(at[bias]), t))
+        results.append(rows.each(rows.store(_as(value, y.dtype))))
+    rows.emit(ctx, node.op.name, [*means, *deviations, *results], rows.together)
 
 
 def _as(x: Expr, dtype: DType) -> Expr:
