@@ -54,6 +54,7 @@ def check(
 
 def spoil(engine: Engine) -> None:
     """Fill the memory between runs with bytes that are NaN as floats and large as integers."""
-    for context, _ in engine._idle:
-        context.arena.bytes[:] = 0x7F
-        context._scratch.bytes[:] = 0x7F
+    for first, last in engine._idle:
+        for context in last.crew.contexts if last.crew else (first,):
+            context.arena.bytes[:] = 0x7F
+            context._scratch.bytes[:] = 0x7F

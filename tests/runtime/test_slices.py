@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from onnx import ModelProto
+from tests import races
 from tests.onnx.making import model, node, value
 
 import vivace
+from vivace.base.dims import symbol
 from vivace.base.errors import InputError
 from vivace.base.machine import host
 from vivace.graph.batch import rows_of, why_not_by_rows
 from vivace.graph.reference import evaluate
 from vivace.lower import image
+from vivace.lower.image import Batch
 from vivace.onnx.importer import import_model
 from vivace.runtime.engine import Engine
+from vivace.runtime.slices import AT_ONCE, slices_of
 
 Array = np.ndarray
 
@@ -77,7 +83,7 @@ def test_batches_of_any_size(threads: int) -> None:
         assert engine.run({"x": x}, outputs={"y": out})["y"] is out
         np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
     two, many = (engine.memory({"x": (n, 3, 16, 16)})["arena_bytes"] for n in (2, 31))
-    assert two == many
+    assert many == threads * two  # each thread has an arena of a slice
 
 
 @pytest.mark.usefixtures("near")
@@ -114,9 +120,63 @@ def test_a_profile_counts_every_slice() -> None:
     sliced, whole = (vivace.compile(images(), threads=1, disable=names) for names in ((), ("slices",)))
     assert isinstance(sliced, Engine)
     assert isinstance(whole, Engine)
-    flops = [sum(e.flops for e in engine.profile({"x": x})) for engine in (sliced, whole)]
-    assert flops[0] == flops[1]
-    assert len(sliced.traces({"x": x})[0]) == 4 * len(whole.traces({"x": x[:2]})[0])
+    two = Engine(sliced.image, 2)
+    alone, beside, expected = (
+        {(e.kernel, e.flops) for e in engine.profile({"x": x})} for engine in (sliced, two, whole)
+    )
+    assert alone == beside
+    assert sum(flops for _, flops in alone) == sum(flops for _, flops in expected)
+    steps = len(whole.traces({"x": x[:2]})[0])
+    for engine in (sliced, two):
+        assert len(engine.traces({"x": x})[0]) == 4 * steps
+
+
+@pytest.mark.parametrize("n_threads", [1, 2, 3, 5])
+@pytest.mark.parametrize("row_bytes", [1, 2, 7, 30])
+def test_slices_cover_a_batch_and_give_threads_equal_shares(n_threads: int, row_bytes: int) -> None:
+    """Memory for 20 bytes is near: at most that is alive in a thread, unless one row takes more."""
+    most = max(1, 20 // row_bytes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(image, "NEAR_CACHES", 20 / host().cache_bytes(2))
+        for total in (0, 1, 2, 3, 4, 5, 12, 31, 400):
+            shapes = [(total, 4), (3 * total,)]
+            found = slices_of(
+                Batch(symbol("n")), {"n": total}, partial(list, shapes), lambda d: d["n"] * row_bytes, n_threads
+            )
+            rows = [s.dims.values["n"] for s in found]
+            assert (found == []) == (total <= most)
+            assert sum(s.n * n for s, n in zip(found, rows)) == (total if found else 0)
+            assert max(rows, default=0) <= most
+            at = 0
+            for s, n in zip(found, rows):
+                assert s.rows == (slice(at, at + s.n * n), slice(3 * at, 3 * (at + s.n * n)))
+                assert s.n == 1 or (s.n % n_threads == 0 and s.n <= AT_ONCE * n_threads and n * row_bytes <= 20)
+                at += s.n * n
+            shared = sum(n for s, n in zip(found, rows) if s.n == 1)
+            if n_threads > 1 and row_bytes <= 20 and total > most and total >= n_threads:
+                assert shared < n_threads * (rows[0] + 1)
+
+
+@pytest.mark.usefixtures("near")
+def test_slices_side_by_side_give_the_results_of_one_thread() -> None:
+    """Bit by bit, with more threads than cores, in every order, and beside another run, which leaves them fewer."""
+    with races.sharing_all():
+        engine = vivace.compile(images(), threads=1)
+    assert isinstance(engine, Engine)
+    for n in (3, 8, 11):
+        races.check(engine.image, {"x": weight(n, 3, 16, 16, seed=n)}, threads=(2, 4))
+    x, two = weight(23, 3, 16, 16), Engine(engine.image, 2)
+    want, found = engine.run({"x": x})["y"], [two.run({"x": x})["y"]]
+    callers = [
+        threading.Thread(target=lambda: found.extend(two.run({"x": x})["y"] for _ in range(20))) for _ in range(3)
+    ]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert len(found) == 61
+    for y in found:
+        np.testing.assert_array_equal(y, want)
 
 
 def test_small_batches_and_small_models_are_computed_at_once() -> None:

@@ -86,6 +86,11 @@ def rows_that_stay_near(bytes_per_row: int, cache_bytes: int) -> int:
     return max(1, int(NEAR_CACHES * cache_bytes) // max(bytes_per_row, 1))
 
 
+def is_near(n_bytes: int, cache_bytes: int) -> bool:
+    """Whether so many bytes of values stay near."""
+    return n_bytes <= NEAR_CACHES * cache_bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """A batch that may be computed in slices: `rows` lie along the first axis of every input and output.

@@ -15,8 +15,10 @@ Rules:
 * EQUAL: the pieces of a step take equally long, as long as they did on one thread.
 * WARM: threads are awake, which they are within `SPIN_NS` of their last piece.
 
-Not handled, so that the prediction is a bound from above: caches and memory shared by more threads (weights of large
-layers then come from farther away), clocks that fall with more busy cores, hyper-threads, several nodes of memory.
+Not handled: slices of a large batch, which threads compute side by side (`vivace.runtime.crew`); they are simulated as
+if all threads shared each of their steps. Nor, so that the prediction is a bound from above: caches and memory shared
+by more threads (weights of large layers then come from farther away), clocks that fall with more busy cores,
+hyper-threads, several nodes of memory.
 """
 
 from __future__ import annotations

@@ -18,9 +18,10 @@ from vivace.base.specs import TensorSpec
 from vivace.lower.image import Image
 from vivace.runtime.arguments import apart, checked, refuse_outputs, refuse_overlaps, result_for
 from vivace.runtime.binding import ShapeSolver
+from vivace.runtime.crew import Crew
 from vivace.runtime.likeness import Form, Seen, Taken, unlike
 from vivace.runtime.rooms import PLAIN, Rooms, families_of, rooms_of
-from vivace.runtime.slices import Slice, slices_of
+from vivace.runtime.slices import Slices, slices_of
 from vivace.targets.cpu.matching import Likeness
 
 SAME = int(Likeness.SAME)
@@ -36,7 +37,7 @@ class Call:
 
     dims: dict[str, int]
     sizes: list[int]
-    slices: Sequence[Slice]
+    slices: Sequence[Slices]
     form: Form | None
     compare: Callable[..., int]
     shapes: list[tuple[int, ...]] | None = None  # of the outputs, once they were made
@@ -44,22 +45,25 @@ class Call:
 
 @dataclass(slots=True, eq=False)
 class Last:
-    """The call that a context is bound to, if any, and the sizes that were seen last."""
+    """The call that a context is bound to, if any, the sizes that were seen last, and the crew of the context once it
+    computed slices side by side."""
 
     seen: Seen
     call: Call | None = None
+    crew: Crew | None = None
 
 
 class Calls:
-    """The calls of an engine. `arena_bytes` tells how much memory values between steps take with given dims."""
+    """The calls of an engine. `arena_bytes` tells how much memory values between steps take with given dims;
+    `n_threads` may compute slices side by side."""
 
     def __init__(
         self, image: Image, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec],
-        arena_bytes: Callable[[Mapping[str, int]], int],
+        arena_bytes: Callable[[Mapping[str, int]], int], n_threads: int,
     ) -> None:  # fmt: skip
         self.inputs, self.outputs = inputs, outputs
         self.solver = ShapeSolver(inputs)
-        self._batch, self._arena_bytes = image.batch, arena_bytes
+        self._batch, self._arena_bytes, self._n_threads = image.batch, arena_bytes, n_threads
         self._families = families_of(image.appended)
         self._taken = Taken(inputs, outputs, self._families)
         self._names = [s.name for s in outputs]
@@ -163,7 +167,7 @@ class Calls:
         def shapes() -> list[tuple[int, ...]]:
             return [*(a if isinstance(a, tuple) else a.shape for a in inputs), *self._shapes(sizes)]
 
-        slices = slices_of(self._batch, dims, shapes, self._arena_bytes)
+        slices = slices_of(self._batch, dims, shapes, self._arena_bytes, self._n_threads)
         return Call(dims, sizes, slices, form, unlike if form is None else seen.compare[form])
 
     def _shapes(self, sizes: list[int]) -> list[tuple[int, ...]]:

@@ -31,10 +31,11 @@ from vivace.runtime.arguments import refuse_inputs, shapes_of
 from vivace.runtime.binding import MemoryPlanner
 from vivace.runtime.buffer import Buffer
 from vivace.runtime.calls import SAME, Calls, Last
+from vivace.runtime.crew import Crew, slices_program
 from vivace.runtime.executable import Chunk, Context, Executable
 from vivace.runtime.saved import Program, save
 from vivace.runtime.sharing import Sharing
-from vivace.runtime.slices import Dims, Slice, whole_specs
+from vivace.runtime.slices import Dims, Slices, whole_specs
 from vivace.targets.cpu import jit, steps
 from vivace.targets.cpu.amx import missing_here
 
@@ -80,13 +81,14 @@ class Engine:
         self._portable: bytes | Callable[[], bytes] = b"" if portable is None else portable
         self._names = tuple(s.name for s in self.inputs)
         self._output_names = tuple(s.name for s in self.outputs)
-        self._calls = Calls(image, self.inputs, self.outputs, self._arena_bytes)
         self._planner = MemoryPlanner(image)
         self._library = jit.load(image.objects) if image.objects else None
         self._constants = [_aligned(c) for c in image.constants]
         runners = [make_foreign(f) if make_foreign else None for f in image.foreign]
         self._symbols = _symbols_of(image)
         self._executable = self._link(runners)
+        n_crew = 1 if self._executable.layout.calls else self._executable.n_threads
+        self._calls = Calls(image, self.inputs, self.outputs, self._arena_bytes, n_crew)
         self._idle: list[tuple[Context, Last]] = []
         self.ready_seconds = time.perf_counter() - started
 
@@ -128,7 +130,7 @@ class Engine:
             else:
                 call, given, results = self._calls.prepare(last, was, given, outputs)
             if call.slices:
-                self._run_slices(context, call.slices, [*given, *results])
+                self._run_slices(context, last, call.slices, [*given, *results])
             else:
                 if was is not call:
                     self._bind(context, call.dims)
@@ -138,14 +140,24 @@ class Engine:
             self._idle.append((context, last))
         return results
 
-    def _run_slices(self, context: Context, slices: Sequence[Slice], arrays: Sequence[np.ndarray]) -> None:
-        """One run for each slice."""
+    def _run_slices(
+        self, context: Context, last: Last, slices: Sequence[Slices], arrays: Sequence[np.ndarray]
+    ) -> None:
+        """Slices side by side, or one after another."""
         bound: Dims | None = None
         for s in slices:
             if bound is not s.dims:
                 self._bind(context, s.dims.values)
             bound = s.dims
-            context.run_arrays([a[rows] for a, rows in zip(arrays, s.rows, strict=True)])
+            some = [a[rows] for a, rows in zip(arrays, s.rows, strict=True)]
+            if s.n == 1:
+                context.run_arrays(some)
+                continue
+            last.crew = crew = last.crew or Crew(self._slices_program, context)
+            offsets, _ = self._planner.plan(s.dims.values)
+            for c in crew.contexts[1:]:
+                c.bind(s.dims.values, 1, offsets)
+            crew.run(s.n, some)
 
     def _arena_bytes(self, dims: Mapping[str, int]) -> int:
         return self._planner.plan(dims)[1].arena_bytes
@@ -153,6 +165,10 @@ class Engine:
     def _bind(self, context: Context, dims: dict[str, int]) -> None:
         offsets, _ = self._planner.plan(dims)
         context.bind(dims, self._sharing.threads(dims, self.threads), offsets)
+
+    @cached_property
+    def _slices_program(self) -> Executable:
+        return slices_program(self._executable)
 
     @cached_property
     def _sharing(self) -> Sharing:
@@ -200,16 +216,17 @@ class Engine:
             "code_bytes": sum(map(len, self.image.objects)),
         }
         if self._calls.solver.is_static:
-            _, plan = self._planner.plan({})
-            facts |= {"arena_bytes": plan.arena_bytes, "arena_lower_bound_bytes": plan.lower_bound_bytes}
+            facts |= self.memory({s.name: [d for d in s.shape if isinstance(d, int)] for s in self.inputs})
         return {**facts, **self.image.facts}
 
     def memory(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """Arena size and its lower bound, in bytes, for inputs of these shapes: of a slice where there are several.
-        Raises: InputError for shapes that do not fit."""
+        """Arena size and its lower bound, in bytes, for inputs of these shapes: of the slices that are computed at the
+        same time where there are several. Raises: InputError for shapes that do not fit."""
         call = self._calls.solved(shapes_of(shapes, self.inputs))
-        _, plan = self._planner.plan(call.slices[0].dims.values if call.slices else call.dims)
-        return {"arena_bytes": plan.arena_bytes, "arena_lower_bound_bytes": plan.lower_bound_bytes}
+        first = call.slices[0] if call.slices else None
+        n = self._executable.n_threads if first and first.n > 1 else 1
+        _, plan = self._planner.plan(first.dims.values if first else call.dims)
+        return {"arena_bytes": n * plan.arena_bytes, "arena_lower_bound_bytes": n * plan.lower_bound_bytes}
 
     @property
     def appended(self) -> dict[str, str]:
@@ -231,7 +248,7 @@ class Engine:
     def profile(self, inputs: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray] | None = None) -> list[Event]:
         """One inference with the time of each kernel: one event per kernel and thread that worked on it."""
         call, _, _ = self._calls.prepare(self._calls.last(), None, [inputs[n] for n in self._names], outputs)
-        runs = [s.dims.values for s in call.slices] or [call.dims]
+        runs = [(s.n, s.dims.values) for s in call.slices] or [(1, call.dims)]
         merged: dict[tuple[int, int], list[int]] = {}
         for chunk in self.recorder(inputs, outputs=outputs)():
             slot = merged.setdefault((chunk.step, chunk.thread), [chunk.start_ns, 0])
@@ -242,8 +259,8 @@ class Engine:
             events.append(
                 Event(
                     kernel=f"{step}:{line.label}", start_ns=start, duration_ns=duration,
-                    bytes=sum(evaluate(line.n_bytes, d) for d in runs),
-                    flops=sum(evaluate(line.flops, d) for d in runs), thread=thread,
+                    bytes=sum(n * evaluate(line.n_bytes, d) for n, d in runs),
+                    flops=sum(n * evaluate(line.flops, d) for n, d in runs), thread=thread,
                 )
             )  # fmt: skip
         return events
@@ -254,14 +271,17 @@ class Engine:
     ) -> Callable[[], list[Chunk]]:  # fmt: skip
         """A function that does one inference on these inputs and tells it piece by piece, as `traces` does. Recorders
         that take turns may share an arena."""
-        call, given, results = self._calls.prepare(self._calls.last(), None, [inputs[n] for n in self._names], outputs)
+        last = self._calls.last()
+        call, given, results = self._calls.prepare(last, None, [inputs[n] for n in self._names], outputs)
         context = self._executable.context(arena)
-        slices = call.slices or (Slice(Dims(call.dims), (...,) * len(self.inputs + self.outputs)),)
-        context.record(1 << 16)
+        slices = call.slices or (Slices(Dims(call.dims), (...,) * len(self.inputs + self.outputs)),)
+        last.crew = Crew(self._slices_program, context) if any(s.n > 1 for s in slices) else None
+        recorded = last.crew or context
+        recorded.record(1 << 16)
 
         def run() -> list[Chunk]:
-            self._run_slices(context, slices, [*given, *results])
-            return sorted(context.chunks(), key=lambda chunk: chunk.start_ns)
+            self._run_slices(context, last, slices, [*given, *results])
+            return sorted(recorded.chunks(), key=lambda chunk: chunk.start_ns)
 
         run()  # pays for the page faults of the context and of the record
         return run

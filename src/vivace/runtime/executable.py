@@ -32,6 +32,7 @@ from vivace.base.errors import InternalError
 from vivace.runtime.buffer import DATA_FIELD, PAGE_BYTES, Buffer, data_is_first
 from vivace.runtime.evaluation import check_status
 from vivace.runtime.pool import pool
+from vivace.targets.cpu.code import NOTES_BYTES
 from vivace.targets.cpu.formulas import Frame, Words
 from vivace.targets.cpu.program_layout import Header, Record, Ring, Status
 from vivace.targets.cpu.steps import Call, Step
@@ -105,6 +106,8 @@ class Context:
         # `_places`: the place is the array itself, or leads to a word of `_addresses`.
         n_io = executable.n_inputs + executable.n_outputs
         self._addresses, self._places = (ctypes.c_int64 * n_io)(), (ctypes.c_int64 * n_io)()
+        first = ctypes.addressof(self._addresses)
+        self._places[:] = [first - DATA_FIELD + 8 * i for i in range(n_io)]
         self._arena = arena or Buffer(0)
         self._scratch = Buffer(0)
         self._ring: Buffer | None = None
@@ -116,6 +119,11 @@ class Context:
         self.n_threads = executable.n_threads
         if executable.is_static:
             self.bind({})
+
+    @property
+    def address(self) -> int:
+        """Where its words are."""
+        return self._base
 
     @property
     def arena(self) -> Buffer:
@@ -155,23 +163,27 @@ class Context:
                 self._arena = Buffer(arena_bytes)
             # Each thread has pages of its own, which it is the first to touch (rule UNTOUCHED of buffers).
             stride = -(-scratch_bytes // PAGE_BYTES) * PAGE_BYTES
-            if stride * self.executable.n_threads > self._scratch.n_bytes:
+            if stride * n_threads > self._scratch.n_bytes:
                 self._scratch.release()
                 self._scratch = Buffer(0)
-                self._scratch = Buffer(stride * self.executable.n_threads, by_page=self.executable.n_threads > 1)
+                self._scratch = Buffer(stride * n_threads, by_page=self.executable.n_threads > 1)
             self._frame[Frame.ARENA] = self._arena.address
             self._fill()
             self._words[Header.SCRATCH] = self._scratch.address
             self._words[Header.SCRATCH_STRIDE] = stride
             self._dims, self._offsets = dict(dims), offsets
 
+    def hand_out(self, words: Sequence[int]) -> None:
+        """Puts a word into the scratch of each thread, behind the notes of kernels, where it stays."""
+        stride = int(self._words[Header.SCRATCH_STRIDE])
+        for thread, word in enumerate(words):
+            self._scratch.view(np.int64, (1,), thread * stride + NOTES_BYTES)[0] = word
+
     def run(self, inputs: Sequence[int], outputs: Sequence[int] = ()) -> None:
         """Runs the program once on the memory at these addresses; `inputs` may hold those of the outputs as well.
 
         Raises: whatever a `Call` step raised; InternalError when the context is in use or not bound.
         """
-        first = ctypes.addressof(self._addresses)
-        self._places[:] = [first - DATA_FIELD + 8 * i for i in range(len(self._places))]
         self._addresses[:] = [*inputs, *outputs]
         self._run(())
 

@@ -51,6 +51,7 @@ class Native:
         library = jit.load([_program_object(is_shuffled)])
         _immortal(library)
         self.worker_address = library.address("vivace_worker")
+        self.slices_address = library.address("vivace_slices")
         calls = (ctypes.c_int64 * len(PYTHON_CALLS))(*(_symbol(ctypes.pythonapi, name) for name in PYTHON_CALLS))
         ctypes.CFUNCTYPE(None, ctypes.c_void_p)(library.address("vivace_bind"))(ctypes.addressof(calls))
         self._run = _method(library, b"enter", b"One inference.")

@@ -32,18 +32,20 @@ from vivace.targets.cpu.matching import MATCHING
 from vivace.targets.cpu.methods import METHODS
 from vivace.targets.cpu.program_layout import N_WORDS, PARALLEL_HEAD_WORDS, PART_WORDS, Header, Op, Record, Ring, Status
 from vivace.targets.cpu.shuffled import DELAY, shuffled_grains_text
+from vivace.targets.cpu.slices import slices_text
 from vivace.targets.cpu.team import Team
 from vivace.targets.cpu.threads import FEW_GRAINS, grains_text, threads_text
 
 
 def program_text(is_shuffled: bool = False) -> str:
     """The complete LLVM module (x86-64): `vivace_enter`, `vivace_match`, `vivace_evaluate`, `vivace_fill`,
-    `vivace_bind`, `vivace_worker`, `vivace_cycles`.
+    `vivace_bind`, `vivace_worker`, `vivace_cycles`, and the kernel `vivace_slices`.
 
     With `is_shuffled` grains run in a changing order and threads lose time (see `vivace.targets.cpu.shuffled`).
     """
     threads = threads_text(delay=DELAY) + shuffled_grains_text() if is_shuffled else threads_text() + grains_text()
-    return _HEAD + threads + _EXECUTE + _lead_text() + _run_text() + FORMULAS + MATCHING + METHODS
+    slices = slices_text(DELAY if is_shuffled else "")
+    return _HEAD + threads + _EXECUTE + _lead_text() + _run_text() + slices + FORMULAS + MATCHING + METHODS
 
 
 _HEAD = """
@@ -260,27 +262,9 @@ finish:
 def _run_text() -> str:
     t = Team
     return f"""
-define internal i64 @run(ptr %ctx, ptr %io) {{
+; Writes the addresses of inputs and outputs into the program.
+define internal void @patch(ptr %ctx, ptr %io) {{
 entry:
-  %mode = alloca i32
-  %status = getelementptr i64, ptr %ctx, i64 {Header.STATUS:d}
-  store i64 {Status.OK:d}, ptr %status
-  %n.p = getelementptr i64, ptr %ctx, i64 {Header.N_THREADS:d}
-  %n = load i64, ptr %n.p
-  %cell.p = getelementptr i64, ptr %ctx, i64 {Header.TEAM_CELL:d}
-  %cell = load ptr, ptr %cell.p
-  %team = load ptr, ptr %cell
-  %is.alone = icmp ult i64 %n, 2
-  br i1 %is.alone, label %patch, label %look
-look:
-  %workers.p = getelementptr i8, ptr %team, i64 {t.N_WORKERS}
-  %workers = load atomic i64, ptr %workers.p acquire, align 8
-  %present = add i64 %workers, 1
-  %short = icmp ult i64 %present, %n
-  br i1 %short, label %needy, label %patch
-needy:
-  ret i64 {Status.NEEDS_WORKERS:d}
-patch:
   %patches.p = getelementptr i64, ptr %ctx, i64 {Header.PATCHES:d}
   %patches = load ptr, ptr %patches.p
   %n_patches.p = getelementptr i64, ptr %ctx, i64 {Header.N_PATCHES:d}
@@ -289,9 +273,9 @@ patch:
   %field = load i64, ptr %field.p
   br label %patch.test
 patch.test:
-  %i = phi i64 [0, %patch], [%i.next, %patch.one]
+  %i = phi i64 [0, %entry], [%i.next, %patch.one]
   %patched = icmp eq i64 %i, %n_patches
-  br i1 %patched, label %ready, label %patch.one
+  br i1 %patched, label %done, label %patch.one
 patch.one:
   %entry.at = mul i64 %i, 24
   %entry.p = getelementptr i8, ptr %patches, i64 %entry.at
@@ -308,7 +292,32 @@ patch.one:
   store i64 %moved, ptr %target
   %i.next = add i64 %i, 1
   br label %patch.test
+done:
+  ret void
+}}
+
+define internal i64 @run(ptr %ctx, ptr %io) {{
+entry:
+  %mode = alloca i32
+  %status = getelementptr i64, ptr %ctx, i64 {Header.STATUS:d}
+  store i64 {Status.OK:d}, ptr %status
+  %n.p = getelementptr i64, ptr %ctx, i64 {Header.N_THREADS:d}
+  %n = load i64, ptr %n.p
+  %cell.p = getelementptr i64, ptr %ctx, i64 {Header.TEAM_CELL:d}
+  %cell = load ptr, ptr %cell.p
+  %team = load ptr, ptr %cell
+  %is.alone = icmp ult i64 %n, 2
+  br i1 %is.alone, label %ready, label %look
+look:
+  %workers.p = getelementptr i8, ptr %team, i64 {t.N_WORKERS}
+  %workers = load atomic i64, ptr %workers.p acquire, align 8
+  %present = add i64 %workers, 1
+  %short = icmp ult i64 %present, %n
+  br i1 %short, label %needy, label %ready
+needy:
+  ret i64 {Status.NEEDS_WORKERS:d}
 ready:
+  call void @patch(ptr %ctx, ptr %io)
   %program.p = getelementptr i64, ptr %ctx, i64 {Header.PROGRAM:d}
   %program = load ptr, ptr %program.p
   call void @llvm.x86.sse.stmxcsr(ptr %mode)
