@@ -9,6 +9,10 @@ Rules:
 * PARALLEL: several threads may compile at once. Each module has a context of its own and each thread a description of
   the target of its own, which is what LLVM asks for; so the long calls go around llvmlite's one lock.
 * LATE: LLVM is loaded when something is compiled, not before: it takes 45 MiB of memory and a tenth of a second.
+
+Not handled: a `fork` while another thread compiles. The child may load and run engines, but where it compiles it may
+wait
+for a lock that nobody holds any more.
 """
 
 from __future__ import annotations
