@@ -11,8 +11,7 @@ Rules:
 * LATE: LLVM is loaded when something is compiled, not before: it takes 45 MiB of memory and a tenth of a second.
 
 Not handled: a `fork` while another thread compiles. The child may load and run engines, but where it compiles it may
-wait
-for a lock that nobody holds any more.
+wait for a lock that nobody holds any more.
 """
 
 from __future__ import annotations
