@@ -76,7 +76,8 @@ def _lower_blocked(ctx: Lowering, g: Group) -> None:
     queries, keys = sizes(ctx.choices.of(site.spec))
     n_parts = ceildiv(n_queries, queries)
     # The heads that share keys follow each other, so that these come from memory, or are packed, once.
-    in_head, of_group = (part % n_parts, part // n_parts) if share > 1 else (part, 0)
+    n_blocks = maximum(n_parts, 1)  # no division by zero where tiles are chosen for no queries
+    in_head, of_group = (part % n_blocks, part // n_blocks) if share > 1 else (part, 0)
     shared = (block // groups, block % groups)
     here = (shared[0], shared[1] * share + of_group)
     keys_of, values_of = operand(k, "k", shared), operand(v, "v", shared)
