@@ -19,7 +19,8 @@ JOINED = {
     920025: "attention", 920037: "winograd4x4", 920063: "attention", 920067: "attention slices", 920078: "row_blocks",
     920096: "attention row_blocks",
 }  # fmt: skip
-MENDED = {2000021: "strips slices", 2000031: ""}  # pads that no strip meets; Winograd's products of no image
+# Pads that no strip meets; Winograd's products of no image; attention of no queries; signed bytes in blocks of 5 rows.
+MENDED = {2000021: "strips slices", 2000031: "", 30014: "attention", 30058: "row_blocks"}
 HAS_ALL = not missing_flags(host(), isa("avx512+amx_bf16+amx_int8+amx_tile+avx512_bf16+avx512_vnni"))
 
 

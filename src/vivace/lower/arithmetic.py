@@ -84,13 +84,17 @@ def choose_arithmetic(a: DType, b: DType, isa: Isa, a_offset: int = 0) -> Arithm
 
 
 def arithmetic_of(c: Contraction | Depthwise, isa: Isa) -> Arithmetic:
-    """The arithmetic of a contraction: that of its element types, but tiles only where they pay and fit."""
+    """The arithmetic of a contraction: that of its element types, but tiles only where they pay and fit. A block of few
+    rows of a larger product keeps its tiles where B was packed in their groups and no other arithmetic reads those.
+    """
     if isinstance(c, Depthwise):
         return choose_arithmetic(c.a.dtype, c.b.dtype, isa)
     found = choose_arithmetic(c.a.dtype, c.b.dtype, isa, c.a_offset)
-    if found.is_tile and not _tiles_fit(merge_axes(c), found):
-        return choose_arithmetic(c.a.dtype, c.b.dtype, without_amx(isa), c.a_offset)
-    return found
+    if not found.is_tile or _tiles_fit(merge_axes(c), found):
+        return found
+    other = choose_arithmetic(c.a.dtype, c.b.dtype, without_amx(isa), c.a_offset)
+    is_packed = c.packing.kind == "panels" and c.b.shape[-1] == found.group
+    return found if is_packed and other.group != found.group else other
 
 
 def _tiles_fit(c: Contraction, ar: Arithmetic) -> bool:
