@@ -307,6 +307,24 @@ def test_tiles_that_meet_a_panel_fetch_the_next_together() -> None:
     assert n_fetched(replace(tile, rows_outer=True)) == 0
 
 
+@pytest.mark.parametrize("k, n, level", [(256, 64, 1), (512, 128, 2), (64, 256, None)])
+def test_panels_that_meet_a_tile_fetch_the_rows_of_the_next_together(k: int, n: int, level: int | None) -> None:
+    """Into the first-level cache where panels leave them room; not where there are more results than rows of A."""
+    case = product(np.zeros((1, 128, k), np.uint8), np.zeros((1, k, n), np.int8), np.int32, TILES)
+    assert isinstance(case.c, Contraction)
+    inside = replace(
+        choose_tile(case.c, TILES), tiles_per_unit=2, panels_per_unit=n // 32, rows_outer=True, tiles_outside=False
+    )
+
+    def n_fetched(tile: Tile) -> dict[int, int]:
+        """Lines that all panels together ask into the caches while they meet a tile of 32 rows."""
+        text = replace(case, tile=tile).code(TILES).llvm_text
+        return {x: k // 64 * n // 32 * len(re.findall(rf"prefetch.*i32 {4 - x}, i32 1\)", text)) for x in (1, 2)}
+
+    more, fewer = n_fetched(replace(inside, tiles_outside=True)), n_fetched(inside)
+    assert {x: more[x] - fewer[x] for x in more} == {x: 32 * k // 64 * (x == level) for x in more}
+
+
 @pytest.mark.parametrize("k, n_each", [(64, 32), (1024, 2), (4096, 1)])
 def test_results_are_fetched_row_by_row_while_the_taps_are_summed(k: int, n_each: int) -> None:
     """32 rows in as many parts as a row has chunks, two lines a row."""

@@ -21,10 +21,11 @@ Rules:
       the other thread awake           27.9    19.3    16.4    12.8
 
 * SPREAD: what is fetched stands evenly between the products. The next chunk of B is asked into the first-level cache,
-  so that loads of tiles do not hold registers while they wait; panels to come into the second. 8 lines from the
-  third-level cache per 4 products then cost nothing (20 GB/s), where products after all fetches of a round wait for
-  them as long as they take. So do rows of what the epilogue reads and writes, which often lies further away than B: a
-  product of 1024 x 1024 x 1024 takes 6 to 9 % less time so, ResNet-50's kernels in bf16 3 %.
+  so that loads of tiles do not hold registers while they wait; panels to come into the second, or rows to come
+  (`Plan.fetches_rows`). 8 lines from the third-level cache per 4 products then cost nothing (20 GB/s), where products
+  after all fetches of a round wait for them as long as they take. So do rows of what the epilogue reads and writes,
+  which often lies further away than B: a product of 1024 x 1024 x 1024 takes 6 to 9 % less time so, ResNet-50's
+  kernels in bf16 3 %.
 * EVEN: the rows of both registers of A are as many, so that one shape serves both. Where a piece is odd, they share
   a row, which is summed twice and stored once.
 
@@ -83,9 +84,8 @@ def tile_kernel(p: Plan, outer: int, inner: int, tail: bool) -> tuple[str, dict[
         _store(t, outer, inner, vectors, sums(t, p), p.tile.lanes * ACC_BYTES)
     t.put("ret void")
     axes = "".join(f", i64 %x{i}" for i in range(len(p.axes())))
-    parameters = (
-        f"ptr %args, ptr %a, ptr %b, ptr %out, i64 %n{axes}, ptr %tiles{', ptr %ahead' if p.fetches_ahead else ''}"
-    )
+    ahead = ", ptr %ahead" if p.fetches_ahead or p.fetches_rows else ""
+    parameters = f"ptr %args, ptr %a, ptr %b, ptr %out, i64 %n{axes}, ptr %tiles{ahead}"
     head = f"define internal void @{symbol_of(p, outer, inner, tail)}({parameters})"
     return "\n".join([f"{head} noinline #0 {{", "entry:", *t.lines, "}"]), t.declares
 
@@ -231,9 +231,9 @@ def _chunk(
     t.declare(name, f"void @{name}(i8, i8, i8)")
     b_chunk = p.round_rows * p.row_bytes
     fetches = [(t.at(b, b_chunk + line), 1) for line in range(0, b_chunk, _LINE)]
-    if p.fetches_ahead:
+    if p.fetches_ahead or p.fetches_rows:
         ahead = t.at("%ahead", t.mul(k, p.ahead_lines * _LINE))
-        fetches += [(t.at(ahead, line * _LINE), 2) for line in range(p.ahead_lines)]
+        fetches += [(t.at(ahead, line * _LINE), p.ahead_level) for line in range(p.ahead_lines)]
     fetches += [(line, 1) for line in soon]
     n_products, held = n_registers * vectors, -1
 

@@ -200,6 +200,10 @@ def _tile(t: Text, p: Plan, dims: Mapping[str, Int], unit: _Unit, passed: Int, p
         rounds = t.divmod(t.dim(p.pass_rows, dims), p.round_rows)[0]
         share = t.mul(tile if p.takes_turns else nth_tile, t.mul(rounds, p.ahead_lines * LINE_BYTES))
         more += f", ptr {t.at(t.at(b, following), share)}"
+    elif p.fetches_rows:
+        n_chunks = t.divmod(t.dim(p.pass_rows, dims), p.round_rows)[0]
+        share = t.mul(nth_panel, t.mul(n_chunks, p.ahead_lines * LINE_BYTES))
+        more += f", ptr {t.at(t.at(a, t.mul(t.dim(p.inner.a, dims), p.tile_rows * p.ar.a_bytes)), share)}"
     _call_tile(t, p, dims, spot, n, unit.at | spot.at, (a, b, out), more)
 
 
