@@ -12,6 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from tests.targets.low_precision import Case, convolution, product
+from tests.targets.test_contraction_int8 import quantized
 
 from vivace.base.dims import symbol
 from vivace.base.dtypes import DType
@@ -37,12 +38,20 @@ class Model:
     def __init__(self) -> None:
         self.registers: list[np.ndarray] = []
         self.n_configured = 0
-        operands = {"ldtilecfg": 1, "tilerelease": 0, "tilezero": 1, "tileloadd64": 3, "tilestored64": 3}
+        operands = {
+            "ldtilecfg": 1,
+            "tilerelease": 0,
+            "tilezero": 1,
+            "tileloadd64": 3,
+            "tileloaddt164": 3,
+            "tilestored64": 3,
+        }
         operands |= {"tdpbusd": 3, "tdpbssd": 3, "tdpbf16ps": 3}
         self.calls = {}
         for name, n in operands.items():
             kinds = {
                 "ldtilecfg": (ctypes.c_void_p,), "tileloadd64": (ctypes.c_int8, ctypes.c_void_p, ctypes.c_int64),
+                "tileloaddt164": (ctypes.c_int8, ctypes.c_void_p, ctypes.c_int64),
                 "tilestored64": (ctypes.c_int8, ctypes.c_void_p, ctypes.c_int64),
             }.get(name, (ctypes.c_int8,) * n)  # fmt: skip
             self.calls[name] = ctypes.CFUNCTYPE(None, *kinds)(self._guarded(getattr(self, name)))
@@ -74,6 +83,9 @@ class Model:
     def tileloadd64(self, x: int, at: int, stride: int) -> None:
         for i, row in enumerate(self.registers[x]):
             row[...] = np.frombuffer(ctypes.string_at(at + i * stride, len(row)), np.uint8)
+
+    def tileloaddt164(self, x: int, at: int, stride: int) -> None:
+        self.tileloadd64(x, at, stride)
 
     def tilestored64(self, x: int, at: int, stride: int) -> None:
         for i, row in enumerate(self.registers[x]):
@@ -325,12 +337,39 @@ def test_panels_that_meet_a_tile_fetch_the_rows_of_the_next_together(k: int, n: 
     assert {x: more[x] - fewer[x] for x in more} == {x: 32 * k // 64 * (x == level) for x in more}
 
 
+@lacks_avx512
+@pytest.mark.parametrize("k", [64, 512])
+def test_bytes_of_two_rows_are_packed_together(k: int) -> None:
+    """At once or while the next tile is multiplied; of an odd number of rows the last is finished twice."""
+    random = np.random.default_rng(k)
+    a, b = random.integers(0, 256, (2, 37, k), np.uint8), random.integers(-128, 128, (2, k, 64)).astype(np.int8)
+    case = product(a, b, np.uint8, TILES)
+    expected = quantized(case, DType.u8, 3, True, is_bounded=True)
+    np.testing.assert_array_equal(Model().run(case), expected)
+    assert len(re.findall(r"store <32 x i8>.*ptr", case.code(TILES).llvm_text)) % 2 == 0
+
+
 @pytest.mark.parametrize("k, n_each", [(64, 32), (1024, 2), (4096, 1)])
 def test_results_are_fetched_row_by_row_while_the_taps_are_summed(k: int, n_each: int) -> None:
     """32 rows in as many parts as a row has chunks, two lines a row."""
     a, b = np.zeros((1, 32, k), np.uint8), np.zeros((1, k, 32), np.int8)
     text = product(a, b, np.int32, TILES).code(TILES).llvm_text
     assert len(re.findall(r"prefetch.*i32 3, i32 1\)", text)) == 2 * n_each + 32  # and the next chunk of B
+
+
+@pytest.mark.parametrize(
+    "k, n, tiles, panels, hinted",
+    [(256, 64, 1, 2, ""), (256, 256, 1, 8, "5"), (1024, 256, 4, 1, "4"), (64, 32, 4, 1, "")],
+)
+def test_what_is_larger_than_the_first_level_cache_passes_by(
+    k: int, n: int, tiles: int, panels: int, hinted: str
+) -> None:
+    """Panels where a tile meets all of them, tiles where they meet a panel, neither where there is room."""
+    case = product(np.zeros((1, 128, k), np.uint8), np.zeros((1, k, n), np.int8), np.int32, TILES)
+    assert isinstance(case.c, Contraction)
+    plan = replace(choose_tile(case.c, TILES), tiles_outside=False, tiles_per_unit=tiles, panels_per_unit=panels)
+    text = replace(case, tile=plan).code(TILES).llvm_text
+    assert set(re.findall(r"tileloaddt164\(i8 (\d)", text)) == set(hinted)
 
 
 def test_many_rows_meet_a_panel_that_comes_from_far() -> None:

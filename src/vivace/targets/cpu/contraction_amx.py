@@ -168,9 +168,10 @@ def _store(t: Text, outer: int, inner: int, vectors: int, to: str, row_bytes: In
         t.put(f"call void @llvm.x86.tilestored64(i8 {2 * r + v}, ptr {place}, i64 {row_bytes})")
 
 
-def _load(t: Text, tile: int, pointer: str, stride: Int) -> None:
-    t.declare("llvm.x86.tileloadd64", "void @llvm.x86.tileloadd64(i8, ptr, i64)")
-    t.put(f"call void @llvm.x86.tileloadd64(i8 {tile}, ptr {pointer}, i64 {stride})")
+def _load(t: Text, tile: int, pointer: str, stride: Int, passes_by: bool = False) -> None:
+    name = "llvm.x86.tileloaddt164" if passes_by else "llvm.x86.tileloadd64"
+    t.declare(name, f"void @{name}(i8, ptr, i64)")
+    t.put(f"call void @{name}(i8 {tile}, ptr {pointer}, i64 {stride})")
 
 
 def _accumulators(firsts: Sequence[int], vectors: int) -> list[tuple[int, int]]:
@@ -238,10 +239,10 @@ def _chunk(
     n_products, held = n_registers * vectors, -1
 
     for r in range(n_registers):
-        _load(t, _A, t.at(a, t.mul(between, r)), a_stride)
+        _load(t, _A, t.at(a, t.mul(between, r)), a_stride, p.passes_by == "a")
         for j, v in enumerate(range(vectors) if r % 2 == 0 else reversed(range(vectors))):
             if v != held:
-                _load(t, _B, t.at(b, v * _LINE), p.row_bytes)
+                _load(t, _B, t.at(b, v * _LINE), p.row_bytes, p.passes_by == "b")
             held = v
             t.put(f"call void @{name}(i8 {2 * r + v}, i8 {_A}, i8 {_B})")
             for place, level in fetches[r * vectors + j :: n_products]:

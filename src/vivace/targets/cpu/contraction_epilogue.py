@@ -4,7 +4,7 @@ store.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from vivace.base.dims import linear, symbols
@@ -126,6 +126,36 @@ class Epilogue:
         order = ", ".join(f"i32 {16 * q + 4 * k + i}" for k in range(2) for q in range(4) for i in range(4))
         packed = b.inst(f"shufflevector {mixed}, {mixed.full} poison, <32 x i32> <{order}>", "i8", 32, mixed)
         self._look_up_and_store(packed, tables, pointer, offset)
+
+    def store_two_rows(
+        self, e: Expr, accs: list[Value], rows: Sequence[Mapping[str, Int]], pointers: Sequence[str]
+    ) -> None:
+        """Stores 32 bytes of each of two rows, made of two vectors of sums each. `rows` are the values of axes."""
+        b, whole = self._b, []
+        narrow, tables = _peeled(e)
+        for k, acc in enumerate(accs):
+            env = self._at_row(rows[k // 2], k % 2 * acc.lanes, acc.lanes)
+            env.names["acc"] = acc
+            whole.append(b.widen(emit(env, _unclipped(narrow)), acc.lanes))
+        words = [_pack(b, "packssdw", "i16", whole[k], whole[k + 1]) for k in (0, 2)]
+        mixed = _pack(b, _PACK_BYTES[narrow.dtype], "i8", *words)
+        # 4 bytes of each vector in each quarter, those of the first row first
+        places = [
+            16 * q + 8 * row + 4 * k + i for row in range(2) for k in range(2) for q in range(4) for i in range(4)
+        ]
+        order = ", ".join(f"i32 {at}" for at in places)
+        n = len(places)
+        packed = b.inst(f"shufflevector {mixed}, {mixed.full} poison, <{n} x i32> <{order}>", "i8", n, mixed)
+        for table in tables:
+            packed = look_up(b, table, packed)
+        for k, pointer in enumerate(pointers):
+            b.effect(f"store {b.part(packed, k * n // 2, n // 2)}, ptr {pointer}, align 1")
+
+    def _at_row(self, row: Mapping[str, Int], moved: int, lanes: int) -> Env:
+        """The context of neighbouring results of one row, the first moved so far along the lanes."""
+        b, values = self._b, {name: _integer(v) for name, v in row.items()}
+        values[self._lane] = b.iadd(values[self._lane], literal(moved, "i64"))
+        return self._env.at(values, lane=self._lane, lanes=lanes)
 
     def _look_up_and_store(self, packed: Value, tables: list[bytes], pointer: str, offset: Int) -> None:
         b = self._b

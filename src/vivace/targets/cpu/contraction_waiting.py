@@ -23,7 +23,7 @@ from vivace.base.dims import Dim, prod
 from vivace.loops.kernel import Binary, Cast, Expr, Fma, Load, Lookup, Select, Unary, walk
 from vivace.lower.arithmetic import chunk_bytes
 from vivace.targets.cpu.builder import Value
-from vivace.targets.cpu.contraction_epilogue import Epilogue, split_start
+from vivace.targets.cpu.contraction_epilogue import Epilogue, makes_bytes, split_start
 from vivace.targets.cpu.contraction_plan import Plan, base_of, load_dims, plan_of_rows, variants
 from vivace.targets.cpu.contraction_text import Int, Text
 from vivace.targets.cpu.contraction_vector import ACC_BYTES, LINE_BYTES, mask_text
@@ -120,7 +120,8 @@ def finish_before(
     t.start(ready)
     end = t.op(f"select i1 {is_same}, i64 {_load(t, _ROWS)}, i64 0")
     some = t.maximum(chunks, 1)
-    n_each = t.divmod(t.add(some, most - 1), some)[0]
+    each = rows.n_together
+    n_each = t.mul(t.divmod(t.add(some, -(-most // each) - 1), some)[0], each)
 
     def part(k: Int) -> None:
         first = t.mul(k, n_each)
@@ -184,38 +185,69 @@ class _Rows:
         self._steps = [t.mul(t.dim(x.out, self.dims), p.out_bytes) for x in (p.outer, p.inner)]
         self._sums = sums(t, p)
 
+    @property
+    def n_together(self) -> int:
+        """Rows that are finished at a time: two where they make bytes and have no gaps."""
+        p, e = self._p, self._epilogue
+        has_gaps = p.tile.pitch != 0 and p.tile.pitch != p.inner.extent
+        makes = p.isa.vector_bits == 512 and e is not None and makes_bytes(e)
+        return 2 if makes and not has_gaps and self._masks == [None, None] else 1
+
     def finish(self, first: Int, last: Int) -> None:
         """Those from `first` on before `last`."""
-        t, p = self._t, self._p
-        with t.loop(first, last) as row:
-            symbols: dict[str, Int] = {**self.dims, **dict(zip((x.name for x in p.axes()), self._places)), "n": self._n}
-            there, absent = t.label(), t.label()
-            o, i = row_of(t, self._inner, row)
-            if p.tile.pitch:  # where it is, not how far from the corner
-                o, i = t.divmod(t.add(symbols[p.inner.name], row), p.tile.pitch)
-                symbols |= {p.outer.name: o, p.inner.name: i}
-                t.branch(t.less(i, t.dim(p.inner.extent, self.dims)), there, absent)
-                t.start(there)
+        t = self._t
+        with t.loop(first, last, self.n_together) as row:
+            if self.n_together == 2:  # the last one of an odd number once more
+                self._finish_two([row, t.minimum(t.add(row, 1), t.sub(last, 1))])
             else:
-                for axis, by in ((p.outer, o), (p.inner, i)):
-                    if axis.name:
-                        symbols[axis.name] = t.add(symbols[axis.name], by)
-            self._finish_row(row, t.at(self._out, t.add(t.mul(o, self._steps[0]), t.mul(i, self._steps[1]))), symbols)
-            if p.tile.pitch:
-                t.jump(absent)
-                t.start(absent)
+                self._finish_one(row)
 
-    def _finish_row(self, row: Int, out: str, symbols: dict[str, Int]) -> None:
+    def _finish_one(self, row: Int) -> None:
+        t, p = self._t, self._p
+        out, symbols = self._place(row)
+        there, absent = t.label(), t.label()
+        if p.tile.pitch:
+            t.branch(t.less(symbols[p.inner.name], t.dim(p.inner.extent, self.dims)), there, absent)
+            t.start(there)
+        epilogue = Epilogue(t, p.isa, "n", symbols, self._buffers)
+        epilogue.store_row(self._epilogue, self._totals(row), {}, p.c.out, out, 0, self._masks)
+        epilogue.close()
+        if p.tile.pitch:
+            t.jump(absent)
+            t.start(absent)
+
+    def _place(self, row: Int) -> tuple[str, dict[str, Int]]:
+        """Where a row is stored, and its place on the axes."""
+        t, p = self._t, self._p
+        symbols: dict[str, Int] = {**self.dims, **dict(zip((x.name for x in p.axes()), self._places)), "n": self._n}
+        o, i = row_of(t, self._inner, row)
+        if p.tile.pitch:  # where it is, not how far from the corner
+            o, i = t.divmod(t.add(symbols[p.inner.name], row), p.tile.pitch)
+            symbols |= {p.outer.name: o, p.inner.name: i}
+        else:
+            for axis, by in ((p.outer, o), (p.inner, i)):
+                if axis.name:
+                    symbols[axis.name] = t.add(symbols[axis.name], by)
+        return t.at(self._out, t.add(t.mul(o, self._steps[0]), t.mul(i, self._steps[1]))), symbols
+
+    def _finish_two(self, rows: list[Int]) -> None:
+        t, p = self._t, self._p
+        assert self._epilogue is not None
+        totals = [total for row in rows for total in self._totals(row)]
+        outs, symbols = zip(*(self._place(row) for row in rows))
+        epilogue = Epilogue(t, p.isa, "n", symbols[0], self._buffers)
+        epilogue.store_two_rows(self._epilogue, totals, symbols, outs)
+        epilogue.close()
+
+    def _totals(self, row: Int) -> list[Value]:
+        """The sums of a row."""
         t, p, width = self._t, self._p, self._p.isa.n_f32_lanes
         element = "i32" if p.ar.acc.is_int else "float"
         of_row = t.at(self._sums, t.mul(row, p.tile.lanes * ACC_BYTES))
-        totals = [
+        return [
             Value(t.op(f"load <{width} x {element}>, ptr {t.at(of_row, at)}, align {LINE_BYTES}"), element, width)
             for at in range(0, len(self._masks) * width * ACC_BYTES, width * ACC_BYTES)
         ]
-        epilogue = Epilogue(t, p.isa, "n", symbols, self._buffers)
-        epilogue.store_row(self._epilogue, totals, {}, p.c.out, out, 0, self._masks)
-        epilogue.close()
 
 
 def _load(t: Text, where: int) -> str:
