@@ -111,6 +111,34 @@ def test_random_shapes(m: tuple[int, int]) -> None:
         check(g, random(n, h, w, c), isas=(HERE[-1],), tol=TOLERANCE)
 
 
+@pytest.mark.parametrize("isa", HERE)
+@pytest.mark.parametrize(("shape", "n_out"), [((2, 9, 7, 20), 24), ((1, 6, 13, 33), 70)])
+def test_stride_2(monkeypatch: pytest.MonkeyPatch, isa: str, shape: tuple[int, ...], n_out: int) -> None:
+    use(monkeypatch, (2, 2))
+    g = build(lambda b, x: b.relu(conv(b, x, n_out, strides=(2, 2))), Type(F32, shape))
+    assert blocked(check(g, random(*shape), isas=(isa,), tol=TOLERANCE)) == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 9, 7), (0, 4, 4), (1, 30, 31)])
+def test_stride_2_with_symbolic_dims(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int, int]) -> None:
+    use(monkeypatch, (2, 2))
+    shape: tuple[Dim, ...] = (symbol("N", 0), symbol("H", 0), symbol("W", 0), 24)
+    g = build(lambda b, x: conv(b, x, 40, strides=(2, 2)), Type(F32, shape))
+    check(g, random(*size, 24), isas=(HERE[-1],), tol=TOLERANCE)
+
+
+def test_errors_at_stride_2_stay_within_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    use(monkeypatch, (2, 2))
+    x = random(1, 16, 16, 256)
+    g = build(lambda b, v: conv(b, v, 32, bias=False, strides=(2, 2)), Type(F32, x.shape))
+    want = exact_conv(x, g.nodes[0])[:, ::2, ::2]
+    error = np.abs(run_plan(lower(g, ISAS[HERE[-1]]), [x], {}, HERE[-1])[0] - want).max()
+    w = g.nodes[0].inputs[1]
+    assert w is not None and w.data is not None
+    assert error < (256 + 20) * 2.0**-24 * 256 * np.abs(w.data).max() * np.abs(x).max() * amplification(2, 2) ** 2
+    assert error < 3e-6 * np.abs(want).max()
+
+
 @pytest.mark.parametrize("size", [(1, 1, 1), (2, 9, 7), (1, 0, 5), (0, 4, 4), (1, 30, 31), (1, 2, 40)])
 def test_symbolic_dims(m: tuple[int, int], size: tuple[int, int, int]) -> None:
     shape: tuple[Dim, ...] = (symbol("N", 0), symbol("H", 0), symbol("W", 0), 24)
@@ -257,7 +285,10 @@ def with_cache(n_bytes: int) -> Machine:
         (lambda: anchor((1, 58, 58, 64), 64, (1, 3)), (1, 4)),
         (lambda: anchor((1, 58, 58, 64), 64, (3, 1)), (4, 1)),
         (lambda: anchor((1, 58, 58, 64), 64, (5, 5)), None),
-        (lambda: anchor((1, 58, 58, 64), 64, strides=(2, 2)), None),
+        (lambda: anchor((1, 58, 58, 64), 64, strides=(2, 2)), (2, 2)),
+        (lambda: anchor((1, 58, 58, 3), 64, strides=(2, 2)), None),
+        (lambda: anchor((1, 58, 58, 64), 64, strides=(1, 2)), None),
+        (lambda: anchor((1, 58, 58, 64), 64, strides=(3, 3)), None),
         (lambda: anchor((1, 58, 58, 64), 64, dilations=(2, 2)), None),
     ],
 )

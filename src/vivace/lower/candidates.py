@@ -106,7 +106,8 @@ def _winograd_flops(c: Contraction, way: str, isa: Isa) -> float:
     images, *size = (winograd.guessed(r.extent) for r in c.rows)
     height, width = (1, *size)[-2:]
     tiles = images * -(-height // m[0]) * -(-width // m[1])
-    return winograd.counted_flops(m, tiles, channels, winograd.guessed(c.n), isa)
+    stride = 1 if c.rows[-1].a == c.taps[-2].a else 2
+    return winograd.counted_flops(m, tiles, channels, winograd.guessed(c.n), isa, stride)
 
 
 def _packed(c: Contraction, choice: Choice, isa: Isa) -> Contraction:

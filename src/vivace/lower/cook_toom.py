@@ -9,6 +9,13 @@ then on columns.
 
 Points: 0, pairs +p and -p, infinity. A pair shares its even and odd parts, which halves the work of the transforms.
 
+At stride 2 a filter of 3 taps is one of 2 taps over the even inputs and one of a single tap over the odd ones. Two
+results take 3 products for the first, at the points 0, 1 (which is that of all inputs of a tap) and infinity, and 2 for
+the second, by the same weight: 5 instead of 6.
+
+    y0 = (d0 - d2) w0 + d2 (w0 + w2) + d1 w1
+    y1 = d2 (w0 + w2) + (d4 - d2) w2 + d3 w1
+
 Source: Lavin and Gray 2015, "Fast algorithms for convolutional neural networks"; Barabasz et al. 2018, "Error analysis
 and improving the accuracy of Winograd convolution", on how the error grows with the points.
 """
@@ -77,33 +84,60 @@ def _with_roots(roots: Sequence[Fraction]) -> list[Fraction]:
     return poly
 
 
-def amplification(m: int) -> float:
+def amplification(m: int, stride: int = 1) -> float:
     """How far sums of magnitudes exceed inputs times weights: the largest of |At| (|G| 1 * |Bt| 1)."""
     if m == 1:
         return 1.0
+    if stride > 1:
+        return 2.0 + 2.0 + 1.0
     t = cook_toom(m)
     sizes = [sum(map(abs, g)) * sum(map(abs, b)) for g, b in zip(t.g, t.bt, strict=True)]
     return float(max(sum(abs(a) * s for a, s in zip(row, sizes, strict=True)) for row in t.at))
 
 
-def n_inputs(m: int) -> int:
-    """Products for m results: m + 2, or 1 for m = 1, which stands for an axis with a single tap."""
-    return m + N_TAPS - 1 if m > 1 else 1
+def n_inputs(m: int, stride: int = 1) -> int:
+    """Inputs of m results, and as many products; 1 for m = 1, which stands for an axis with a single tap."""
+    return (m - 1) * stride + N_TAPS if m > 1 else 1
 
 
-def transform_weights(w: np.ndarray, m: tuple[int, int]) -> np.ndarray:
+def tile_sizes(stride: int) -> tuple[int, ...]:
+    """Every m that there is."""
+    return tuple(PAIRS) if stride == 1 else (2,) if stride == 2 else ()
+
+
+def runs(m: int, stride: int) -> tuple[tuple[int, int], ...]:
+    """The products of an axis in their order, as runs: of how many weights, and how many products share each."""
+    return ((n_inputs(m), 1),) if stride == 1 else ((3, 1), (1, 2))
+
+
+def n_weights(m: int, stride: int) -> int:
+    """Of the products of an axis."""
+    return sum(n for n, _ in runs(m, stride))
+
+
+def transform_weights(w: np.ndarray, m: tuple[int, int], stride: int = 1) -> np.ndarray:
     """G w G' of every filter, in f64, rounded once.
 
     Shapes: `w: f32[oc, c, taps, taps]` -> `f32[n, n, c, oc]`
     """
-    rows, columns = (np.array([[float(x) for x in row] for row in cook_toom(k).g]) if k > 1 else np.eye(1) for k in m)
+    rows, columns = (_filter_matrix(k, stride) for k in m)
     return np.einsum("ai,bj,ocij->abco", rows, columns, np.asarray(w, np.float64), optimize=True).astype(np.float32)
 
 
-def transform_input(m: int, d: Sequence[Expr]) -> list[Expr]:
+def _filter_matrix(m: int, stride: int) -> np.ndarray:
+    if m == 1:
+        return np.eye(1)
+    if stride > 1:
+        return np.array([[1.0, 0, 0], [1, 0, 1], [0, 0, 1], [0, 1, 0]])
+    return np.array([[float(x) for x in row] for row in cook_toom(m).g])
+
+
+def transform_input(m: int, d: Sequence[Expr], stride: int = 1) -> list[Expr]:
     """Bt d."""
     if m == 1:
         return list(d)
+    if stride > 1:
+        return [Binary("sub", d[0], d[2]), d[2], Binary("sub", d[4], d[2]), d[1], d[3]]
     bt = cook_toom(m).bt
     found = [_sum(bt[0], d)]
     for k in range(1, len(bt) - 1, 2):
@@ -114,10 +148,12 @@ def transform_input(m: int, d: Sequence[Expr]) -> list[Expr]:
     return [*found, _sum(bt[-1], d)]
 
 
-def transform_output(m: int, v: Sequence[Expr], keep: Callable[[Expr], Expr]) -> list[Expr]:
+def transform_output(m: int, v: Sequence[Expr], keep: Callable[[Expr], Expr], stride: int = 1) -> list[Expr]:
     """At v. `keep` names a value that is used several times."""
     if m == 1:
         return list(v)
+    if stride > 1:
+        return [Binary("add", Binary("add", v[1], v[end]), v[own]) for end, own in ((0, 3), (2, 4))]
     pairs = [
         (keep(Binary("add", v[k], v[k + 1])), keep(Binary("sub", v[k], v[k + 1]))) for k in range(1, len(v) - 1, 2)
     ]

@@ -20,12 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from math import ceil
 
 from vivace.base.dims import Dim, evaluate, symbols
 from vivace.base.dtypes import DType
 from vivace.graph.graph import Graph, Node, Value, subgraphs
-from vivace.lower.cook_toom import N_TAPS, PAIRS, n_inputs
+from vivace.lower.cook_toom import N_TAPS, n_inputs, tile_sizes
 from vivace.lower.rules.winograd import LARGEST_M
 from vivace.measure.peaks import Peaks
 
@@ -99,17 +100,20 @@ class _Counting:
             ceil(flops * self._least_share(node)) if node.op.name == "conv" else None,
         )
 
-    def _least_share(self, node: Node) -> float:
+    def _least_share(self, node: Node) -> Fraction:
         """Products that Winograd needs at least, over those of the definition (FEWEST)."""
         w, a = node.inputs[1], node.attrs
         assert w is not None
-        if a["group"] != 1 or any(s != 1 for s in (*a["strides"], *a["dilations"])):
-            return 1.0
-        y, share = node.output.shape, 1.0
+        stride = a["strides"][0]
+        if a["group"] != 1 or any(s != stride for s in a["strides"]) or any(d != 1 for d in a["dilations"]):
+            return Fraction(1)
+        y, share = node.output.shape, Fraction(1)
         for taps, dim in zip(w.shape[2:], y[1:-1] if a["layout"] == "NHWC" else y[2:], strict=True):
             size = self._number(dim)
             if taps == N_TAPS and size:
-                share *= min([1.0, *(ceil(size / m) * n_inputs(m) / (N_TAPS * size) for m in PAIRS if m <= LARGEST_M)])
+                possible = (m for m in tile_sizes(stride) if m <= LARGEST_M)
+                products = (-(-size // m) * n_inputs(m, stride) for m in possible)
+                share *= min([Fraction(1), *(Fraction(n, N_TAPS * size) for n in products)])
         return share
 
     def _bytes(self, value: Value) -> int:
