@@ -332,9 +332,9 @@ def lower(
 
 # Names that kernels give to their loops, to positions and to what they let stand for something.
 LOOP_NAME = re.compile(
-    r"[a-z]\d*|[a-z]\d+_\d+|(acc|at|base|col|inverse|row|sum|top|total)\d*(_\d+)?|before|blk|block|candidate|chunk_top|chunk_total"
-    r"|enter|found|here|i_only|image|img|kc|key|last|len|mean|new|old|only|part|rel|rescale|reset_gate|result|run"
-    r"|scale|step|tile|update"
+    r"[a-z]\d*|[a-z]\d+_\d+|(acc|at|base|col|inverse|mean|row|scale|sum|top|total)\d*(_\d+)?|before|blk|block|candidate|chunk_top|chunk_total"
+    r"|enter|found|here|i_only|image|img|kc|key|last|len|new|old|only|part|rel|rescale|reset_gate|result|run"
+    r"|step|tile|update"
 )
 
 
