@@ -27,6 +27,8 @@ Rules:
   turns' medians counts. Measuring in a child process works the same.
 * BARE: the loop is that of `vivace sys`, which shows it for more bytes than the last level holds. What it reaches here
   has the caches' help as the engines have it, and the machine's mood.
+* BEYOND: "of memory" is the same share of a bare loop over four times the last level, which only memory serves: where
+  weights lie in a large last level, it exceeds 1.
 * IN PLACE: the same engine of ours, with caches in arrays with room for more (`docs/guide.md`). Its calls are those of
   a loop that generates text: each is for a token more than the last, over `GROWTH` tokens, takes the views that the
   last gave, and makes longer ones. Calls of the other engines repeat one shape.
@@ -72,6 +74,7 @@ FORMATS = ("int4", "int8", "bf16", "f32")
 LLAMA = "llama.cpp"
 ROUNDS = {"decode": 5, "long": 5, "prefill": 3}
 TURN_SECONDS = 0.25
+_BEYOND = 4  # times the last level of caches: rule BEYOND
 _REPEATS = 8  # of the bare loop, beside which the start of a thread counts for nothing
 # Of llama.h, `llama_ftype`.
 _GGUF_TYPES = {"int4": {"": None, " Q4_0": 2}, "int8": {"": 7}, "bf16": {"": 32}, "f32": {"": 0}}
@@ -301,6 +304,7 @@ def engines(form: str, threads: int, given: dict[str, Inputs], llama_python: str
 
 def measure(form: str, threads: int, phases: Sequence[str], llama_python: str) -> list[dict[str, Any]]:
     """The rows of one format and number of threads."""
+    from vivace.base.machine import host
     from vivace.measure.bench import wait_until_idle
     from vivace.measure.noise import noise_since, snapshot
 
@@ -311,6 +315,8 @@ def measure(form: str, threads: int, phases: Sequence[str], llama_python: str) -
     sizes = {p: {e.decode_bytes(p) for e in ours} for p in phases if p in CONTEXTS}
     bare = {n: bare_reading(n, threads) for n in set().union(*sizes.values())}
     read: dict[int, list[float]] = {n: [] for n in bare}
+    beyond = _BEYOND * host().cache_bytes(3)
+    memory, from_memory = bare_reading(beyond, threads), {phase: list[float]() for phase in phases}
     seconds: dict[tuple[str, str], list[float]] = {}
     for phase in phases:
         for turn in range(ROUNDS[phase]):
@@ -324,6 +330,8 @@ def measure(form: str, threads: int, phases: Sequence[str], llama_python: str) -
             wait_until_idle()
             for n in sizes.get(phase, ()):
                 read[n].append(bare[n]("decode"))
+            if phase in sizes:
+                from_memory[phase].append(memory("decode") / beyond)
     rows: list[dict[str, Any]] = []
     for e in contestants:
         row: dict[str, Any] = {"format": form, "threads": threads, "engine": e.name}
@@ -334,6 +342,7 @@ def measure(form: str, threads: int, phases: Sequence[str], llama_python: str) -
             if phase in CONTEXTS and e.weight_bytes:
                 n_bytes = e.decode_bytes(phase)
                 row[phase] |= {"bytes": n_bytes, "share": statistics.median(read[n_bytes]) / taken}
+                row[phase]["of_memory"] = n_bytes * statistics.median(from_memory[phase]) / taken
                 if e.steps is not None:
                     row[phase]["steps"] = e.steps(phase, bare[n_bytes], n_bytes)
         rows.append(row)
@@ -346,6 +355,7 @@ def describe(row: dict[str, Any]) -> str:
     for found in (row[phase] for phase in CONTEXTS if "share" in row.get(phase, {})):
         rate = found["bytes"] * found["tokens"]
         text += f"   {found['bytes'] / 1e6:6.1f} MB {rate / 1e9:5.1f} GB/s {found['share']:5.0%}"
+        text += f" {found['of_memory']:5.0%} of memory"
     return text
 
 
@@ -397,13 +407,15 @@ def markdown(found: dict[str, Any]) -> str:
     rows = found["rows"]
     heads = ["weights", "threads", "engine"]
     for phase in PHASES:
-        shares = ["of bandwidth"] if phase in CONTEXTS else []
+        shares = ["of bandwidth", "of memory"] if phase in CONTEXTS else []
         heads += [f"{phase} tokens/s", *shares, "over best other"]
     heads.append("notes")
     lines = ["# Decoder", "",
              f"SmolLM2-135M: one token at a context of {CONTEXTS['decode']} (decode) and {CONTEXTS['long']} (long), "
              f"{PREFILL} tokens at once (prefill). `python -m benchmarks.decode`; engines take turns. Above 1, vivace "
-             "is faster. In place: the caches lie in arrays with room for more, one token more each call.", "",
+             "is faster. In place: the caches lie in arrays with room for more, one token more each call. Of "
+             "bandwidth: as a share of a bare loop over as many bytes, which the last level of caches may hold, in "
+             "turns; of memory: of such a loop over four times the last level.", "",
              f"{found['machine'].get('cpu', '?')}, {found['machine'].get('used_instruction_set', '?')}; "
              + ", ".join(f"{k} {v}" for k, v in found["versions"].items()) + f"; {found['measured_at']}.", "",
              f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]  # fmt: skip
@@ -415,7 +427,7 @@ def markdown(found: dict[str, Any]) -> str:
             best = max((o[phase]["tokens"] for o in others if phase in o), default=None)
             cells.append(f"{found['tokens']:.{1 if phase in CONTEXTS else 0}f}" if found else "")
             if phase in CONTEXTS:
-                cells.append(f"{found['share']:.0%}" if "share" in found else "")
+                cells += [f"{found[x]:.0%}" if x in found else "" for x in ("share", "of_memory")]
             cells.append(f"{found['tokens'] / best:.2f}" if found and best and _is_ours(r) else "")
             notes += [f"{phase} not quiet"] if found and not found["is_quiet"] else []
         lines.append(f"| {' | '.join([*cells, ', '.join(notes)])} |")
